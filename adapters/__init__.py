@@ -1,0 +1,1 @@
+"""One module a format or outside system; none knows another, ``uri`` stands above them."""

@@ -1,0 +1,155 @@
+"""One run directory, one owner: a lease in a file, renewed while its process lives.
+
+A dead process on this host is taken over at once, one on another host when its lease expires. The
+token changes hands with the lease, so that a stale owner's workers are refused at their next write.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from pipeline.errors import LeaseHeldError, StoreError
+
+EXPIRY_S = 300.0
+"""Longer than pydensecrf, which holds the interpreter lock, takes for a tile."""
+
+RENEW_S = 15.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """Who holds a lease, as written in the file."""
+
+    token: str
+    host: str
+
+    boot: str
+    """Identity of the running kernel: process ids mean nothing on another."""
+
+    pid: int
+
+    started: float
+    """When the process started, seconds since the epoch: process ids are reused."""
+
+    expires: float
+    """Wall-clock second after which another host may take over."""
+
+    @classmethod
+    def me(cls, token: str) -> Holder:
+        """This process, from now on."""
+        pid = os.getpid()
+        return cls(
+            token=token,
+            host=socket.gethostname(),
+            boot=_boot_id(),
+            pid=pid,
+            started=psutil.Process(pid).create_time(),
+            expires=time.time() + EXPIRY_S,
+        )
+
+    @property
+    def alive(self) -> bool:
+        """False for a dead process of this host, and for another host's when expired."""
+        if self.host == socket.gethostname() and self.boot == _boot_id():
+            try:
+                return abs(psutil.Process(self.pid).create_time() - self.started) < 1.0
+            except psutil.NoSuchProcess:
+                return False
+        return time.time() < self.expires
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseGuard:
+    """The picklable half that workers carry: does the run still own its directory?"""
+
+    path: Path
+    token: str
+
+    def check(self) -> None:
+        """Raise LeaseHeldError unless the lease still carries this run's token."""
+        holder = read_holder(self.path)
+        if holder is None or holder.token != self.token:
+            raise LeaseHeldError(f"{self.path.parent}: another run has taken over this directory")
+
+
+class LeaseFile:
+    """The driver's half: ``with LeaseFile(run_dir) as guard``. Raises LeaseHeldError on entry."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "lease.json"
+        self._token = uuid.uuid4().hex
+        self._closing = threading.Event()
+
+    def __enter__(self) -> LeaseGuard:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(self._path):
+            holder = read_holder(self._path)
+            if holder is not None and holder.alive:
+                raise LeaseHeldError(
+                    f"{self._path.parent}: process {holder.pid} on {holder.host} is working here;"
+                    " wait for it, or choose another --run-dir"
+                )
+            self._write()
+        threading.Thread(target=self._renew, name="lease", daemon=True).start()
+        return LeaseGuard(self._path, self._token)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._closing.set()
+        with _locked(self._path):
+            if self._owned():
+                self._path.unlink()
+
+    def _owned(self) -> bool:
+        holder = read_holder(self._path)
+        return holder is not None and holder.token == self._token
+
+    def _renew(self) -> None:
+        while not self._closing.wait(RENEW_S):
+            with _locked(self._path):
+                if self._closing.is_set() or not self._owned():
+                    return
+                self._write()
+
+    def _write(self) -> None:
+        draft = self._path.with_name(f"lease-{self._token}.tmp")
+        draft.write_text(json.dumps(asdict(Holder.me(self._token))))
+        draft.replace(self._path)
+
+
+def read_holder(path: Path) -> Holder | None:
+    """Who holds the lease at ``path``; None for nobody. Raises StoreError for a damaged file."""
+    try:
+        return Holder(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"{path} is damaged ({error}); delete it if no run is alive") from error
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.with_name("lease.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

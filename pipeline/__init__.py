@@ -1,0 +1,1 @@
+"""Pure numerics and execution: domain, models, inference, CRF, stitching, training, execution."""

@@ -1,0 +1,1 @@
+"""Dense CRF: parameters with units, and mean field over a tile through pydensecrf."""

@@ -1,0 +1,34 @@
+"""The vocabulary. One noun, one file; standard library only.
+
+==============  ================================================================================
+Region          half-open box ``[start, stop)`` in pixels, axes (y, x) or (z, y, x)
+Halo            pixels of context a core needs, per axis and side
+Reach           what an output region needs of the input: halo, and context window where it pools
+Grid            how an image is cut: disjoint cores covering it, anchored at the scene's (0, 0)
+Tile            one core (what it alone writes), what the network predicts, and what is read
+Pass            one sweep over the tiles of one case
+TilePlan        all passes, with bytes and the fingerprint that names the run
+TileKey         (case, pass, tile number): the key of the ledger
+ImageInfo       shape, channels, dtype, nodata, CRS or affine, spacing
+==============  ================================================================================
+"""
+
+from pipeline.domain.grid import Grid
+from pipeline.domain.image_info import ImageInfo
+from pipeline.domain.plan import Pass, Tile, TileKey, TilePlan
+from pipeline.domain.reach import ContextWindow, Reach
+from pipeline.domain.region import Halo, Region, Shape
+
+__all__ = [
+    "ContextWindow",
+    "Grid",
+    "Halo",
+    "ImageInfo",
+    "Pass",
+    "Reach",
+    "Region",
+    "Shape",
+    "Tile",
+    "TileKey",
+    "TilePlan",
+]

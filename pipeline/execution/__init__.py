@@ -1,0 +1,1 @@
+"""Running tiles: the queue, a worker, the serial oracle, and a pool of Ray actors."""

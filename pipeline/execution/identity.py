@@ -1,0 +1,25 @@
+"""Is the code in a worker the code of the driver?"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+PACKAGES = ("pipeline", "adapters", "workflows")
+
+
+def package_digest() -> str:
+    """SHA-256 over the Python files of the three packages as this process would import them."""
+    digest = hashlib.sha256()
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        locations = spec.submodule_search_locations if spec else None
+        if not locations:
+            digest.update(f"{name} missing".encode())
+            continue
+        root = Path(next(iter(locations)))
+        for path in sorted(root.rglob("*.py")):
+            digest.update(f"{name}/{path.relative_to(root)}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,51 @@
+"""From pixel values to network input, pixel by pixel: no statistics of the tile enter."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import SourceError
+from pipeline.models.input_spec import Scaling
+from pipeline.ports import Block
+
+
+def normalise(block: Block, scaling: Scaling) -> NDArray[np.float32]:
+    """Scale a block; pixels that are invalid, and values that are not finite, become 0.
+
+    Returns:
+        (C, *S) float32, C-contiguous and finite; a new array.
+
+    Raises:
+        SourceError: the block has no real numbers, or another number of bands than the scaling.
+    """
+    image_CS = block.image_CS
+    if image_CS.dtype.kind not in "buif":
+        raise SourceError(f"pixels of type {image_CS.dtype} asked of a network; give real numbers")
+    # Halves and small integers are exact in float32; others keep their own precision until scaled.
+    precision = np.result_type(image_CS.dtype, np.float32)
+    scaled_CS = np.empty(image_CS.shape, np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for band, (first, second) in enumerate(scaling.pairs(len(image_CS))):
+            values_S = image_CS[band].astype(precision)
+            _scale(values_S, scaling, first=first, second=second)
+            scaled_CS[band] = values_S
+            usable_S = np.isfinite(scaled_CS[band]) & block.valid_S
+            scaled_CS[band][~usable_S] = 0.0
+    return scaled_CS
+
+
+def _scale(values: NDArray[np.floating], scaling: Scaling, *, first: float, second: float) -> None:
+    """Scale one band in place."""
+    match scaling.type:
+        case "z-score":
+            values -= first
+            values /= second
+        case "min-max":
+            values -= first
+            values /= second - first
+        case "offset-scale":
+            values *= second
+            values += first
+        case "clip":
+            np.clip(values, first, second, out=values)

@@ -1,0 +1,192 @@
+"""A model on disk: a directory with ``model.yaml`` and ``weights.safetensors``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from pipeline.errors import BundleError
+from pipeline.models.architecture import Architecture
+from pipeline.models.document import from_document, read_yaml, to_document
+from pipeline.models.input_spec import ClassInfo, InputSpec, Scaling
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.models.deeplab import DeepLab
+
+__all__ = [
+    "Architecture",
+    "Bundle",
+    "ClassInfo",
+    "InputSpec",
+    "Scaling",
+    "load_bundle",
+    "save_bundle",
+]
+
+MODEL_FILE, WEIGHTS_FILE = "model.yaml", "weights.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """A network, what it was trained on, and what its classes are called."""
+
+    name: str
+    version: int
+    architecture: Architecture
+    classes: tuple[ClassInfo, ...]
+
+    ignore_index: int
+    """Label that training left out; no class has it."""
+
+    input: InputSpec
+
+    crop: tuple[int, ...]
+    """Training window, in pixels per axis; the window of image pooling."""
+
+    crf: Mapping[str, Any] | None = None
+    """Parameters of the dense CRF as the file has them; None: the bundle asks for none."""
+
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Where the weights come from: data digests, metrics."""
+
+    weights_sha256: str = ""
+    """SHA-256 of the weights file; empty until saved."""
+
+    path: Path = Path()
+    """The directory; not part of the file."""
+
+    def __post_init__(self) -> None:
+        ids = [info.id for info in self.classes]
+        if len(ids) < 2 or len(set(ids)) != len(ids):
+            raise BundleError(f"classes need at least two different ids, got {ids}")
+        if self.ignore_index in ids:
+            raise BundleError(f"ignore_index {self.ignore_index} is the id of a class")
+        dims = self.architecture.dims
+        if len(self.crop) != dims or min(self.crop) < 1:
+            raise BundleError(f"crop {list(self.crop)} must be {dims} positive numbers of px")
+        spacing = self.input.spacing_mm
+        if spacing is not None and len(spacing) != dims:
+            raise BundleError(f"spacing_mm {list(spacing)} must be {dims} numbers")
+
+    @property
+    def class_values(self) -> tuple[int, ...]:
+        """Class id of each output channel."""
+        return tuple(info.id for info in self.classes)
+
+    @property
+    def mask_dtype(self) -> Literal["uint8", "uint16"]:
+        """The smallest type that holds the class ids and nodata."""
+        return "uint8" if max(self.class_values) <= 254 else "uint16"
+
+    @property
+    def mask_nodata(self) -> int:
+        """Mask value where no pixel was valid: the greatest of the type."""
+        return 255 if self.mask_dtype == "uint8" else 65535
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the bundle says, weights included by their own SHA-256."""
+        text = json.dumps(_document(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def network(self) -> DeepLab:
+        """The network with its weights, on the CPU, in eval mode, pooling over the crop.
+
+        Raises:
+            BundleError: the weights fail their checksum, or do not fit the architecture.
+        """
+        import safetensors.torch
+        import torch
+
+        from pipeline.models.deeplab import build_network
+
+        data = self._checked_weights()
+        with torch.device("meta"):  # no time, and no random numbers, spent on fresh weights
+            network = build_network(
+                self.architecture, bands=self.input.band_count, classes=len(self.classes)
+            )
+        try:
+            network.to_empty(device="cpu").load_state_dict(safetensors.torch.load(data))
+        except (RuntimeError, safetensors.SafetensorError) as error:
+            problem = " ".join(str(error).split())[:300]
+            raise BundleError(f"the weights of {self.path} do not fit: {problem}") from error
+        return network.eval().pool_over(self.crop)
+
+    def _checked_weights(self) -> bytes:
+        path = self.path / WEIGHTS_FILE
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise BundleError(f"cannot read the weights {path}: {error}") from error
+        found = hashlib.sha256(data).hexdigest()
+        if found != self.weights_sha256:
+            raise BundleError(
+                f"{path} has SHA-256 {found[:12]}.., {MODEL_FILE} says"
+                f" {self.weights_sha256[:12]}..: changed or cut short, fetch the bundle again"
+            )
+        return data
+
+
+def load_bundle(path: str | Path) -> Bundle:
+    """Read a bundle's ``model.yaml``; the weights are read by ``Bundle.network``.
+
+    Raises:
+        BundleError: a missing file, bad YAML, an unknown or missing key, a value that cannot be.
+    """
+    path = Path(path)
+    for name in (MODEL_FILE, WEIGHTS_FILE):
+        if not (path / name).is_file():
+            raise BundleError(f"{path} is no model bundle: it has no file {name}")
+    document = read_yaml(path / MODEL_FILE)
+    try:
+        bundle = replace(from_document(Bundle, document), path=path)
+        if not bundle.weights_sha256:
+            raise BundleError("key weights_sha256 is missing")
+    except BundleError as error:
+        raise BundleError(f"{path / MODEL_FILE}: {error}") from error
+    return bundle
+
+
+def save_bundle(path: str | Path, bundle: Bundle, state_dict: Mapping[str, Tensor]) -> Bundle:
+    """Write a bundle whole or not at all, in place of one that is there; return it as saved.
+
+    Raises:
+        BundleError: something that is not a bundle lies at ``path``.
+    """
+    import safetensors.torch
+
+    path = Path(path)
+    if path.exists() and not (path / MODEL_FILE).is_file() and not _is_empty(path):
+        raise BundleError(f"{path} exists and is no model bundle: choose another directory")
+    data = safetensors.torch.save({key: part.contiguous() for key, part in state_dict.items()})
+    saved = replace(bundle, path=path, weights_sha256=hashlib.sha256(data).hexdigest())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        fresh = Path(scratch) / "new"
+        fresh.mkdir()
+        (fresh / WEIGHTS_FILE).write_bytes(data)
+        text = yaml.safe_dump(_document(saved), sort_keys=False, allow_unicode=True)
+        (fresh / MODEL_FILE).write_text(text, encoding="utf-8")
+        if path.exists():
+            path.rename(Path(scratch) / "old")
+        fresh.rename(path)
+    return saved
+
+
+def _document(bundle: Bundle) -> dict[str, Any]:
+    document: dict[str, Any] = to_document(bundle)
+    del document["path"]
+    return document
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and next(path.iterdir(), None) is None

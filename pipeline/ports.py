@@ -1,0 +1,161 @@
+"""The edges of the system, as Protocols: who reads, who writes, who remembers, who runs.
+
+Axes in array names: C channel, K class, S space, (y, x) or (z, y, x). Instances are picklable and
+open files lazily, in the process that uses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.domain import ImageInfo, Region, Tile, TileKey
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """What ``Source.read(region)`` returns."""
+
+    image_CS: NDArray[Any]
+    """(C, *S), the source's native dtype, native byte order."""
+
+    valid_S: NDArray[np.bool_]
+    """(*S); False where the pixel is nodata, NaN, masked or transparent in any channel."""
+
+
+class Source(Protocol):
+    """A readable image."""
+
+    @property
+    def info(self) -> ImageInfo:
+        """Shape, channels and geometry. Raises SourceError."""
+
+    def read(self, region: Region) -> Block:
+        """Return ``region``, which lies inside the image. Raises SourceReadError."""
+
+    def digest(self) -> str:
+        """Identity of the content, equal on every machine. Raises SourceReadError."""
+
+
+class ArrayStore(Protocol):
+    """A chunked array on storage that many processes share: the mask, or the scores."""
+
+    def write(self, region: Region, array: NDArray[Any]) -> str:
+        """Store whole chunks and return the SHA-256 of the array's bytes. Raises StoreError."""
+
+    def read(self, region: Region) -> NDArray[Any]:
+        """Return ``region``; the fill value where nothing was written. Raises StoreError."""
+
+
+Status = Literal["done", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One line of the ledger: what became of a tile."""
+
+    key: TileKey
+    status: Status
+
+    digest: str = ""
+    """SHA-256 of the mask written; empty for a failed tile."""
+
+    worker: str = ""
+    """``host:pid`` of the process that did it."""
+
+    loads: int = 0
+    """How often that process had loaded the model when it did this tile."""
+
+    skipped: bool = False
+    """True where no pixel of the core was valid, so that nothing was computed."""
+
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Seconds per stage: read, compute, write."""
+
+    peak_bytes: int = 0
+    """Peak resident memory of that process so far, in bytes."""
+
+    counts: Mapping[int, int] = field(default_factory=dict)
+    """Pixels per value written, nodata included."""
+
+    deaths: int = 0
+    """How many workers died while they held this tile."""
+
+    error: str = ""
+    """One line; empty unless failed."""
+
+
+class Ledger(Protocol):
+    """What is done and what failed; the truth about progress."""
+
+    def records(self) -> dict[TileKey, Record]:
+        """The latest record of every tile seen. Raises StoreError."""
+
+    def append(self, record: Record) -> None:
+        """Add a line; on return it survives the death of this process. Raises StoreError."""
+
+
+class Guard(Protocol):
+    """Proof that this run still owns its directory; checked before every write."""
+
+    def check(self) -> None:
+        """Raise LeaseHeldError when another run has taken over."""
+
+
+class Tracker(Protocol):
+    """Where a run is written down for people: MLflow, or nowhere."""
+
+    @property
+    def run_id(self) -> str | None:
+        """Identifier of the run at the tracker; None where there is none."""
+
+    def start(self, *, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+        """Open the run, or the one that an interrupted run had opened."""
+
+    def metrics(self, values: Mapping[str, float], *, step: int) -> None:
+        """Log figures at ``step`` (tiles done)."""
+
+    def finish(self, status: str, *, artifacts: Iterable[Path]) -> None:
+        """Close the run as ``done``, ``partial``, ``failed`` or ``interrupted``."""
+
+
+class OpenWork(Protocol):
+    """Work with its model loaded and its files open, in the process that does it."""
+
+    @property
+    def loads(self) -> int:
+        """How often this process has loaded the model."""
+
+    def read(self, tile: Tile) -> Any:
+        """First stage: input and output."""
+
+    def compute(self, tile: Tile, data: Any) -> Any:
+        """Second stage: the device."""
+
+    def write(self, tile: Tile, result: Any) -> Record:
+        """Third stage: whole chunks, then the record for the ledger."""
+
+
+class Work(Protocol):
+    """A picklable recipe for what is done with a tile."""
+
+    @property
+    def threads(self) -> int:
+        """Threads a worker uses, whatever the number of workers."""
+
+    def open(self) -> OpenWork:
+        """Load the model. Called once in each worker."""
+
+
+class Backend(Protocol):
+    """Who runs the tiles. ``SerialBackend`` is the oracle: all give the same bytes."""
+
+    def run(
+        self, work: Work, tiles: Iterable[Tile], *, stop: Callable[[], bool]
+    ) -> Iterator[Record]:
+        """Yield a record per tile, in any order; after ``stop()`` only of those in flight."""

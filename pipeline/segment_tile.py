@@ -1,0 +1,141 @@
+"""STORY 1, one tile: read -> normalise -> predict -> refine -> keep core -> write.
+
+C channel, K class, S space: (y, x) or (z, y, x).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.crf.dense import refine
+from pipeline.crf.params import ResolvedCrf
+from pipeline.domain import Shape, Tile
+from pipeline.inference.normalise import normalise
+from pipeline.inference.padding import read_padded
+from pipeline.inference.precision import Precision
+from pipeline.inference.predictor import Predictor
+from pipeline.models.bundle import Bundle
+from pipeline.models.context_pool import Context
+from pipeline.models.frame import Frame
+from pipeline.ports import ArrayStore, Block, Guard, Record, Source
+from pipeline.stitching.keep_core import keep_core, to_labels
+from pipeline.stitching.scores import ScoreSink, softmax
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentTiles:
+    """The picklable recipe: what to read, what to run, where to write."""
+
+    source: Source
+
+    channels: tuple[int, ...]
+    """Index in the source of each band that the network takes, in the network's order."""
+
+    bundle: Bundle
+    device: Literal["cpu", "cuda"]
+    precision: Precision
+    context: Context
+
+    threads: int
+    """Threads of a worker, fixed by the plan whatever the number of workers."""
+
+    padded_shape: Shape
+    """The scene grown to multiples of the stride, in pixels."""
+
+    crf: ResolvedCrf | None
+    mask: ArrayStore
+    scores: ScoreSink | None
+    guard: Guard
+
+    def open(self) -> OpenSegmentTiles:
+        """Load the network, once in each worker."""
+        return OpenSegmentTiles(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TileResult:
+    """What the device made of a tile: (*S) labels, and (K, *S) scores, of its core."""
+
+    labels_S: NDArray[Any]
+    valid_S: NDArray[np.bool_]
+    score_KS: NDArray[np.float32] | None
+
+
+class OpenSegmentTiles:
+    """The recipe with its network on the device."""
+
+    def __init__(self, recipe: SegmentTiles) -> None:
+        self.recipe, bundle = recipe, recipe.bundle
+        self.predictor = Predictor(
+            bundle,
+            device=recipe.device,
+            precision=recipe.precision,
+            context=recipe.context,
+            threads=recipe.threads,
+        )
+        self.values = np.array(bundle.class_values, dtype=bundle.mask_dtype)
+
+    @property
+    def loads(self) -> int:
+        """How often this process has loaded the network."""
+        return self.predictor.loads
+
+    def read(self, tile: Tile) -> Block:
+        """The bands of the network over the tile and its halo; fresh arrays."""
+        block = read_padded(self.recipe.source, tile.read)
+        return Block(block.image_CS[list(self.recipe.channels)], block.valid_S)
+
+    def compute(self, tile: Tile, block: Block) -> TileResult:
+        """Labels of the core; the network is not asked where no pixel of it is valid."""
+        nodata = self.recipe.bundle.mask_nodata
+        valid_S = keep_core(block.valid_S, core=tile.core, within=tile.read)
+        if not valid_S.any():
+            empty_S = np.full(valid_S.shape, nodata, dtype=self.values.dtype)
+            return TileResult(labels_S=empty_S, valid_S=valid_S, score_KS=None)
+        image_CS = normalise(block, self.recipe.bundle.input.scaling)
+        frame = Frame(tile.read.start, self.recipe.padded_shape)
+        logit_KS = self.predictor.logits(image_CS, frame).cpu().numpy()
+        score_KS = keep_core(logit_KS, core=tile.scored, within=tile.read)
+        if self.recipe.crf is not None:
+            score_KS = self.refine(tile, block, score_KS)
+        core_KS = keep_core(score_KS, core=tile.core, within=tile.scored)
+        labels_S = to_labels(core_KS, valid_S=valid_S, values=self.values, nodata=nodata)
+        return TileResult(labels_S=labels_S, valid_S=valid_S, score_KS=core_KS)
+
+    def refine(self, tile: Tile, block: Block, logit_KS: NDArray[np.float32]) -> NDArray[Any]:
+        """Probabilities after the dense CRF, which sees ``tile.scored``; (K, *S) float32."""
+        assert self.recipe.crf is not None
+        return refine(
+            softmax(logit_KS),
+            guide_CS=keep_core(block.image_CS, core=tile.scored, within=tile.read),
+            valid_S=keep_core(block.valid_S, core=tile.scored, within=tile.read),
+            origin=tile.scored.start,
+            params=self.recipe.crf,
+        )
+
+    def write(self, tile: Tile, result: TileResult) -> Record:
+        """Whole chunks, scores first; refused when another run owns the directory."""
+        recipe = self.recipe
+        recipe.guard.check()
+        if recipe.scores is not None:
+            prob_KS = self.probabilities(result)
+            recipe.scores.write(tile.core, prob_KS, valid_S=result.valid_S)
+        digest = recipe.mask.write(tile.core, result.labels_S)
+        values, counts = np.unique(result.labels_S, return_counts=True)
+        return Record(
+            key=tile.key,
+            status="done",
+            digest=digest,
+            skipped=result.score_KS is None,
+            counts=dict(zip(values.tolist(), counts.tolist(), strict=True)),
+        )
+
+    def probabilities(self, result: TileResult) -> NDArray[np.float32]:
+        """(K, *S) float32: the CRF's, or the softmax of logits; zero where nothing was computed."""
+        if result.score_KS is None:
+            return np.zeros((len(self.values), *result.valid_S.shape), dtype=np.float32)
+        return result.score_KS if self.recipe.crf else softmax(result.score_KS)

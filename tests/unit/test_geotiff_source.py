@@ -1,0 +1,284 @@
+"""GeoTiffSource: what counts as valid, what things are called, and how bad files end."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from rasterio.enums import ColorInterp
+
+from adapters.geotiff import GeoTiffSource
+from pipeline.domain import Region
+from pipeline.errors import SourceError, SourceReadError
+
+DEFAULT_DATA = Path(__file__).parents[2] / "../shared/data"
+GEO = Path(os.environ.get("TERRAVOX_DATA", DEFAULT_DATA)) / "geo"
+real_data = pytest.mark.skipif(not GEO.is_dir(), reason=f"needs {GEO}; set TERRAVOX_DATA")
+
+NORTH_UP = rasterio.Affine(10, 0, 5e5, 0, -10, 5e6)
+
+
+def write(path: Path, image_CS: np.ndarray, **profile: object) -> Path:
+    count, height, width = image_CS.shape
+    grid = {"crs": "EPSG:32633", "transform": NORTH_UP}
+    shape = {"count": count, "height": height, "width": width, "dtype": image_CS.dtype}
+    with rasterio.open(path, "w", driver="GTiff", **(shape | grid | profile)) as file:
+        file.write(image_CS)
+    return path
+
+
+def whole(source: GeoTiffSource) -> Region:
+    return Region.whole(source.info.shape)
+
+
+def valid(path: Path) -> np.ndarray:
+    source = GeoTiffSource(path)
+    return source.read(whole(source)).valid_S
+
+
+@real_data
+@pytest.mark.parametrize("name", ["RGB.byte.tif", "RGB2.byte.tif", "alpha.tif", "float_nan.tif"])
+def test_the_valid_mask_is_gdals_own_mask_of_every_channel(name: str) -> None:
+    """Broken: a nodata collar, an external mask, alpha or NaN that reaches the network as data."""
+    path = GEO / "rasterio_tests" / name
+    with rasterio.open(path) as file:
+        channels = [b for b in file.indexes if file.colorinterp[b - 1] != ColorInterp.alpha]
+        expected = (file.read_masks(channels) != 0).all(axis=0)
+    assert not expected.all()
+    np.testing.assert_array_equal(valid(path), expected)
+
+
+@real_data
+def test_an_alpha_band_is_no_channel() -> None:
+    """Broken: transparency fed to the network as a fourth band."""
+    info = GeoTiffSource(GEO / "rasterio_tests/alpha.tif").info
+    assert info.channels == ("red", "green", "blue")
+    assert any("alpha" in note for note in info.notes)
+
+
+def test_a_described_fourth_band_is_a_channel_though_gdal_calls_it_alpha(tmp_path: Path) -> None:
+    """Broken: near infrared taken for transparency, as GDAL marks band 4 of any new 8-bit file."""
+    path = write(tmp_path / "a.tif", np.zeros((4, 3, 3), np.uint8))
+    with rasterio.open(path, "r+") as file:
+        assert file.colorinterp[3] == ColorInterp.alpha
+        file.descriptions = ("blue", "green", "red", "nir")
+    source = GeoTiffSource(path)
+    assert source.info.channels == ("blue", "green", "red", "nir")
+    assert source.read(whole(source)).valid_S.all()
+
+
+def test_an_internal_mask_counts_beside_nodata(tmp_path: Path) -> None:
+    """Broken: one of the two ignored; GDAL itself looks at one only."""
+    image_CS = np.ones((2, 4, 4), np.uint8)
+    image_CS[1, 0, 0] = 9
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+        path = write(tmp_path / "a.tif", image_CS, nodata=9)
+        with rasterio.open(path, "r+") as file:
+            mask = np.full((4, 4), 255, np.uint8)
+            mask[3, 3] = 0
+            file.write_mask(mask)
+    expected = np.ones((4, 4), bool)
+    expected[0, 0] = expected[3, 3] = False
+    np.testing.assert_array_equal(valid(path), expected)
+
+
+def test_nodata_that_the_type_cannot_hold_hides_nothing(tmp_path: Path) -> None:
+    """Broken: -9999 wrapped to 241 in a byte band, which would punch holes into the scene."""
+    image_CS = np.full((1, 2, 2), 241, np.uint8)
+    path = write(tmp_path / "a.tif", image_CS)
+    text = path.with_suffix(".tif.aux.xml")
+    text.write_text(
+        '<PAMDataset><PAMRasterBand band="1"><NoDataValue>-9999</NoDataValue></PAMRasterBand>'
+        "</PAMDataset>"
+    )
+    assert valid(path).all()
+
+
+@real_data
+def test_zion_has_its_band_names_grid_and_nodata_per_band() -> None:
+    """Broken: a VRT whose descriptions, nodata or pixel size are lost on the way."""
+    info = GeoTiffSource(GEO / "zion_landsat8/landsat_b2345.vrt").info
+    assert info.channels == ("blue", "green", "red", "nir")
+    assert (info.shape, info.dtype, info.nodata) == ((1000, 1128), "uint16", (65535.0,) * 4)
+    assert (info.spacing, info.unit, info.notes) == ((30.0, 30.0), "m", ())
+    assert rasterio.CRS.from_wkt(info.crs).to_epsg() == 32612
+    assert info.affine == (30.0, 0.0, 301905.0, 0.0, -30.0, 4154085.0)
+
+
+@real_data
+def test_a_rotated_raster_without_crs_says_both() -> None:
+    """Broken: a rotation dropped in silence, or metres claimed where nothing is known."""
+    info = GeoTiffSource(GEO / "rasterio_tests/rotated.tif").info
+    assert info.notes == ("no CRS", "rotated affine")
+    assert (info.unit, info.spacing, info.crs) == ("px", (1.0, 1.0), None)
+    with rasterio.open(GEO / "rasterio_tests/rotated.tif") as file:
+        assert info.affine == tuple(file.transform)[:6]
+
+
+def test_spacing_of_a_rotated_grid_in_feet_is_the_length_of_its_sides_in_metres(
+    tmp_path: Path,
+) -> None:
+    """Broken: the diagonal terms or the unit forgotten, hence areas wrong by the factor squared."""
+    turned = rasterio.Affine(8, -3, 5e5, 6, -4, 5e6)
+    path = write(
+        tmp_path / "a.tif", np.zeros((1, 3, 3), np.uint8), crs="EPSG:2263", transform=turned
+    )
+    assert GeoTiffSource(path).info.spacing == pytest.approx((5 * 0.3048006096, 10 * 0.3048006096))
+
+
+def test_degrees_become_metres_at_the_middle_of_the_scene(tmp_path: Path) -> None:
+    """Broken: areas in square degrees, or metres of the equator for a scene at 60 degrees north."""
+    second = 1 / 3600
+    grid = rasterio.Affine(second, 0, 10, 0, -second, 60 + 50 * second)
+    path = write(
+        tmp_path / "a.tif", np.zeros((1, 100, 100), np.uint8), crs="EPSG:4326", transform=grid
+    )
+    # A degree at 60 N is 111412 m of latitude and 55800 m of longitude (WGS84 tables).
+    assert GeoTiffSource(path).info.spacing == pytest.approx(
+        (111412 / 3600, 55800 / 3600), rel=1e-4
+    )
+
+
+def test_colours_name_channels_only_where_the_file_states_them(tmp_path: Path) -> None:
+    """Broken: a multispectral file whose first band is called gray, or an RGB called 1, 2, 3."""
+    rgb = write(tmp_path / "rgb.tif", np.zeros((3, 2, 2), np.uint8), photometric="RGB")
+    plain = write(tmp_path / "plain.tif", np.zeros((3, 2, 2), np.uint16))
+    assert GeoTiffSource(rgb).info.channels == ("red", "green", "blue")
+    assert GeoTiffSource(plain).info.channels == ("1", "2", "3")
+
+
+def test_an_image_one_pixel_high_reads(tmp_path: Path) -> None:
+    """Broken: code that takes a side of one for an empty window."""
+    image_CS = np.arange(9, dtype=np.uint8).reshape(1, 1, 9)
+    source = GeoTiffSource(write(tmp_path / "a.tif", image_CS))
+    np.testing.assert_array_equal(source.read(Region((0, 2), (1, 9))).image_CS, image_CS[..., 2:])
+
+
+def test_a_truncated_file_fails_where_it_is_cut_and_reads_before(tmp_path: Path) -> None:
+    """Broken: a half-copied file that yields zeros, and with them a plausible mask."""
+    image_CS = np.random.default_rng(0).integers(0, 255, (1, 512, 512), np.uint8)
+    tiles = {"tiled": True, "blockxsize": 256, "blockysize": 256, "compress": "deflate"}
+    path = write(tmp_path / "a.tif", image_CS, **tiles)
+    os.truncate(path, path.stat().st_size * 6 // 10)
+    source = GeoTiffSource(path)
+    top = Region((0, 0), (256, 256))
+    np.testing.assert_array_equal(source.read(top).image_CS, image_CS[:, :256, :256])
+    with pytest.raises(SourceReadError, match=r"rows 256:512, columns 256:512 of .*a\.tif"):
+        source.read(Region((256, 256), (512, 512)))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a raster", b"II*\0", b"<VRTDataset <"])
+def test_what_is_no_raster_is_one_line(tmp_path: Path, content: bytes) -> None:
+    """Broken: a traceback of GDAL's, or a driver that goes to the network for such a file."""
+    path = tmp_path / "a.tif"
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match=r"a\.tif") as caught:
+        _ = GeoTiffSource(path).info
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
+def test_an_affine_that_places_no_pixels_is_refused(tmp_path: Path, bad: float) -> None:
+    """Broken: a mask written with NaN coordinates."""
+    vrt = tmp_path / "a.vrt"
+    band = '<VRTRasterBand dataType="Byte" band="1"/>'
+    transform = f"<GeoTransform>0, {bad}, 0, 0, 0, -1</GeoTransform>"
+    size = 'rasterXSize="3" rasterYSize="3"'
+    vrt.write_text(f"<VRTDataset {size}>{transform}{band}</VRTDataset>")
+    with pytest.raises(SourceError, match="geotransform"):
+        _ = GeoTiffSource(vrt).info
+
+
+def test_bands_of_two_types_are_refused(tmp_path: Path) -> None:
+    """Broken: a silent cast to the wider type."""
+    bands = "".join(
+        f'<VRTRasterBand dataType="{t}" band="{b}"/>' for b, t in ((1, "Byte"), (2, "Int16"))
+    )
+    vrt = tmp_path / "a.vrt"
+    vrt.write_text(f'<VRTDataset rasterXSize="3" rasterYSize="3">{bands}</VRTDataset>')
+    with pytest.raises(SourceError, match="one real type"):
+        _ = GeoTiffSource(vrt).info
+
+
+def vrt_naming(folder: Path, reference: str, *, relative: int = 1) -> Path:
+    path = folder / "a.vrt"
+    path.write_text(
+        '<VRTDataset rasterXSize="3" rasterYSize="3"><VRTRasterBand dataType="Byte" band="1">'
+        f'<SimpleSource><SourceFilename relativeToVRT="{relative}">{reference}</SourceFilename>'
+        "<SourceBand>1</SourceBand></SimpleSource></VRTRasterBand></VRTDataset>"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("reference", "relative", "why"),
+    [
+        ("/vsicurl/http://127.0.0.1:9/a.tif", 0, "not a local file"),
+        ("wms.xml", 1, "neither a TIFF nor a VRT"),
+        ("gone.tif", 1, "not a local file"),
+        ("a.vrt", 1, "leads back to itself"),
+        ("a.tif", 0, "relative to the working directory"),
+    ],
+)
+def test_a_vrt_leads_only_to_local_rasters(
+    tmp_path: Path, reference: str, relative: int, why: str
+) -> None:
+    """Broken: a file from a stranger that makes a worker fetch an address of the stranger's."""
+    (tmp_path / "wms.xml").write_text('<GDAL_WMS><Service name="WMS"/></GDAL_WMS>')
+    with pytest.raises(SourceError, match=why):
+        _ = GeoTiffSource(vrt_naming(tmp_path, reference, relative=relative)).info
+
+
+def test_a_forked_child_and_its_parent_do_not_share_a_handle(tmp_path: Path) -> None:
+    """Broken: parent and child moving one file offset, each reading the other's bytes."""
+    image_CS = np.random.default_rng(0).integers(0, 255, (1, 640, 640), np.uint8)
+    source = GeoTiffSource(write(tmp_path / "a.tif", image_CS))
+    parts = list(whole(source).blocks((64, 640)))
+    source.read(parts[0])
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
+        for part, block in zip(parts, pool.map(source.read, parts), strict=True):
+            np.testing.assert_array_equal(
+                block.image_CS[0], image_CS[0, part.start[0] : part.stop[0]]
+            )
+
+
+def test_the_digest_follows_the_content_and_not_the_path(tmp_path: Path) -> None:
+    """Broken: a moved scene that starts anew, or a changed one that resumes the old run."""
+    digests = []
+    for folder, value in (("one", 1), ("two", 1), ("three", 2)):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "b.tif", np.full((1, 3, 3), value, np.uint8))
+        vrt = vrt_naming(tmp_path / folder, str(tmp_path / folder / "b.tif"), relative=0)
+        digests.append(GeoTiffSource(vrt).digest())
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_the_digest_sees_an_external_mask_and_ignores_statistics(tmp_path: Path) -> None:
+    """Broken: another valid mask under the same fingerprint; a viewer's sidecar forcing a rerun."""
+    path = write(tmp_path / "a.tif", np.ones((1, 3, 3), np.uint8))
+    before = GeoTiffSource(path).digest()
+    path.with_suffix(".tif.aux.xml").write_text(
+        '<PAMDataset><PAMRasterBand band="1"><Metadata><MDI key="STATISTICS_MEAN">1</MDI>'
+        "</Metadata></PAMRasterBand></PAMDataset>"
+    )
+    assert GeoTiffSource(path).digest() == before
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(path, "r+") as file:
+        file.write_mask(np.eye(3, dtype=np.uint8) * 255)
+    assert path.with_suffix(".tif.msk").exists()
+    assert GeoTiffSource(path).digest() != before
+
+
+@real_data
+def test_a_copy_elsewhere_has_the_digest_of_the_original(tmp_path: Path) -> None:
+    """Broken: the digest of a real VRT that holds on one machine alone."""
+    for path in (GEO / "zion_landsat8").glob("landsat_*"):
+        shutil.copyfile(path, tmp_path / path.name)
+    original = GeoTiffSource(GEO / "zion_landsat8/landsat_b2345.vrt").digest()
+    assert GeoTiffSource(tmp_path / "landsat_b2345.vrt").digest() == original

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from pipeline.errors import PlanError, RegionError, SourceError
+from pipeline.inference import precision as precision_module
+from pipeline.inference.precision import Precision, processor_flags, resolve_precision
+from pipeline.inference.predictor import Predictor
+from pipeline.models.bundle import Architecture, Bundle, save_bundle
+from pipeline.models.context_pool import Context
+from pipeline.models.frame import Frame
+from pipeline.models.fresh import new_bundle
+
+FP32 = Precision(name="fp32", channels_last=True, why="")
+BF16 = Precision(name="bf16", channels_last=True, why="")
+FRAME = Frame((0, 0), (96, 128))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    architecture = Architecture(
+        family="v3", backbone="slim", dims=2, output_stride=8, rates=(1, 2), image_pooling=True
+    )
+    path = tmp_path_factory.mktemp("bundle") / "pooled"
+    fresh = new_bundle(path, architecture=architecture, bands=2, classes=5, seed=4)
+    return save_bundle(path, replace(fresh, crop=(40, 40)), fresh.network().state_dict())
+
+
+def predictor_of(
+    bundle: Bundle, precision: Precision = FP32, *, context: Context = "window"
+) -> Predictor:
+    return Predictor(bundle, device="cpu", precision=precision, context=context, threads=1)
+
+
+def image_of(shape: tuple[int, ...] = (96, 128)) -> NDArray[np.float32]:
+    return np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("precision", [FP32, BF16])
+def test_the_same_input_gives_the_same_bytes(bundle: Bundle, precision: Precision) -> None:
+    """A retried tile would differ from the one that was lost."""
+    first, second = predictor_of(bundle, precision), predictor_of(bundle, precision)
+    logits_KS = first.logits(image_of(), FRAME)
+    for again in (first, second):
+        assert torch.equal(again.logits(image_of(), FRAME), logits_KS)
+    assert (first.loads, logits_KS.dtype, tuple(logits_KS.shape)) == (
+        1,
+        torch.float32,
+        (5, 96, 128),
+    )
+
+
+def test_the_predictor_gives_the_networks_own_logits(bundle: Bundle) -> None:
+    """Memory format, or upsampling apart from the network, would change the values."""
+    with torch.inference_mode():
+        want_KS = bundle.network()(torch.from_numpy(image_of())[None], FRAME)[0]
+    for channels_last in (True, False):
+        precision = replace(FP32, channels_last=channels_last)
+        got_KS = predictor_of(bundle, precision).logits(image_of(), FRAME)
+        assert (got_KS - want_KS).abs().max() <= 1e-4 * want_KS.std()
+
+
+def test_bf16_is_near_fp32_but_not_equal(bundle: Bundle) -> None:
+    """The precision asked for would not be the one used, or its error be more than rounding."""
+    full_KS = predictor_of(bundle).logits(image_of(), FRAME)
+    half_KS = predictor_of(bundle, BF16).logits(image_of(), FRAME)
+    error = (full_KS - half_KS).abs().max() / full_KS.std()
+    assert 1e-4 < error < 0.2
+    assert (full_KS.argmax(0) == half_KS.argmax(0)).float().mean() > 0.97
+
+
+def test_context_is_the_one_asked_for(bundle: Bundle) -> None:
+    """``tile`` would silently be ``window``, or the crop be ignored."""
+    window_KS = predictor_of(bundle).logits(image_of(), FRAME)
+    tile_KS = predictor_of(bundle, context="tile").logits(image_of(), FRAME)
+    whole = replace(bundle, crop=(512, 512))
+    assert not torch.allclose(window_KS, tile_KS, atol=1e-3)
+    wide_KS = predictor_of(whole).logits(image_of(), FRAME)
+    assert torch.allclose(wide_KS, tile_KS, atol=1e-4)
+
+
+def test_an_input_off_the_stride_or_the_scene_is_refused(bundle: Bundle) -> None:
+    """Tiles would be sampled on another grid than the scene, which no halo mends."""
+    predictor = predictor_of(bundle)
+    with pytest.raises(RegionError, match="multiple of the output stride 8 px"):
+        predictor.logits(image_of((96, 124)), FRAME)
+    with pytest.raises(RegionError, match="multiple of the output stride 8 px"):
+        predictor.logits(image_of((96, 64)), Frame((0, 4), (96, 128)))
+    with pytest.raises(RegionError, match="outside the padded scene"):
+        predictor.logits(image_of((96, 128)), Frame((0, 8), (96, 128)))
+    with pytest.raises(SourceError, match="takes 2 bands, the input has 1"):
+        predictor.logits(image_of()[:1], FRAME)
+
+
+def test_auto_takes_bf16_only_where_the_processor_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An emulated bf16 would be slower than fp32, and less exact, by default."""
+    monkeypatch.setattr(precision_module, "processor_flags", lambda: frozenset({"avx2"}))
+    plain = resolve_precision("auto", device="cpu")
+    assert (plain.name, plain.channels_last) == ("fp32", True)
+    assert "no native bfloat16" in plain.why
+    with pytest.raises(PlanError, match="no native bfloat16"):
+        resolve_precision("bf16", device="cpu")
+    monkeypatch.setattr(precision_module, "processor_flags", lambda: frozenset({"amx_bf16"}))
+    native = resolve_precision("auto", device="cpu")
+    assert (native.name, native.dtype) == ("bf16", torch.bfloat16)
+    assert "amx_bf16" in native.why
+    assert resolve_precision("fp32", device="cpu").dtype is torch.float32
+
+
+def test_processor_flags_are_read_from_the_first_processor(tmp_path: Path) -> None:
+    """A flag of the bug list, or of no processor, would be taken for an instruction set."""
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor : 0\nflags\t\t: fpu avx512_bf16\nbugs : amx_bf16\nflags : x\n")
+    assert processor_flags(cpuinfo) == {"fpu", "avx512_bf16"}
+    assert processor_flags(tmp_path / "absent") == frozenset()
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    """A run asked for a GPU would go to the CPU without a word."""
+    with pytest.raises(PlanError, match="there are: cpu, cuda"):
+        resolve_precision("auto", device="mps")
+    if not torch.cuda.is_available():
+        with pytest.raises(PlanError, match="no CUDA device"):
+            resolve_precision("fp32", device="cuda")

@@ -1,0 +1,275 @@
+"""The command. Nothing heavy is imported before it is known what is asked."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.errors import (
+    BundleError,
+    CrfError,
+    LeaseHeldError,
+    PipelineError,
+    PlanError,
+    RegionError,
+    SourceError,
+)
+
+EXIT_FAILED, EXIT_USAGE, EXIT_PARTIAL, EXIT_HELD, EXIT_INTERRUPTED = 1, 2, 3, 75, 130
+USAGE_ERRORS = (PlanError, BundleError, SourceError, CrfError, RegionError)
+
+app = typer.Typer(
+    name="terravox",
+    help="Segment images larger than memory: rasters and volumes, without seams.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+model_app = typer.Typer(help="Model bundles.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(model_app, name="model")
+
+Model = Annotated[Path, typer.Option(help="Model bundle: a directory with model.yaml.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, last, on stdout.")]
+Crf = Annotated[str, typer.Option(help="auto (on if the bundle has a crf part), off, or a file.")]
+TileSide = Annotated[int | None, typer.Option("--tile", help="Side of a tile, px.")]
+HaloAsked = Annotated[str, typer.Option("--halo", help="exact, or a number of px.")]
+Context = Annotated[str, typer.Option(help="Image pooling over a window, or the tile (not exact).")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Floats = Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")]
+Resolution = Annotated[
+    bool, typer.Option("--any-resolution", help="Accept a pixel size unlike the bundle's.")
+]
+Scores = Annotated[str, typer.Option(help="Keep probabilities: none, uint8 or float16.")]
+Volume = Annotated[int | None, typer.Option(help="Which volume of a 4-D scan, from 0.")]
+Workers = Annotated[int | None, typer.Option(help="Number of actors.")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option(help="Show tracebacks (anywhere on the line).")] = False,
+) -> None:
+    level = logging.INFO if debug else logging.WARNING
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=level)
+
+
+@app.command()
+def segment(
+    source: Path,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The mask to write.")],
+    model: Model,
+    run_dir: Annotated[Path | None, typer.Option(help="Run directory; OUT.run otherwise.")] = None,
+    crf: Crf = "auto",
+    tile: TileSide = None,
+    halo: HaloAsked = "exact",
+    context: Context = "window",
+    backend: Annotated[str, typer.Option(help="ray, or serial (this process).")] = "ray",
+    workers: Workers = None,
+    device: Device = "auto",
+    precision: Floats = "auto",
+    any_resolution: Resolution = False,
+    scores: Scores = "none",
+    volume: Volume = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, replace the output.")] = False,
+    allow_failed: Annotated[int, typer.Option(help="Finish with up to N failed tiles.")] = 0,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow store; a SQLite file beside OUT; none.")
+    ] = None,
+    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "terravox",
+    as_json: Json = False,
+) -> None:
+    """Segment one raster or volume; the same command again resumes."""
+    asked = {k: v for k, v in locals().items() if k not in ("source", "output", "model", "as_json")}
+    from workflows.config import options
+    from workflows.interrupt import Interrupt
+    from workflows.segment import segment as run
+
+    with Interrupt() as stop:
+        manifest = run(source, output, model=model, options=options(**asked), stop=stop)
+    _tell(manifest, as_json=as_json)
+    raise typer.Exit(_exit_code(manifest))
+
+
+@app.command()
+def plan(
+    source: Path,
+    model: Model,
+    crf: Crf = "auto",
+    tile: TileSide = None,
+    halo: HaloAsked = "exact",
+    context: Context = "window",
+    workers: Workers = None,
+    device: Device = "auto",
+    precision: Floats = "auto",
+    any_resolution: Resolution = False,
+    scores: Scores = "none",
+    volume: Volume = None,
+    as_json: Json = False,
+) -> None:
+    """Say what would run: halo, tiles, bytes, share of halo work; run nothing."""
+    asked = {k: v for k, v in locals().items() if k not in ("source", "model", "as_json")}
+    from workflows.config import options
+    from workflows.segment import plan_only
+
+    values = plan_only(source, model=model, options=options(**asked))
+    if as_json:
+        print(json.dumps(values))
+        return
+    for key, value in values.items():
+        if value not in (None, ()):
+            print(f"{key:20} {_plain(value)}")
+
+
+@app.command()
+def status(run_dir: Path, as_json: Json = False) -> None:
+    """Say how far a run is, and who works on it."""
+    from workflows.status import run_status
+
+    values = run_status(run_dir)
+    if as_json:
+        print(json.dumps(values))
+        return
+    for key, value in values.items():
+        print(f"{key:20} {_plain(value)}")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine can do, and what is missing."""
+    from workflows.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print(json.dumps(findings))
+        return
+    for key, value in findings.items():
+        print(f"{key:20} {_plain(value)}")
+
+
+@app.command()
+def demo(
+    which: Annotated[str, typer.Argument(help="raster, volume, or both.")] = "both",
+    out: Annotated[Path, typer.Option(help="Directory for everything.")] = Path("demo-out"),
+    size: Annotated[int, typer.Option(help="Side of the scene, px.")] = 4096,
+    as_json: Json = False,
+) -> None:
+    """Run the main job on a generated scene and a real brain; no data, no network needed."""
+    from workflows.demo.show import run_demo
+
+    results = run_demo(which, out=out, size=size)
+    if as_json:
+        print(json.dumps(results))
+
+
+@model_app.command("show")
+def model_show(bundle: Path, as_json: Json = False) -> None:
+    """Say what a bundle holds."""
+    from workflows.model import describe
+
+    values = describe(bundle)
+    if as_json:
+        print(json.dumps(values))
+        return
+    for key, value in values.items():
+        print(f"{key:20} {_plain(value)}")
+
+
+@model_app.command("new")
+def model_new(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the bundle.")],
+    family: str = "v3",
+    backbone: str = "slim",
+    dims: int = 2,
+    bands: int = 3,
+    classes: int = 2,
+    output_stride: Annotated[
+        int | None, typer.Option(help="The backbone's finest if absent.")
+    ] = None,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """Write an untrained bundle: for tests, benchmarks, and trying out a machine."""
+    asked = {k: v for k, v in locals().items() if k != "as_json"}
+    from workflows.model import create, describe
+
+    create(**asked)
+    if as_json:
+        print(json.dumps(describe(output)))
+    else:
+        print(output)
+
+
+def _tell(manifest: Mapping[str, Any], *, as_json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(stderr=True)
+    size = next((k for k in ("area_m2", "volume_ml") if k in manifest["classes"][0]), None)
+    table = Table("id", "class", "pixels", *([size] if size else []))
+    for row in manifest["classes"]:
+        cells = [str(row["id"]), row["name"], f"{row['pixels']:,}"]
+        table.add_row(*cells, *([f"{row[size]:,.1f}"] if size else []))
+    if manifest["output"]:
+        console.print(table)
+    for failed in manifest["failed_tiles"][:20]:
+        console.print(f"tile {failed['tile']} failed: {failed['error']}", highlight=False)
+    tiles = manifest["tiles"]
+    console.print(
+        f"{manifest['status']}: {tiles['done']} of {tiles['total']} tiles in"
+        f" {manifest['seconds']:.1f} s -> {manifest['output'] or 'no output yet; run it again'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if as_json:
+        print(json.dumps(manifest))
+
+
+def _exit_code(manifest: Mapping[str, Any]) -> int:
+    if manifest["status"] == "interrupted":
+        return EXIT_INTERRUPTED
+    return 0 if manifest["output"] else EXIT_PARTIAL
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return " ".join(_plain(v) for v in value)
+    return str(value)
+
+
+def main() -> None:
+    """The console script: errors become one line and an exit code."""
+    debug = "--debug" in sys.argv
+    argv = [word for word in sys.argv[1:] if word != "--debug"]
+    try:
+        code = app(["--debug", *argv] if debug else argv, standalone_mode=False)
+    except Exception as error:  # noqa: BLE001  the last stop: whatever it is, one line
+        sys.exit(_complain(error, debug=debug))
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(code or 0)
+
+
+def _complain(error: Exception, *, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    usage = getattr(error, "exit_code", None)  # what the argument parser raises
+    if usage is not None and hasattr(error, "format_message"):
+        print(f"terravox: {error.format_message()}", file=sys.stderr)
+        return int(usage)
+    if isinstance(error, PipelineError | OSError):
+        print(f"terravox: {' '.join(str(error).split())}", file=sys.stderr)
+    else:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"terravox: internal error, {text} (--debug shows where)", file=sys.stderr)
+    if isinstance(error, LeaseHeldError):
+        return EXIT_HELD
+    return EXIT_USAGE if isinstance(error, USAGE_ERRORS) else EXIT_FAILED

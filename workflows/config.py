@@ -1,0 +1,83 @@
+"""What a user may ask for, checked. Only this package reads arguments, environment and files."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pipeline.errors import PlanError
+
+
+class SegmentOptions(BaseModel):
+    """Options of ``terravox segment``; the contract names them, each once."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run_dir: Path | None = None
+    crf: str = "auto"
+    """auto, off, or a YAML file that holds a ``crf`` part."""
+    tile: int | None = Field(default=None, ge=1)
+    halo: str = "exact"
+    """exact, or a number of pixels."""
+    context: Literal["window", "tile"] = "window"
+    backend: Literal["ray", "serial"] = "ray"
+    workers: int | None = Field(default=None, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    any_resolution: bool = False
+    scores: Literal["none", "uint8", "float16"] = "none"
+    volume: int | None = Field(default=None, ge=0)
+    fresh: bool = False
+    allow_failed: int = Field(default=0, ge=0)
+    tracking_uri: str | None = None
+    experiment: str = "terravox"
+
+    @field_validator("halo")
+    @classmethod
+    def _halo(cls, value: str) -> str:
+        if value != "exact" and not value.isdecimal():
+            raise ValueError("must be 'exact' or a number of pixels")
+        return value
+
+    def request(self) -> dict[str, object]:
+        """The options that decide the bytes of the result, as asked (``auto`` stays ``auto``)."""
+        return self.model_dump(
+            include={
+                "crf", "tile", "halo", "context", "device", "precision", "any_resolution",
+                "scores", "volume",
+            }
+        )  # fmt: skip
+
+
+def options(**asked: object) -> SegmentOptions:
+    """Checked options. Raises PlanError, one line, for a value that cannot be."""
+    try:
+        return SegmentOptions.model_validate(asked)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
+        raise PlanError(f"{name}: {first['msg']}, got {first.get('input')!r}") from error
+
+
+def ray_address() -> str:
+    """Where Ray runs: ``RAY_ADDRESS`` names a cluster to join, else one is started here.
+
+    Settles authentication as well, and must come before the first import of Ray, which reads it
+    then: left alone, it depends on leftovers in the home directory.
+    """
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address == "local":
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    return address
+
+
+def tracking_uri(asked: str | None, *, beside: Path) -> str:
+    """``--tracking-uri``, else ``MLFLOW_TRACKING_URI``, else a SQLite file beside the output."""
+    found = asked or os.environ.get("MLFLOW_TRACKING_URI")
+    return found or f"sqlite:///{beside.resolve() / 'mlflow.db'}"

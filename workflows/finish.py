@@ -1,0 +1,107 @@
+"""From a complete store to the product: stream, reopen, compare, rename."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters.uri import output_kind
+from pipeline.domain import ImageInfo, TileKey
+from pipeline.errors import SourceError
+from pipeline.models.bundle import Bundle
+from pipeline.ports import ArrayStore, Record, Source
+from workflows.planning import SegmentPlan
+from workflows.run_dir import RunDir, write_json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """What is to be written where, and from what."""
+
+    source: Source
+    source_path: Path
+    bundle: Bundle
+    plan: SegmentPlan
+    output: Path
+    run: RunDir
+
+
+def check_output(output: Path, info: ImageInfo) -> None:
+    """Refuse a suffix that does not fit the source. Raises SourceError."""
+    wanted = "cog" if info.ndim == 2 else "nifti"
+    if output_kind(str(output)) != wanted:
+        suffix = {"cog": ".tif", "nifti": ".nii or .nii.gz"}[wanted]
+        raise SourceError(f"output {output}: a source of {info.ndim} axes is written as {suffix}")
+    if not output.parent.is_dir():
+        raise SourceError(f"output {output}: the directory {output.parent} does not exist")
+
+
+def write_product(product: Product, *, store: ArrayStore) -> None:
+    """Write, verify and name the output. Raises FinishError, StoreError or SourceError."""
+    # From here on the name may be ours: a rerun after a kill must know that it is.
+    write_json(finishing_mark(product.run), {"output": str(product.output.resolve())})
+    product.run.scratch.mkdir(exist_ok=True)
+    if product.source.info.ndim == 2:
+        _write_raster(product, store)
+    else:
+        _write_volume(product, store)
+
+
+def finishing_mark(run: RunDir) -> Path:
+    """Present once this run may have given the output its name."""
+    return run.path / "finishing.json"
+
+
+def _write_raster(product: Product, store: ArrayStore) -> None:
+    from adapters.cog import CogSpec, write_cog
+
+    bundle, plan = product.bundle, product.plan
+    spec = CogSpec(
+        source_path=product.source_path,
+        grid=plan.sweep.grid,
+        dtype=bundle.mask_dtype,
+        classes=bundle.classes,
+        tags={
+            "TIFFTAG_SOFTWARE": f"terravox {plan.resolved.versions['terravox']}",
+            "TERRAVOX_FINGERPRINT": plan.tiles.fingerprint,
+            "TERRAVOX_MODEL": f"{bundle.name} {bundle.version}",
+            "TERRAVOX_MODEL_DIGEST": bundle.digest,
+            "TERRAVOX_SOURCE_DIGEST": plan.source_digest,
+            "TERRAVOX_HALO": " ".join(map(str, plan.sweep.reach.halo.before)),
+            "TERRAVOX_TILE": " ".join(map(str, plan.sweep.grid.tile)),
+            "TERRAVOX_PRECISION": plan.resolved.precision.name,
+            "TERRAVOX_CRF": "on" if plan.crf else "off",
+        },
+    )
+    write_cog(product.output, store=store, spec=spec, scratch=product.run.scratch)
+
+
+def _write_volume(product: Product, store: ArrayStore) -> None:
+    from adapters.nifti_writer import Label, NiftiSpec, write_nifti
+
+    bundle, plan = product.bundle, product.plan
+    spec = NiftiSpec(
+        dtype=bundle.mask_dtype,
+        nodata=bundle.mask_nodata,
+        labels=tuple(Label(c.id, c.name, c.color) for c in bundle.classes),
+        intent_name="labels",
+        description=f"terravox {plan.tiles.fingerprint[:16]} model {bundle.digest[:16]}",
+        slab_voxels=plan.sweep.grid.tile[0],
+    )
+    write_nifti(product.output, store=store, source_path=product.source_path, spec=spec)
+
+
+def lost_chunks(records: Iterable[Record], plan: SegmentPlan, store: ArrayStore) -> list[TileKey]:
+    """Tiles that the ledger calls done but whose chunk does not hold those bytes any more.
+
+    A power loss can take a chunk that a killed process could not: read back before it is trusted.
+    """
+    import hashlib
+
+    lost = []
+    for record in records:
+        labels = store.read(plan.sweep.tile(record.key.number).core)
+        if hashlib.sha256(labels.tobytes()).hexdigest() != record.digest:
+            lost.append(record.key)
+    return lost

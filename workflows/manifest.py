@@ -1,0 +1,140 @@
+"""What a run did, as one object: ``manifest.json`` and the answer of ``--json``."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import socket
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.domain import ImageInfo
+from pipeline.ports import Record
+from pipeline.segment_image import Outcome
+from workflows.finish import Product
+from workflows.planning import SegmentPlan, halo_json
+from workflows.run_dir import file_digest
+
+
+def manifest(
+    product: Product, outcome: Outcome, *, seconds: float, peak_bytes: int
+) -> dict[str, Any]:
+    """Keys as in the command's contract; ``seam`` is null until a certificate measures it."""
+    plan, info, bundle = product.plan, product.source.info, product.bundle
+    exists = product.output.exists() and status_of(outcome) in ("done", "partial")
+    return {
+        "status": status_of(outcome),
+        "output": str(product.output.resolve()) if exists else None,
+        "output_sha256": file_digest(product.output) if exists else None,
+        "fingerprint": plan.tiles.fingerprint,
+        "request_digest": plan.request_digest,
+        "source": {
+            "uri": str(product.source_path.resolve()),
+            "digest": plan.source_digest,
+            "shape": info.shape,
+            "crs": info.crs,
+            "affine": info.affine,
+            "selection": info.selection,
+        },
+        "model": {"name": bundle.name, "version": bundle.version, "digest": bundle.digest},
+        "halo": halo_json(plan.sweep.reach) | {"exact": plan.exact},
+        "tile": plan.sweep.grid.tile,
+        "tiles": _tiles(outcome),
+        "halo_work_ratio": round(plan.sweep.halo_work_ratio, 4),
+        "context": plan.resolved.context if bundle.architecture.image_pooling else "none",
+        "crf": _crf(plan),
+        "precision": plan.resolved.precision.name,
+        "device": plan.resolved.device,
+        "classes": classes(outcome, product),
+        "nodata_pixels": counts(outcome).get(bundle.mask_nodata, 0),
+        "seam": None,
+        "seconds": round(seconds, 3),
+        "throughput": _throughput(info, outcome, seconds),
+        "peak_memory_bytes": peak_bytes,
+        "mlflow_run_id": None,
+        "versions": _versions(plan),
+        "notes": plan.notes,
+        "failed_tiles": [
+            {"tile": r.key.number, "error": r.error, "deaths": r.deaths} for r in outcome.failed
+        ],
+    }
+
+
+def status_of(outcome: Outcome) -> str:
+    """``interrupted``, ``partial`` (some tiles failed) or ``done``."""
+    if outcome.interrupted:
+        return "interrupted"
+    return "partial" if outcome.failed else "done"
+
+
+def counts(outcome: Outcome) -> Counter[int]:
+    """Pixels per mask value over all tiles done."""
+    total: Counter[int] = Counter()
+    for record in outcome.records.values():
+        total.update(record.counts)
+    return total
+
+
+def classes(outcome: Outcome, product: Product) -> list[dict[str, Any]]:
+    """Pixels and area (m2) or volume (ml) of each class; no size where a pixel has none."""
+    info, total = product.source.info, counts(outcome)
+    size_key = {"m": "area_m2", "mm": "volume_ml", "px": None}[info.unit]
+    rows = []
+    for look in product.bundle.classes:
+        row: dict[str, Any] = {"id": look.id, "name": look.name, "color": look.color}
+        row["pixels"] = total.get(look.id, 0)
+        if size_key:
+            row[size_key] = round(row["pixels"] * info.voxel_size, 6)
+        rows.append(row)
+    return rows
+
+
+def _tiles(outcome: Outcome) -> dict[str, int]:
+    done = [record for record in outcome.records.values() if record.status == "done"]
+    return {
+        "total": outcome.total,
+        "done": len(done),
+        "failed": len(outcome.failed),
+        "skipped": sum(record.skipped for record in done),
+    }
+
+
+def _crf(plan: SegmentPlan) -> dict[str, Any] | None:
+    if plan.crf is None:
+        return None
+    return {
+        "engine": "pydensecrf",
+        "scope": "tile",
+        "iterations": plan.crf.iterations,
+        "halo": plan.sweep.crf_halo.before,
+    }
+
+
+def _throughput(info: ImageInfo, outcome: Outcome, seconds: float) -> dict[str, float]:
+    pixels = sum(counts(outcome).values())
+    unit = "mpx_per_s" if info.ndim == 2 else "mvox_per_s"
+    return {unit: round(pixels / 1e6 / max(seconds, 1e-9), 4)}
+
+
+def _versions(plan: SegmentPlan) -> Mapping[str, str]:
+    more = {name: version(name) for name in ("ray", "rasterio", "nibabel", "zarr", "mlflow")}
+    return {"python": platform.python_version(), **plan.resolved.versions, **more}
+
+
+def peak_memory(records: Iterable[Record]) -> int:
+    """Peak resident bytes: this process, and the greatest that each other worker reported."""
+    peaks = {f"{socket.gethostname()}:{os.getpid()}": 0}
+    for record in records:
+        peaks[record.worker] = max(peaks.get(record.worker, 0), record.peak_bytes)
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peaks[f"{socket.gethostname()}:{os.getpid()}"] = own
+    return sum(peaks.values())
+
+
+def default_run_dir(output: Path) -> Path:
+    """``OUT.run`` beside the output."""
+    return output.with_name(f"{output.name}.run")

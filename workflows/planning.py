@@ -1,0 +1,365 @@
+"""From what was asked to what will run: every ``auto`` becomes a value, before anything runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+import yaml
+
+from pipeline.crf.dense import require_engine
+from pipeline.crf.params import CrfParams, ResolvedCrf
+from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, Shape, TilePlan
+from pipeline.errors import CrfError, PlanError, SourceError
+from pipeline.inference.memory import activation_bytes
+from pipeline.inference.precision import Precision, resolve_precision
+from pipeline.models.bundle import Bundle
+from pipeline.models.context_pool import Context
+from pipeline.models.receptive_field import reach_of
+from pipeline.ports import Source
+from workflows.config import SegmentOptions
+from workflows.run_dir import canonical_digest
+
+PROCESS_BYTES = 450 * 2**20
+"""A Python process with torch, GDAL and Ray loaded, before the first tile (measured)."""
+
+SPACING_TOLERANCE = 0.05
+AUTO_TILES = {2: (512, 1024, 2048, 4096), 3: (64, 96, 128, 192, 256)}
+AUTO_WORK_RATIO = {2: 1.35, 3: 2.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """Values that ``auto`` became; kept in plan.json and used again on resume."""
+
+    tile: Shape
+    device: Literal["cpu", "cuda"]
+    precision: Precision
+    threads: int
+    context: Context
+    versions: Mapping[str, str]
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Resolved:
+        """The values as plan.json holds them."""
+        precision = Precision(**values["precision"])
+        return cls(**{**values, "tile": tuple(values["tile"]), "precision": precision})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentPlan:
+    """Everything that is known before the first tile is read."""
+
+    tiles: TilePlan
+    resolved: Resolved
+    request_digest: str
+    """SHA-256 of source, bundle and options as asked: does a command mean this run?"""
+
+    source_digest: str
+    channels: tuple[int, ...]
+    crf: ResolvedCrf | None
+    exact: bool
+    """True when the halo covers the receptive field and pooling does not depend on the tile."""
+
+    notes: tuple[str, ...]
+
+    @property
+    def sweep(self) -> Pass:
+        """The pass that writes the mask."""
+        return self.tiles.passes[-1]
+
+    def as_json(self) -> dict[str, Any]:
+        """What plan.json holds and ``terravox plan --json`` prints."""
+        sweep = self.sweep
+        return {
+            "fingerprint": self.tiles.fingerprint,
+            "request_digest": self.request_digest,
+            "source_digest": self.source_digest,
+            "resolved": asdict(self.resolved),
+            "case": sweep.case,
+            "shape": sweep.grid.shape,
+            "padded_shape": sweep.grid.padded_shape,
+            "output_stride": sweep.grid.stride,
+            "tile": sweep.grid.tile,
+            "tiles": len(sweep),
+            "halo": halo_json(sweep.reach),
+            "crf_halo": sweep.crf_halo.before,
+            "exact": self.exact,
+            "halo_work_ratio": round(sweep.halo_work_ratio, 4),
+            "peak_memory_bytes": self.tiles.peak_bytes,
+            "store_bytes": self.tiles.store_bytes,
+            "crf": asdict(self.crf) if self.crf else None,
+            "channels": self.channels,
+            "notes": self.notes,
+        }
+
+
+def halo_json(reach: Reach) -> dict[str, Any]:
+    """The halo in the manifest: per axis and side, and the pooling window in pixels."""
+    return {
+        "before": reach.halo.before,
+        "after": reach.halo.after,
+        "window": reach.window.size if reach.window else None,
+    }
+
+
+def make_plan(
+    source: Source,
+    bundle: Bundle,
+    options: SegmentOptions,
+    *,
+    case: str,
+    found: Mapping[str, Any] | None = None,
+) -> SegmentPlan:
+    """Decide everything; ``found`` is the plan.json of an earlier run in the same directory.
+
+    Raises SourceError, BundleError, CrfError or PlanError, one line each.
+    """
+    info = source.info
+    if info.ndim != bundle.architecture.dims:
+        raise SourceError(
+            f"{case} has {info.ndim} axes, but the network of {bundle.name} takes"
+            f" {bundle.architecture.dims}: choose another bundle"
+        )
+    channels, notes = match_channels(info, bundle)
+    notes += check_spacing(info, bundle, any_resolution=options.any_resolution) + info.notes
+    crf = resolve_crf(options.crf, bundle, info)
+    source_digest = source.digest()
+    request = canonical_digest(
+        {
+            "source": source_digest,
+            "bundle": bundle.digest,
+            "options": options.request(),
+            "crf": asdict(crf) if crf else None,
+        }
+    )
+    reach, exact = network_reach(bundle, options)
+    if found is not None and found["request_digest"] == request:
+        resolved = Resolved.from_json(found["resolved"])
+    else:
+        resolved = resolve(info, bundle, options, reach=reach, crf=crf)
+    sweep = _sweep(info, resolved.tile, reach=reach, crf=crf, case=case)
+    fingerprint = canonical_digest(
+        {
+            "source": source_digest,
+            "bundle": bundle.digest,
+            "resolved": asdict(resolved),
+            "sweep": asdict(sweep),
+            "crf": asdict(crf) if crf else None,
+            "channels": channels,
+            "scores": options.scores,
+        }
+    )
+    return SegmentPlan(
+        tiles=TilePlan(
+            passes=(sweep,),
+            fingerprint=fingerprint,
+            peak_bytes=_peak_bytes(bundle, sweep, resolved, workers=workers(options, resolved)),
+            store_bytes=_store_bytes(bundle, info.shape, scores=options.scores),
+        ),
+        resolved=resolved,
+        request_digest=request,
+        source_digest=source_digest,
+        channels=channels,
+        crf=crf,
+        exact=exact and crf is None,
+        notes=notes,
+    )
+
+
+def match_channels(info: ImageInfo, bundle: Bundle) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Index in the image of each band of the network, and notes on how they were matched.
+
+    By name where the image has all of the names; else by position, which needs equal counts.
+    Raises SourceError.
+    """
+    names = None if isinstance(bundle.input.bands, int) else bundle.input.bands
+    if names is not None and set(names) <= set(info.channels):
+        return tuple(info.channels.index(name) for name in names), ()
+    count = bundle.input.band_count
+    if len(info.channels) != count:
+        wanted = f"{count} ({', '.join(names)})" if names else str(count)
+        raise SourceError(
+            f"the network of {bundle.name} takes {wanted} bands, the image has"
+            f" {len(info.channels)} ({', '.join(info.channels)}): give an image with these bands"
+        )
+    if names is None:
+        return tuple(range(count)), ()
+    note = f"bands taken by position: {', '.join(info.channels)} as {', '.join(names)}"
+    return tuple(range(count)), (note,)
+
+
+def check_spacing(info: ImageInfo, bundle: Bundle, *, any_resolution: bool) -> tuple[str, ...]:
+    """Notes on the pixel size. Raises PlanError when it is more than 5 % off the bundle's."""
+    if info.unit == "mm":
+        wanted = bundle.input.spacing_mm
+    else:
+        size = bundle.input.pixel_size_m
+        wanted = (size,) * info.ndim if size else None
+    if wanted is None:
+        return ()
+    if info.unit == "px":
+        return (f"the image has no physical pixel size; the network expects {wanted[0]:g} m",)
+    off = max(abs(a / b - 1) for a, b in zip(info.spacing, wanted, strict=True))
+    if off <= SPACING_TOLERANCE:
+        return ()
+    found = " x ".join(f"{s:g}" for s in info.spacing)
+    asked = " x ".join(f"{s:g}" for s in wanted)
+    text = f"pixel size is {found} {info.unit}, the network was trained at {asked} {info.unit}"
+    if not any_resolution:
+        raise PlanError(f"{text}: resample the image, or add --any-resolution")
+    return (text,)
+
+
+def resolve_crf(asked: str, bundle: Bundle, info: ImageInfo) -> ResolvedCrf | None:
+    """The CRF on this image's grid; None for none. Raises CrfError."""
+    mapping: object = bundle.crf
+    if asked == "off" or (asked == "auto" and bundle.crf is None):
+        return None
+    if asked != "auto":
+        try:
+            mapping = yaml.safe_load(Path(asked).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise CrfError(f"--crf {asked}: not a readable YAML file: {error}") from error
+        if isinstance(mapping, Mapping) and set(mapping) == {"crf"}:
+            mapping = mapping["crf"]
+    if not isinstance(mapping, Mapping):
+        raise CrfError(f"--crf {asked}: a mapping of CRF parameters is needed, found {mapping!r}")
+    bands = bundle.input.bands
+    names = tuple(str(i + 1) for i in range(bands)) if isinstance(bands, int) else bands
+    crf = CrfParams.from_mapping(mapping).resolve(info.spacing, unit=info.unit, channels=names)
+    require_engine()
+    crf.check_extent(info.shape)
+    return crf
+
+
+def network_reach(bundle: Bundle, options: SegmentOptions) -> tuple[Reach, bool]:
+    """What the network needs around a tile, and whether tiling with it is exact."""
+    network = bundle.network()
+    reach = reach_of(network, context=options.context)
+    exact = options.context == "window" or network.pool is None
+    if options.halo == "exact":
+        return reach, exact
+    short = Halo.uniform(int(options.halo), ndim=bundle.architecture.dims).round_up(reach.stride)
+    enough = (reach.halo | short) == short and reach.window is None
+    window = reach.window and replace(reach.window, outer=Halo.uniform(0, ndim=len(short.before)))
+    return replace(reach, halo=short, window=window), exact and enough
+
+
+def resolve(
+    info: ImageInfo,
+    bundle: Bundle,
+    options: SegmentOptions,
+    *,
+    reach: Reach,
+    crf: ResolvedCrf | None,
+) -> Resolved:
+    """Turn every ``auto`` into a value. Raises PlanError where a wish cannot be met."""
+    cuda = torch.cuda.is_available()
+    if options.device == "cuda" and not cuda:
+        raise PlanError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    device: Literal["cpu", "cuda"] = "cuda" if cuda and options.device != "cpu" else "cpu"
+    threads = -(-cores() // 8) if device == "cpu" else 4
+    if options.tile is None:
+        tile = _auto_tile(info, bundle, reach=reach, crf=crf)
+    else:
+        tile = _asked_tile(options.tile, info=info, stride=reach.stride)
+    return Resolved(
+        tile=tile,
+        device=device,
+        precision=resolve_precision(options.precision, device=device),
+        threads=threads,
+        context=options.context,
+        versions=_versions(crf),
+    )
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def workers(options: SegmentOptions, resolved: Resolved) -> int:
+    """Number of actors: as asked, else one per CUDA device or per share of the cores."""
+    if options.backend == "serial":
+        return 1
+    if options.workers is not None:
+        return options.workers
+    if resolved.device == "cuda":
+        return torch.cuda.device_count()
+    return max(1, cores() // resolved.threads)
+
+
+def _sweep(
+    info: ImageInfo, tile: Shape, *, reach: Reach, crf: ResolvedCrf | None, case: str
+) -> Pass:
+    return Pass(
+        case=case,
+        name="segment",
+        grid=Grid(shape=info.shape, tile=tile, stride=reach.stride),
+        reach=reach,
+        crf_halo=crf.halo_px if crf else Halo.uniform(0, ndim=info.ndim),
+    )
+
+
+def _auto_tile(info: ImageInfo, bundle: Bundle, *, reach: Reach, crf: ResolvedCrf | None) -> Shape:
+    """The smallest of a few sizes whose halo work is modest, or the largest that fits memory."""
+    budget = psutil.virtual_memory().total // 4
+    best: Shape | None = None
+    for side in AUTO_TILES[info.ndim]:
+        tile = _asked_tile(side, info=info, stride=reach.stride)
+        sweep = _sweep(info, tile, reach=reach, crf=crf, case="")
+        if best is not None and _tile_bytes(bundle, sweep) > budget:
+            break
+        best = tile
+        if sweep.halo_work_ratio <= AUTO_WORK_RATIO[info.ndim]:
+            break
+    assert best is not None
+    return best
+
+
+def _asked_tile(side: int, *, info: ImageInfo, stride: int) -> Shape:
+    """A square tile, no longer than the padded scene on any axis. Raises PlanError."""
+    if side % stride:
+        raise PlanError(f"--tile {side}: must be a multiple of the output stride, {stride} px")
+    return tuple(min(side, -(-n // stride) * stride) for n in info.shape)
+
+
+def _tile_bytes(bundle: Bundle, sweep: Pass) -> int:
+    """Predicted working memory of the largest tile, in bytes (fp32)."""
+    middle = sweep.grid.counts
+    number = 0
+    for count in middle:
+        number = number * count + count // 2
+    return activation_bytes(bundle, sweep.tile(number).read.shape)
+
+
+def _peak_bytes(bundle: Bundle, sweep: Pass, resolved: Resolved, *, workers: int) -> int:
+    actors = min(workers, len(sweep))
+    crf = max(tile.scored.size for tile in sweep.tiles()) * _crf_bytes(bundle, resolved)
+    return PROCESS_BYTES * (1 + actors) + actors * (_tile_bytes(bundle, sweep) + crf)
+
+
+def _crf_bytes(bundle: Bundle, resolved: Resolved) -> int:
+    """Bytes per pixel that pydensecrf takes on top of its inputs (measured at 2 to 21 classes)."""
+    return 300 + 50 * len(bundle.classes) if "pydensecrf2" in resolved.versions else 0
+
+
+def _store_bytes(bundle: Bundle, shape: Shape, *, scores: str) -> int:
+    pixels = 1
+    for n in shape:
+        pixels *= n
+    score_size = {"none": 0, "uint8": 1, "float16": 2}[scores]
+    mask_size = 1 if bundle.mask_dtype == "uint8" else 2
+    return pixels * (mask_size + score_size * len(bundle.classes))
+
+
+def _versions(crf: ResolvedCrf | None) -> dict[str, str]:
+    names = ["terravox", "torch", "numpy"] + (["pydensecrf2"] if crf else [])
+    return {name: version(name) for name in names}

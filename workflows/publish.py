@@ -1,0 +1,136 @@
+"""What people see of a run: the tracker, the report, and last of all the manifest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adapters.mlflow_tracker import MlflowTracker, NoTracker
+from pipeline.ports import ArrayStore, Record, Tracker
+from pipeline.segment_image import Outcome
+from workflows.config import SegmentOptions, tracking_uri
+from workflows.finish import Product
+from workflows.quicklook import quicklook
+from workflows.report import write_report
+from workflows.run_dir import read_json, write_json
+
+METRICS_EVERY_S = 5.0
+
+
+class Publisher:
+    """An observer of the run, and its closing: report, manifest, tracker."""
+
+    def __init__(self, product: Product, options: SegmentOptions) -> None:
+        self._product, self._options = product, options
+        self._tracker = self._open(options)
+        self._done = self._failed = self._pixels = 0
+        self._start = self._logged = time.monotonic()
+
+    def start(self) -> None:
+        """Open the tracker's run, or go on in the one that an interrupted run opened."""
+        plan, bundle = self._product.plan, self._product.bundle
+        self._tracker.start(
+            params=_flat(plan.as_json()["resolved"] | {"halo": plan.sweep.reach.halo.before}),
+            tags={
+                "fingerprint": plan.tiles.fingerprint,
+                "source": self._product.source_path.name,
+                "source_digest": plan.source_digest,
+                "model": f"{bundle.name} {bundle.version}",
+                "model_digest": bundle.digest,
+            },
+        )
+        if self._tracker.run_id:
+            write_json(self._product.run.tracking, {"run_id": self._tracker.run_id})
+
+    def tile_done(self, record: Record) -> None:
+        """Figures over time, by tiles done; a few seconds' worth at once."""
+        self._done += record.status == "done"
+        self._failed += record.status == "failed"
+        self._pixels += sum(record.counts.values())
+        now = time.monotonic()
+        if now - self._logged >= METRICS_EVERY_S:
+            self._logged = now
+            self._log(now)
+
+    def finish(
+        self, manifest: Mapping[str, Any], *, outcome: Outcome, store: ArrayStore
+    ) -> dict[str, Any]:
+        """Report and tracker, then the manifest: only if the product exists. Returns it."""
+        run, values = self._product.run, dict(manifest)
+        self._log(time.monotonic())
+        self._tracker.metrics(_final(values), step=self._done)
+        values["mlflow_run_id"] = self._tracker.run_id
+        artifacts = [run.plan]
+        if values["output"]:
+            artifacts += self._papers(values, outcome, store)
+        self._tracker.finish(values["status"], artifacts=artifacts)
+        if self._tracker.error:
+            values["notes"] = (*values["notes"], f"MLflow: {self._tracker.error}")
+        if values["output"]:
+            write_json(run.manifest, values)
+        return values
+
+    def _papers(self, values: Mapping[str, Any], outcome: Outcome, store: ArrayStore) -> list[Path]:
+        run, bundle = self._product.run, self._product.bundle
+        pictures = quicklook(
+            self._product.source,
+            store,
+            colors={look.id: look.color for look in bundle.classes},
+            nodata=bundle.mask_nodata,
+        )
+        write_report(
+            run.report, manifest=values, pictures=pictures, records=list(outcome.records.values())
+        )
+        overlay = run.scratch / "quicklook.png"
+        run.scratch.mkdir(exist_ok=True)
+        pictures["overlay"].save(overlay)
+        draft = run.scratch / run.manifest.name
+        write_json(draft, values)
+        return [draft, run.report, overlay]
+
+    def _open(self, options: SegmentOptions) -> MlflowTracker | NoTracker:
+        output = self._product.output
+        uri = tracking_uri(options.tracking_uri, beside=output.parent)
+        if uri == "none":
+            return NoTracker()
+        known = read_json(self._product.run.tracking) or {}
+        return MlflowTracker(
+            uri, experiment=options.experiment, run_name=output.name, run_id=known.get("run_id")
+        )
+
+    def _log(self, now: float) -> None:
+        seconds = max(now - self._start, 1e-9)
+        self._tracker.metrics(
+            {
+                "tiles_per_s": (self._done + self._failed) / seconds,
+                "mpx_per_s": self._pixels / 1e6 / seconds,
+                "tiles_failed": float(self._failed),
+            },
+            step=self._done,
+        )
+
+
+def _final(manifest: Mapping[str, Any]) -> dict[str, float]:
+    """Class areas or volumes, and the figures of the whole run."""
+    values = {
+        "seconds": float(manifest["seconds"]),
+        "peak_memory_bytes": float(manifest["peak_memory_bytes"]),
+        "halo_work_ratio": float(manifest["halo_work_ratio"]),
+    }
+    for row in manifest["classes"]:
+        for key in ("pixels", "area_m2", "volume_ml"):
+            if key in row:
+                values[f"{key}/{row['name']}"] = float(row[key])
+    return values
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat

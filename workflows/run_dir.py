@@ -1,0 +1,111 @@
+"""The run directory: its files by name, and the rule that a half-written one has no final name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PlanError, StoreError
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """``OUT.run/``: plan, ledger, stores, progress, report and, last, the manifest."""
+
+    path: Path
+
+    @property
+    def plan(self) -> Path:
+        """What was decided before the run."""
+        return self.path / "plan.json"
+
+    @property
+    def ledger(self) -> Path:
+        """Directory of ledger segments."""
+        return self.path / "ledger"
+
+    @property
+    def mask(self) -> Path:
+        """Zarr store of class ids."""
+        return self.path / "mask.zarr"
+
+    @property
+    def scores(self) -> Path:
+        """Zarr store of probabilities, when asked for."""
+        return self.path / "scores.zarr"
+
+    @property
+    def progress(self) -> Path:
+        """How far the run is; rewritten about once a second."""
+        return self.path / "progress.json"
+
+    @property
+    def tracking(self) -> Path:
+        """Identifier of the tracker's run, so that a resumed run goes on in it."""
+        return self.path / "tracking.json"
+
+    @property
+    def report(self) -> Path:
+        """The page for people."""
+        return self.path / "report.html"
+
+    @property
+    def manifest(self) -> Path:
+        """Written last: its presence means that the product exists."""
+        return self.path / "manifest.json"
+
+    @property
+    def scratch(self) -> Path:
+        """Intermediate files, deleted when the run is done."""
+        return self.path / "scratch"
+
+    def clear(self) -> None:
+        """Delete everything but the lease: ``--fresh``."""
+        for entry in self.path.iterdir():
+            if not entry.name.startswith("lease"):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is no file. Raises PlanError when damaged."""
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise PlanError(f"{path} is not JSON ({error}); start over with --fresh") from error
+    if not isinstance(values, dict):
+        raise PlanError(f"{path} does not hold an object; start over with --fresh")
+    return values
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write whole or not at all. Raises StoreError."""
+    draft = path.with_name(f".{path.name}.tmp")
+    try:
+        with draft.open("w") as file:
+            json.dump(values, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        raise StoreError(f"{path} could not be written: {error}") from error
+
+
+def canonical_digest(values: Mapping[str, Any]) -> str:
+    """SHA-256 of an object's canonical JSON."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
