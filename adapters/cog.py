@@ -196,7 +196,7 @@ def _write_tiled(path: Path, *, store: ArrayStore, spec: CogSpec) -> None:
         zlevel=1,
         bigtiff="IF_SAFER",
     ) as file:
-        file.write_colormap(1, _palette(spec))
+        file.write_colormap(1, {look.id: _rgb(look.color) for look in spec.classes})
         file.update_tags(**spec.tags, TERRAVOX_CLASSES=_class_json(spec), AREA_OR_POINT="Area")
         for core in spec.grid.cores():
             file.write(store.read(core), 1, window=_window(core))
@@ -229,14 +229,9 @@ def _rgb(color: str) -> tuple[int, int, int]:
     return digits[0], digits[1], digits[2]
 
 
-def _palette(spec: CogSpec) -> dict[int, tuple[int, int, int, int]]:
-    colours = {look.id: (*_rgb(look.color), 255) for look in spec.classes}
-    return colours | {spec.nodata: (0, 0, 0, 0)}
-
-
 def _class_json(spec: CogSpec) -> str:
     looks = [{"id": look.id, "name": look.name, "color": look.color} for look in spec.classes]
-    return json.dumps(looks, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(looks, separators=(",", ":"))
 
 
 # Field name, type (0 integer, 2 text) and usage codes of a GDAL raster attribute table.

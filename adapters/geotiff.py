@@ -158,13 +158,15 @@ def _kind(path: Path) -> Literal["GTiff", "VRT"]:
     raise SourceError(f"{path} is neither a TIFF nor a VRT by its content; convert it to GeoTIFF")
 
 
-def _references(vrt: Path) -> Iterator[tuple[ET.Element, Path]]:
-    """The elements of a VRT that name files, with the path each means."""
+def _parse(vrt: Path) -> ET.Element:
     try:
-        root = ET.parse(vrt).getroot()  # noqa: S314  expat bounds the expansion of entities
+        return ET.parse(vrt).getroot()  # noqa: S314  expat bounds the expansion of entities
     except ET.ParseError as error:
         raise SourceError(f"{vrt} is not well-formed XML: {error}") from error
-    yield root, vrt
+
+
+def _references(root: ET.Element, *, vrt: Path) -> Iterator[tuple[ET.Element, Path]]:
+    """The elements of a VRT that name files, with the path each means; in any case, as in GDAL."""
     for element in root.iter():
         if element.tag.lower() in ("sourcefilename", "sourcedataset"):
             attributes = {key.lower(): value for key, value in element.attrib.items()}
@@ -175,7 +177,7 @@ def _references(vrt: Path) -> Iterator[tuple[ET.Element, Path]]:
 
 def _check_references(vrt: Path, *, parents: tuple[Path, ...]) -> None:
     """Refuse a VRT that leads anywhere but to local GeoTIFFs and VRTs, or to itself."""
-    for element, path in list(_references(vrt))[1:]:
+    for element, path in _references(_parse(vrt), vrt=vrt):
         if not path.is_absolute():
             raise SourceError(
                 f"{vrt} names {element.text!r} relative to the working directory; set relativeToVRT"
@@ -207,8 +209,9 @@ def _sort_bands(dataset: Any, *, path: Path) -> _Bands:
     shared = False
     for band in channels:
         flags = dataset.mask_flag_enums[band - 1]
-        if MaskFlags.all_valid in flags or MaskFlags.alpha in flags or flags == [MaskFlags.nodata]:
-            continue  # nodata and alpha are applied by us, the file's other masks by GDAL
+        known = flags == [MaskFlags.nodata] and dataset.nodatavals[band - 1] is not None
+        if known or MaskFlags.all_valid in flags or MaskFlags.alpha in flags:
+            continue  # nodata and alpha are applied here, all other masks by GDAL
         if MaskFlags.per_dataset not in flags or not shared:
             masked.append(band)
         shared = shared or MaskFlags.per_dataset in flags
@@ -233,15 +236,8 @@ def _drop_nodata(
     for image_S, value in zip(image_CS, nodata, strict=True):
         if kind.kind == "f":
             np.logical_and(valid_S, np.isfinite(image_S), out=valid_S)
-        if value is not None and _representable(value, kind):
+        if value is not None and kind.type(value) == value:  # 0.5 cannot occur among bytes
             valid_S &= image_S != kind.type(value)
-
-
-def _representable(value: float, dtype: np.dtype[Any]) -> bool:
-    """False for nodata that no pixel of an integer type can have, such as -9999 in uint8."""
-    if dtype.kind == "f":
-        return True
-    return value.is_integer() and bool(np.iinfo(dtype).min <= value <= np.iinfo(dtype).max)
 
 
 def _describe(dataset: Any, bands: _Bands, *, path: Path) -> ImageInfo:
@@ -337,9 +333,9 @@ def _content_digest(path: Path, *, known: dict[Path, str]) -> str:
 
 
 def _vrt_digest(vrt: Path, *, known: dict[Path, str]) -> str:
-    (root, _), *references = _references(vrt)
+    root = _parse(vrt)
     contents = []
-    for element, path in references:
+    for element, path in _references(root, vrt=vrt):
         element.attrib.clear()
         element.text = _content_digest(path, known=known)
         contents.append(element.text)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.uri import output_kind
 from pipeline.domain import ImageInfo, TileKey
-from pipeline.errors import SourceError
+from pipeline.errors import SourceError, StoreError
 from pipeline.models.bundle import Bundle
 from pipeline.ports import ArrayStore, Record, Source
 from workflows.planning import SegmentPlan
@@ -97,11 +98,12 @@ def lost_chunks(records: Iterable[Record], plan: SegmentPlan, store: ArrayStore)
 
     A power loss can take a chunk that a killed process could not: read back before it is trusted.
     """
-    import hashlib
+    return [record.key for record in records if not _holds(record, plan, store)]
 
-    lost = []
-    for record in records:
-        labels = store.read(plan.sweep.tile(record.key.number).core)
-        if hashlib.sha256(labels.tobytes()).hexdigest() != record.digest:
-            lost.append(record.key)
-    return lost
+
+def _holds(record: Record, plan: SegmentPlan, store: ArrayStore) -> bool:
+    try:
+        labels_S = store.read(plan.sweep.tile(record.key.number).core)
+    except StoreError:
+        return False
+    return hashlib.sha256(labels_S.tobytes()).hexdigest() == record.digest

@@ -5,14 +5,17 @@ Axes in array names: B batch, C channel, S space, (y, x) or (z, y, x).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pipeline.errors import RegionError
 from pipeline.models.frame import Frame
+
+_AVERAGE: dict[int, Callable[..., Tensor]] = {2: F.avg_pool2d, 3: F.avg_pool3d}
 
 Context = Literal["window", "tile"]
 """``window``: mean over the training crop around each place. ``tile``: mean over what is read."""
@@ -50,8 +53,13 @@ class WindowMean(nn.Module):
             first, side = origin // self.stride, length // self.stride
             span = min(window, side)
             starts = _window_starts(first, mean_BCS.shape[axis], side=side, window=window)
-            sums_BCS = _sliding_sum(mean_BCS, span, axis=axis)
-            mean_BCS = sums_BCS.index_select(axis, starts.to(sums_BCS.device)) / span
+            # One axis at a time, each sum in the order of its window: a running sum would depend
+            # on where the input starts.
+            kernel = [span if other == axis else 1 for other in axes]
+            mean_BCS = _AVERAGE[len(kernel)](mean_BCS, kernel, stride=1)
+            # Channels stay innermost in memory, as the convolutions want them.
+            mean_BSC = mean_BCS.movedim(1, -1).index_select(axis - 1, starts.to(mean_BCS.device))
+            mean_BCS = mean_BSC.movedim(-1, 1)
         return mean_BCS.to(kept)
 
 
@@ -102,25 +110,3 @@ def _window_starts(first: int, count: int, *, side: int, window: int) -> Tensor:
         )
     starts = (torch.arange(count) + first - window // 2).clamp(0, side - span) - first
     return starts.clamp(0, count - span)
-
-
-def _sliding_sum(values: Tensor, span: int, *, axis: int) -> Tensor:
-    """Sums of ``span`` neighbours along ``axis``, by doubling.
-
-    The order of the additions at a place is fixed by ``span`` alone: a running sum would depend on
-    where the input starts.
-    """
-    count = values.shape[axis] - span + 1
-    total: Tensor | None = None
-    done, width, power = 0, 1, values
-    while done < span:
-        if span & width:
-            part = power.narrow(axis, done, count)
-            total = part.clone() if total is None else total.add_(part)
-            done += width
-        if done < span:
-            reach = power.shape[axis] - width
-            power = power.narrow(axis, 0, reach) + power.narrow(axis, width, reach)
-            width *= 2
-    assert total is not None
-    return total

@@ -15,7 +15,8 @@ def keep_core(array: NDArray[Any], *, core: Region, within: Region) -> NDArray[A
 
     Leading axes (channels, classes) are kept whole. Raises RegionError when ``core`` is not inside.
     """
-    return array[(..., *core.slices(within=within))]
+    index: tuple[Any, ...] = (..., *core.slices(within=within))
+    return array[index]
 
 
 def to_labels(

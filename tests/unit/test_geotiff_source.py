@@ -6,7 +6,6 @@ import math
 import multiprocessing
 import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -89,16 +88,23 @@ def test_an_internal_mask_counts_beside_nodata(tmp_path: Path) -> None:
     np.testing.assert_array_equal(valid(path), expected)
 
 
-def test_nodata_that_the_type_cannot_hold_hides_nothing(tmp_path: Path) -> None:
-    """Broken: -9999 wrapped to 241 in a byte band, which would punch holes into the scene."""
-    image_CS = np.full((1, 2, 2), 241, np.uint8)
-    path = write(tmp_path / "a.tif", image_CS)
-    text = path.with_suffix(".tif.aux.xml")
-    text.write_text(
-        '<PAMDataset><PAMRasterBand band="1"><NoDataValue>-9999</NoDataValue></PAMRasterBand>'
-        "</PAMDataset>"
-    )
-    assert valid(path).all()
+@pytest.mark.parametrize(
+    ("dtype", "nodata", "hidden"),
+    [("Byte", "0.5", False), ("Byte", "-256", False), ("Int64", "9223372036854775807", True)],
+)
+def test_nodata_at_the_edge_of_its_type_is_neither_rounded_nor_lost(
+    tmp_path: Path, dtype: str, nodata: str, hidden: bool
+) -> None:
+    """Broken: 0.5 or -256 taken for 0, which punches holes; a nodata that no float can hold."""
+    vrt = tmp_path / "a.vrt"
+    image = "<NoDataValue>" + nodata + "</NoDataValue>"  # without a source VRT bands read as nodata
+    if not hidden:
+        write(tmp_path / "b.tif", np.zeros((1, 3, 3), np.uint8))
+        name = '<SourceFilename relativeToVRT="1">b.tif</SourceFilename><SourceBand>1</SourceBand>'
+        image += f"<SimpleSource>{name}</SimpleSource>"
+    band = f'<VRTRasterBand dataType="{dtype}" band="1">{image}</VRTRasterBand>'
+    vrt.write_text(f'<VRTDataset rasterXSize="3" rasterYSize="3">{band}</VRTDataset>')
+    assert valid(vrt).all() != hidden
 
 
 @real_data
@@ -236,28 +242,36 @@ def test_a_vrt_leads_only_to_local_rasters(
         _ = GeoTiffSource(vrt_naming(tmp_path, reference, relative=relative)).info
 
 
-def test_a_forked_child_and_its_parent_do_not_share_a_handle(tmp_path: Path) -> None:
-    """Broken: parent and child moving one file offset, each reading the other's bytes."""
-    image_CS = np.random.default_rng(0).integers(0, 255, (1, 640, 640), np.uint8)
+def check_rows(source: GeoTiffSource, image_CS: np.ndarray) -> None:
+    for part in whole(source).blocks((4, 1024)):
+        rows = slice(part.start[0], part.stop[0])
+        np.testing.assert_array_equal(source.read(part).image_CS, image_CS[:, rows])
+
+
+def test_forked_children_do_not_share_a_handle(tmp_path: Path) -> None:
+    """Broken: two processes moving one file offset, each reading the other's bytes."""
+    image_CS = np.random.default_rng(0).integers(0, 255, (1, 4096, 1024), np.uint8)
     source = GeoTiffSource(write(tmp_path / "a.tif", image_CS))
-    parts = list(whole(source).blocks((64, 640)))
-    source.read(parts[0])
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
-        for part, block in zip(parts, pool.map(source.read, parts), strict=True):
-            np.testing.assert_array_equal(
-                block.image_CS[0], image_CS[0, part.start[0] : part.stop[0]]
-            )
+    source.read(Region((0, 0), (1, 1)))  # opened here, inherited below without a pickle
+    fork = multiprocessing.get_context("fork")
+    children = [fork.Process(target=check_rows, args=(source, image_CS)) for _ in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(timeout=60)
+    assert [child.exitcode for child in children] == [0, 0]
 
 
 def test_the_digest_follows_the_content_and_not_the_path(tmp_path: Path) -> None:
     """Broken: a moved scene that starts anew, or a changed one that resumes the old run."""
     digests = []
-    for folder, value in (("one", 1), ("two", 1), ("three", 2)):
+    for folder, value, relative in (("one", 1, 0), ("two", 1, 0), ("three", 1, 1), ("four", 2, 0)):
         (tmp_path / folder).mkdir()
-        write(tmp_path / folder / "b.tif", np.full((1, 3, 3), value, np.uint8))
-        vrt = vrt_naming(tmp_path / folder, str(tmp_path / folder / "b.tif"), relative=0)
+        target = write(tmp_path / folder / "b.tif", np.full((1, 3, 3), value, np.uint8))
+        name = target.name if relative else str(target)
+        vrt = vrt_naming(tmp_path / folder, name, relative=relative)
         digests.append(GeoTiffSource(vrt).digest())
-    assert digests[0] == digests[1] != digests[2]
+    assert digests[0] == digests[1] == digests[2] != digests[3]
 
 
 def test_the_digest_sees_an_external_mask_and_ignores_statistics(tmp_path: Path) -> None:

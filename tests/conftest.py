@@ -1,0 +1,126 @@
+"""Scenes, volumes, bundles and one Ray cluster for the whole session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import rasterio
+from rasterio.transform import from_origin
+from scipy.ndimage import gaussian_filter
+
+from pipeline.models.bundle import Bundle
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("TERRAVOX_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Real images; the test is skipped where there are none."""
+    if not DATA.is_dir():
+        pytest.skip(f"no real data at {DATA}: set TERRAVOX_DATA")
+    return DATA
+
+
+def write_raster(path: Path, image_CYX: np.ndarray, **profile: object) -> Path:
+    """A tiled GeoTIFF at 10 m in UTM 33N, nodata 0, unless ``profile`` says otherwise."""
+    count, height, width = image_CYX.shape
+    defaults: dict[str, object] = {
+        "crs": "EPSG:32633",
+        "transform": from_origin(500000, 5000000, 10, 10),
+        "nodata": 0,
+        "tiled": True,
+        "blockxsize": 256,
+        "blockysize": 256,
+    }
+    with rasterio.open(
+        path,
+        "w",
+        driver="GTiff",
+        width=width,
+        height=height,
+        count=count,
+        dtype=image_CYX.dtype,
+        **(defaults | profile),
+    ) as file:
+        file.write(image_CYX)
+    return path
+
+
+def texture(shape: tuple[int, ...], *, seed: int) -> np.ndarray:
+    """Smooth noise around 1000, uint16: several wavelengths, so that all classes appear."""
+    rng = np.random.default_rng(seed)
+    waves = sum(gaussian_filter(rng.normal(size=shape), s) * s * 150 for s in (1, 2, 4))
+    return np.clip(1000 + waves, 1, 65535).astype(np.uint16)
+
+
+@pytest.fixture(scope="session")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """700 x 900 px, three bands, with a nodata corner and a hole."""
+    image = np.stack([texture((700, 900), seed=seed) for seed in (1, 2, 3)])
+    image[:, :100, :60] = 0
+    image[1, 300:340, 500:520] = 0
+    return write_raster(tmp_path_factory.mktemp("scene") / "scene.tif", image)
+
+
+@pytest.fixture(scope="session")
+def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """90 x 77 x 61 voxels at 1 mm, stored left to right reversed, gzip."""
+    image = texture((90, 77, 61), seed=4).astype(np.int16)
+    affine = np.array([[-1, 0, 0, 40], [0, 1, 0, -30], [0, 0, 1, 10], [0, 0, 0, 1]], dtype=float)
+    path = tmp_path_factory.mktemp("volume") / "scan.nii.gz"
+    nib.save(nib.Nifti1Image(image, affine), path)
+    return path
+
+
+def fresh(path: Path, **changes: object) -> Bundle:
+    """An untrained bundle: slim, three bands, four classes unless changed."""
+    from workflows.model import create
+
+    asked: dict[str, object] = {
+        "family": "v3",
+        "backbone": "slim",
+        "dims": 2,
+        "bands": 3,
+        "classes": 4,
+        "output_stride": None,
+        "seed": 7,
+    }
+    return create(output=path, **(asked | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def slim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The slim 2-D network, untrained."""
+    return fresh(tmp_path_factory.mktemp("bundles") / "slim").path
+
+
+@pytest.fixture(scope="session")
+def slim3d(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The slim 3-D network, untrained."""
+    return fresh(tmp_path_factory.mktemp("bundles") / "slim3d", dims=3, bands=1).path
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One Ray cluster of two logical cores; its token and leftovers live in a HOME of its own."""
+    os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
+    from workflows.config import ray_address
+
+    address = ray_address()
+    import ray
+
+    ray.init(
+        address=address,
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=100 * 2**20,
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
