@@ -162,10 +162,14 @@ def demo(
 ) -> None:
     """Run the main job on a generated scene and a real brain; no data, no network needed."""
     from workflows.demo.show import run_demo
+    from workflows.interrupt import Interrupt
 
-    results = run_demo(which, out=out, size=size)
+    with Interrupt() as stop:
+        results = run_demo(which, out=out, size=size, stop=stop)
     if as_json:
         print(json.dumps(results))
+    if stop():
+        raise typer.Exit(EXIT_INTERRUPTED)
 
 
 @model_app.command("show")

@@ -88,7 +88,7 @@ def _write_volume(product: Product, store: ArrayStore) -> None:
         labels=tuple(Label(c.id, c.name, c.color) for c in bundle.classes),
         intent_name="labels",
         description=f"terravox {plan.tiles.fingerprint[:16]} model {bundle.digest[:16]}",
-        slab_voxels=plan.sweep.grid.tile[0],
+        slab_voxels=max(plan.sweep.grid.tile),
     )
     write_nifti(product.output, store=store, source_path=product.source_path, spec=spec)
 

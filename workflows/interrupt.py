@@ -19,6 +19,7 @@ class Interrupt:
         self._previous: dict[int, Any] = {}
 
     def __call__(self) -> bool:
+        """True once a signal has come."""
         return self._event.is_set()
 
     def __enter__(self) -> Interrupt:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from adapters.mlflow_tracker import MlflowTracker, NoTracker
-from pipeline.ports import ArrayStore, Record, Tracker
+from pipeline.ports import ArrayStore, Record
 from pipeline.segment_image import Outcome
 from workflows.config import SegmentOptions, tracking_uri
 from workflows.finish import Product
@@ -70,6 +71,7 @@ class Publisher:
             values["notes"] = (*values["notes"], f"MLflow: {self._tracker.error}")
         if values["output"]:
             write_json(run.manifest, values)
+            shutil.rmtree(run.scratch)
         return values
 
     def _papers(self, values: Mapping[str, Any], outcome: Outcome, store: ArrayStore) -> list[Path]:

@@ -11,13 +11,13 @@ from typing import Any
 
 from rich.console import Console
 
-from adapters.ledger_file import LedgerFile
 from adapters.lease_file import LeaseFile
+from adapters.ledger_file import LedgerFile
 from adapters.uri import open_source
 from adapters.zarr_store import ZarrStore
-from pipeline.errors import PlanError, SourceError
+from pipeline.errors import PlanError
 from pipeline.models.bundle import Bundle, load_bundle
-from pipeline.ports import ArrayStore, Backend, Guard, Record
+from pipeline.ports import Backend, Guard, Record
 from pipeline.segment_image import Outcome, segment_image
 from pipeline.segment_tile import SegmentTiles
 from pipeline.stitching.scores import ScoreSink
@@ -25,8 +25,8 @@ from workflows.config import SegmentOptions, ray_address
 from workflows.finish import Product, check_output, finishing_mark, lost_chunks, write_product
 from workflows.manifest import default_run_dir, manifest, peak_memory
 from workflows.planning import SegmentPlan, make_plan, workers
-from workflows.publish import Publisher
 from workflows.progress import RunProgress
+from workflows.publish import Publisher
 from workflows.run_dir import RunDir, file_digest, read_json, write_json
 
 log = logging.getLogger(__name__)

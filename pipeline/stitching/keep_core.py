@@ -16,7 +16,8 @@ def keep_core(array: NDArray[Any], *, core: Region, within: Region) -> NDArray[A
     Leading axes (channels, classes) are kept whole. Raises RegionError when ``core`` is not inside.
     """
     index: tuple[Any, ...] = (..., *core.slices(within=within))
-    return array[index]
+    cut: NDArray[Any] = array[index]
+    return cut
 
 
 def to_labels(
