@@ -28,13 +28,13 @@ test: setup
 	$(BIN)/python -m pytest
 
 bench: setup
-	$(BIN)/python -m tests.benchmarks.throughput
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.throughput
 
 bench-memory: setup
-	$(BIN)/python -m tests.benchmarks.memory
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.memory
 
 stress: setup
-	$(BIN)/python -m tests.stress.kill
+	PYTHONPATH=tests $(BIN)/python -m stress.kill
 
 clean:
 	rm -rf .venv build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

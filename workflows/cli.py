@@ -214,7 +214,7 @@ def _tell(manifest: Mapping[str, Any], *, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     size = next((k for k in ("area_m2", "volume_ml") if k in manifest["classes"][0]), None)
     table = Table("id", "class", "pixels", *([size] if size else []))
     for row in manifest["classes"]:
@@ -223,13 +223,11 @@ def _tell(manifest: Mapping[str, Any], *, as_json: bool) -> None:
     if manifest["output"]:
         console.print(table)
     for failed in manifest["failed_tiles"][:20]:
-        console.print(f"tile {failed['tile']} failed: {failed['error']}", highlight=False)
+        console.print(f"tile {failed['tile']} failed: {failed['error']}")
     tiles = manifest["tiles"]
     console.print(
         f"{manifest['status']}: {tiles['done']} of {tiles['total']} tiles in"
-        f" {manifest['seconds']:.1f} s -> {manifest['output'] or 'no output yet; run it again'}",
-        highlight=False,
-        soft_wrap=True,
+        f" {manifest['seconds']:.1f} s -> {manifest['output'] or 'no output yet; run it again'}"
     )
     if as_json:
         print(json.dumps(manifest))

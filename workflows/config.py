@@ -60,7 +60,8 @@ def options(**asked: object) -> SegmentOptions:
     except ValidationError as error:
         first = error.errors()[0]
         name = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
-        raise PlanError(f"{name}: {first['msg']}, got {first.get('input')!r}") from error
+        asked_for = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        raise PlanError(f"{name} {asked_for}, got {first.get('input')!r}") from error
 
 
 def ray_address() -> str:

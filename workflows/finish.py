@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +29,23 @@ class Product:
     run: RunDir
 
 
-def check_output(output: Path, info: ImageInfo) -> None:
-    """Refuse a suffix that does not fit the source. Raises SourceError."""
+def check_output(output: Path, *, source: Path, info: ImageInfo, run: RunDir) -> None:
+    """Refuse what cannot be written, or would destroy something, in the end. Raises SourceError."""
     wanted = "cog" if info.ndim == 2 else "nifti"
     if output_kind(str(output)) != wanted:
         suffix = {"cog": ".tif", "nifti": ".nii or .nii.gz"}[wanted]
         raise SourceError(f"output {output}: a source of {info.ndim} axes is written as {suffix}")
     if not output.parent.is_dir():
         raise SourceError(f"output {output}: the directory {output.parent} does not exist")
+    if output.is_dir():
+        raise SourceError(f"output {output} is a directory; give the path of a file")
+    if output.exists() and output.samefile(source):
+        raise SourceError(f"output {output} is the source itself; choose another output")
+    inside = [part for part in run.parts if part in output.resolve().parents]
+    if inside:
+        raise SourceError(f"output {output} lies in {inside[0]}, the run's own; choose another")
+    if not os.access(output.parent, os.W_OK):
+        raise SourceError(f"output {output}: the directory {output.parent} cannot be written to")
 
 
 def write_product(product: Product, *, store: ArrayStore) -> None:

@@ -21,15 +21,14 @@ from workflows.run_dir import file_digest
 
 
 def manifest(
-    product: Product, outcome: Outcome, *, seconds: float, peak_bytes: int
+    product: Product, outcome: Outcome, *, written: bool, seconds: float, peak_bytes: int
 ) -> dict[str, Any]:
     """Keys as in the command's contract; ``seam`` is null until a certificate measures it."""
     plan, info, bundle = product.plan, product.source.info, product.bundle
-    exists = product.output.exists() and status_of(outcome) in ("done", "partial")
     return {
         "status": status_of(outcome),
-        "output": str(product.output.resolve()) if exists else None,
-        "output_sha256": file_digest(product.output) if exists else None,
+        "output": str(product.output.resolve()) if written else None,
+        "output_sha256": file_digest(product.output) if written else None,
         "fingerprint": plan.tiles.fingerprint,
         "request_digest": plan.request_digest,
         "source": {

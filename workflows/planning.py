@@ -225,7 +225,7 @@ def resolve_crf(asked: str, bundle: Bundle, info: ImageInfo) -> ResolvedCrf | No
     if asked != "auto":
         try:
             mapping = yaml.safe_load(Path(asked).read_text())
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise CrfError(f"--crf {asked}: not a readable YAML file: {error}") from error
         if isinstance(mapping, Mapping) and set(mapping) == {"crf"}:
             mapping = mapping["crf"]

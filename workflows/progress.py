@@ -72,7 +72,7 @@ class RunProgress:
             self._done += 1
         else:
             self._failed += 1
-            self._console.print(f"tile {record.key.number} failed: {record.error}", highlight=False)
+            self._console.print(f"tile {record.key.number} failed: {record.error}")
         now = time.monotonic()
         self._bar.update(
             self._task, completed=self._done + self._failed, rate=f"{self._rate(now):.2f} tiles/s"
@@ -82,7 +82,7 @@ class RunProgress:
             self._write("running")
         if not self._console.is_terminal and now - self._line_at >= LINE_EVERY_S:
             self._line_at = now
-            self._console.print(self._line(now), highlight=False)
+            self._console.print(self._line(now))
 
     def _rate(self, now: float) -> float:
         return self._new / max(now - self._start, 1e-9)

@@ -13,6 +13,9 @@ from typing import Any
 
 from pipeline.errors import PlanError, StoreError
 
+PLAN_KEYS = ("fingerprint", "request_digest", "resolved", "tiles")
+"""What a later command reads in plan.json."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
@@ -65,18 +68,34 @@ class RunDir:
         """Intermediate files, deleted when the run is done."""
         return self.path / "scratch"
 
+    @property
+    def parts(self) -> tuple[Path, ...]:
+        """All that a run makes here, the lease apart."""
+        names = ("finishing.json", "certificate.json")
+        files = (self.plan, self.progress, self.tracking, self.report, self.manifest)
+        folders = (self.ledger, self.mask, self.scores, self.scratch)
+        return (*folders, *files, *(self.path / name for name in names))
+
     def clear(self) -> None:
-        """Delete everything but the lease: ``--fresh``."""
-        for entry in self.path.iterdir():
-            if not entry.name.startswith("lease"):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        """Delete what runs make here, and nothing that somebody else put here: ``--fresh``."""
+        for part in self.parts:
+            shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+
+
+def read_plan(run: RunDir) -> dict[str, Any] | None:
+    """What plan.json holds; None where there is none. Raises PlanError when damaged."""
+    plan = read_json(run.plan)
+    lacking = [key for key in PLAN_KEYS if plan is not None and key not in plan]
+    if lacking:
+        raise PlanError(f"{run.plan} is damaged: it has no {lacking[0]}; start over with --fresh")
+    return plan
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no file. Raises PlanError when damaged."""
     try:
         values = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise PlanError(f"{path} is not JSON ({error}); start over with --fresh") from error
@@ -96,7 +115,10 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())
         draft.replace(path)
     except OSError as error:
-        raise StoreError(f"{path} could not be written: {error}") from error
+        draft.unlink(missing_ok=True)
+        raise StoreError(
+            f"{path} could not be written: {error}; free the disk and run the same command again"
+        ) from error
 
 
 def canonical_digest(values: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from workflows.manifest import default_run_dir, manifest, peak_memory
 from workflows.planning import SegmentPlan, make_plan, workers
 from workflows.progress import RunProgress
 from workflows.publish import Publisher
-from workflows.run_dir import RunDir, file_digest, read_json, write_json
+from workflows.run_dir import RunDir, file_digest, read_json, read_plan, write_json
 
 log = logging.getLogger(__name__)
 
@@ -88,13 +89,16 @@ def run_segmentation(job: Segmentation, *, stop: Callable[[], bool]) -> dict[str
     """The same for a job whose bundle is loaded."""
     started = time.monotonic()
     opened = open_source(str(job.source), volume=job.options.volume)
-    check_output(job.output, opened.info)
     run = job.run
+    check_output(job.output, source=job.source, info=opened.info, run=run)
     if job.output.exists() and not job.options.fresh:
         finished = _finished(job)
         if finished is not None:
             log.warning("%s is finished already; nothing to do", job.output)
             return finished
+    # A request that cannot be planned leaves no directory behind, and --fresh deletes nothing.
+    known = None if job.options.fresh else read_plan(run)
+    make_plan(opened, job.bundle, job.options, case=case_of(job.source), found=known)
     with LeaseFile(run.path) as guard:
         if job.options.fresh:
             run.clear()
@@ -108,16 +112,16 @@ def _finished(job: Segmentation) -> dict[str, Any] | None:
     """
     run, found = job.run, None
     done = read_json(run.manifest)
-    plan = read_json(run.plan)
+    plan = read_plan(run)
     if plan is not None:
         case = case_of(job.source)
         source = open_source(str(job.source), volume=job.options.volume)
         found = make_plan(source, job.bundle, job.options, case=case, found=plan)
         same = found.request_digest == plan["request_digest"]
-        if same and done is not None and done["output_sha256"] == file_digest(job.output):
+        if same and done is not None and done.get("output_sha256") == file_digest(job.output):
             return done if done["status"] == "done" else None
         mark = read_json(finishing_mark(run))
-        if same and mark is not None and mark["output"] == str(job.output.resolve()):
+        if same and mark is not None and mark.get("output") == str(job.output.resolve()):
             return None
     raise PlanError(
         f"{job.output} exists and was not made by this command"
@@ -144,7 +148,7 @@ class _Run:
     def __init__(self, job: Segmentation, guard: Guard, started: float) -> None:
         self.job, self.guard, self.started = job, guard, started
         self.run = job.run
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
         self.source = open_source(
             str(job.source), volume=job.options.volume, scratch=self.run.scratch
         )
@@ -166,11 +170,13 @@ class _Run:
         new: list[Record] = []
         outcome = self._tiles(stop, observers=[new.append, publisher.tile_done])
         allowed = len(outcome.failed) <= self.job.options.allow_failed
-        if allowed and not outcome.interrupted:
+        written = allowed and not outcome.interrupted
+        if written:
             write_product(self.product, store=self.mask)
         values = manifest(
             self.product,
             outcome,
+            written=written,
             seconds=time.monotonic() - self.started,
             peak_bytes=peak_memory(new),
         )
@@ -184,8 +190,8 @@ class _Run:
         progress = RunProgress(
             total=len(self.plan.tiles), known=known, file=self.run.progress, console=self.console
         )
-        with progress:
-            outcome = segment_image(
+        with closing(ledger), progress:
+            return segment_image(
                 self.plan.tiles,
                 self._work(),
                 backend=self._backend(),
@@ -193,8 +199,6 @@ class _Run:
                 observers=[*observers, progress],
                 stop=stop,
             )
-        ledger.close()
-        return outcome
 
     def _trusted(self, ledger: LedgerFile) -> list[Record]:
         """Records of tiles that are done and whose chunk still holds what they say."""
@@ -210,7 +214,7 @@ class _Run:
         return [record for record in done if record.key not in lost]
 
     def _plan(self) -> SegmentPlan:
-        job, found = self.job, read_json(self.run.plan)
+        job, found = self.job, read_plan(self.run)
         plan = make_plan(
             self.source, job.bundle, job.options, case=case_of(job.source), found=found
         )

@@ -9,13 +9,13 @@ from typing import Any
 from adapters.lease_file import read_holder
 from adapters.ledger_file import LedgerFile
 from pipeline.errors import PlanError
-from workflows.run_dir import RunDir, read_json
+from workflows.run_dir import RunDir, read_json, read_plan
 
 
 def run_status(path: Path) -> dict[str, Any]:
     """State, tiles and owner. Raises PlanError for a directory that holds no run."""
     run = RunDir(path)
-    plan, manifest = read_json(run.plan), read_json(run.manifest)
+    plan, manifest = read_plan(run), read_json(run.manifest)
     if plan is None:
         raise PlanError(f"{path} holds no run: it has no plan.json")
     records = LedgerFile(run.ledger, owner="status").records()

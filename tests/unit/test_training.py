@@ -25,6 +25,7 @@ RECIPE = Recipe(
     precision="fp32",
     seed=0,
     threads=1,
+    frozen_steps=10,
     norm_batches=4,
 )
 
@@ -140,7 +141,9 @@ def test_the_loss_falls_and_held_back_pixels_are_told_apart() -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_the_same_recipe_gives_the_same_weights(optimizer: str) -> None:
     """Bundles could not be reproduced; dropout draws from torch's own generator."""
-    recipe = replace(RECIPE, steps=4, optimizer=optimizer, lr=1e-2, norm_batches=2)
+    recipe = replace(
+        RECIPE, steps=4, optimizer=optimizer, lr=1e-2, frozen_steps=1, norm_batches=2
+    )
     first = trained(recipe, losses=[])
     torch.manual_seed(99)
     second = trained(recipe, losses=[])
@@ -155,7 +158,7 @@ def test_training_leaves_the_callers_random_state_and_threads_alone() -> None:
     network = slim()
     torch.set_rng_state(state)
     sampler = CropSampler([blobs(seed=1)], spec=SPEC)
-    fit(network, sampler, recipe=replace(RECIPE, steps=2), on_step=lambda _: None)
+    fit(network, sampler, recipe=replace(RECIPE, steps=2, frozen_steps=0), on_step=lambda _: None)
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -181,6 +184,23 @@ def test_batch_norm_statistics_are_those_of_the_data_afterwards() -> None:
     assert probe.norm.momentum == 0.1
 
 
+@pytest.mark.parametrize("frozen_steps", [0, 6])
+def test_eval_mode_sees_the_statistics_that_the_last_steps_saw(frozen_steps: int) -> None:
+    """A network that leans on the statistics of its batch falls apart on a whole scene."""
+    held: list[torch.Tensor] = []
+    network = slim()
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    fit(
+        network,
+        CropSampler([blobs(seed=1)], spec=SPEC),
+        recipe=replace(RECIPE, steps=12, frozen_steps=frozen_steps),
+        on_step=lambda _: held.append(norms[-1].running_mean.clone()),
+    )
+    same = [torch.equal(mean, norms[-1].running_mean) for mean in held]
+    assert same == [False] * (12 - frozen_steps) + [True] * frozen_steps
+    assert not any(module.training for module in network.modules())
+
+
 def test_volumes_are_trained_on_as_pictures_are() -> None:
     """The loop must not know the number of axes."""
     torch.manual_seed(0)
@@ -196,7 +216,7 @@ def test_volumes_are_trained_on_as_pictures_are() -> None:
     fit(
         network,
         CropSampler([Sample(image, label)], spec=spec),
-        recipe=replace(RECIPE, steps=12, norm_batches=2),
+        recipe=replace(RECIPE, steps=12, frozen_steps=4, norm_batches=2),
         on_step=lambda done: losses.append(done.loss),
     )
     assert losses[-1] < losses[0]

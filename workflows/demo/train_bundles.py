@@ -117,13 +117,13 @@ def brain_course() -> Course:
                 scaling=_z_score([learn]),
                 spacing_mm=brain.spacing_mm,
             ),
-            crop=(64, 64, 64),
+            crop=(48, 48, 48),
         ),
         learn=(learn,),
         tune=(tune,),
-        batch=2,
-        flips=(2,),
-        recipe=_recipe(steps=1000, lr=3e-3),
+        batch=4,
+        flips=(0, 1, 2),
+        recipe=_recipe(steps=1000, lr=2e-3),
         crfs=tuple(
             _crf(smooth=smooth, weight=weight, position=position, guide=(value, ("1",)))
             for smooth in (0.2, 1.0)
@@ -255,6 +255,7 @@ def _recipe(*, steps: int, lr: float) -> Recipe:
         precision="bf16",
         seed=0,
         threads=1,
+        frozen_steps=steps // 2,
         norm_batches=60,
     )
 

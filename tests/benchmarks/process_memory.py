@@ -1,0 +1,59 @@
+"""Peak memory of a command and of the Ray actors it starts: PSS, summed, sampled from outside."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+SAMPLE_S = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What a run took."""
+
+    seconds: float
+    peak_bytes: int
+    """Most that driver and actors held at one moment (proportional set size, summed)."""
+
+
+def measure(command: Sequence[str], *, env: dict[str, str]) -> Measured:
+    """Run a command to its end. Raises CalledProcessError when it fails."""
+    start, peak = time.monotonic(), 0
+    process = subprocess.Popen(command, env=env)
+    while process.poll() is None:
+        peak = max(peak, _held(process.pid))
+        time.sleep(SAMPLE_S)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return Measured(seconds=time.monotonic() - start, peak_bytes=peak)
+
+
+def _held(pid: int) -> int:
+    """Driver and actors; Ray's own daemons, which do not depend on the scene, are left out."""
+    try:
+        children = psutil.Process(pid).children(recursive=True)
+        actors = [child.pid for child in children if child.cmdline()[:1] and _is_actor(child)]
+    except psutil.NoSuchProcess:
+        return 0
+    return sum(_pss(each) for each in (pid, *actors))
+
+
+def _is_actor(process: psutil.Process) -> bool:
+    try:
+        return process.cmdline()[0].startswith("ray::")
+    except (psutil.NoSuchProcess, IndexError):
+        return False
+
+
+def _pss(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
