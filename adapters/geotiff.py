@@ -77,7 +77,8 @@ class GeoTiffSource:
                 return _describe(self._dataset(), self._bands, path=self._path)
         except _GDAL_FAILURES as error:
             raise SourceError(
-                f"{self._path} could not be opened as a GeoTIFF or VRT: {_line(error)}"
+                f"{self._path} could not be opened as a GeoTIFF or VRT: {_line(error)};"
+                " is the file complete?"
             ) from error
 
     def read(self, region: Region) -> Block:

@@ -86,7 +86,10 @@ class LeaseGuard:
 
 
 class LeaseFile:
-    """The driver's half: ``with LeaseFile(run_dir) as guard``. Raises LeaseHeldError on entry."""
+    """The driver's half: ``with LeaseFile(run_dir) as guard``.
+
+    Raises LeaseHeldError on entry, and StoreError where the directory cannot be written to.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / "lease.json"
@@ -94,15 +97,16 @@ class LeaseFile:
         self._closing = threading.Event()
 
     def __enter__(self) -> LeaseGuard:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(self._path):
-            holder = read_holder(self._path)
-            if holder is not None and holder.alive:
-                raise LeaseHeldError(
-                    f"{self._path.parent}: process {holder.pid} on {holder.host} is working here;"
-                    " wait for it, or choose another --run-dir"
-                )
-            self._write()
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._take()
+        except StoreError:
+            raise
+        except OSError as error:
+            raise StoreError(
+                f"the run directory {self._path.parent} cannot be written to: {error.strerror};"
+                " choose another --run-dir, or free the disk"
+            ) from error
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
         return LeaseGuard(self._path, self._token)
 
@@ -116,6 +120,16 @@ class LeaseFile:
         with _locked(self._path):
             if self._owned():
                 self._path.unlink()
+
+    def _take(self) -> None:
+        with _locked(self._path):
+            holder = read_holder(self._path)
+            if holder is not None and holder.alive:
+                raise LeaseHeldError(
+                    f"{self._path.parent}: process {holder.pid} on {holder.host} is working here;"
+                    " wait for it, or choose another --run-dir"
+                )
+            self._write()
 
     def _owned(self) -> bool:
         holder = read_holder(self._path)

@@ -106,7 +106,10 @@ class ZarrStore:
         try:
             self._array[index] = data
         except _FAILURES as error:
-            raise StoreError(f"{self._path}: {region} could not be written: {error}") from error
+            raise StoreError(
+                f"{self._path}: {region} could not be written: {error};"
+                " free the disk and run the same command again"
+            ) from error
         return hashlib.sha256(data.data).hexdigest()
 
     def read(self, region: Region) -> NDArray[Any]:

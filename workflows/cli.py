@@ -265,7 +265,13 @@ def _complain(error: Exception, *, debug: bool) -> int:
         traceback.print_exception(error)
     usage = getattr(error, "exit_code", None)  # what the argument parser raises
     if usage is not None and hasattr(error, "format_message"):
-        print(f"terravox: {error.format_message()}", file=sys.stderr)
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "terravox"
+        text = " ".join(error.format_message().split())
+        if text.startswith("Usage:"):  # nothing was asked: the whole help, as the parser wrote it
+            print(error.format_message(), file=sys.stderr)
+        else:
+            print(f"terravox: {text.rstrip('.')}; see {command} --help", file=sys.stderr)
         return int(usage)
     if isinstance(error, PipelineError | OSError):
         print(f"terravox: {' '.join(str(error).split())}", file=sys.stderr)

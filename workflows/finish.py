@@ -50,13 +50,17 @@ def check_output(output: Path, *, source: Path, info: ImageInfo, run: RunDir) ->
 
 def write_product(product: Product, *, store: ArrayStore) -> None:
     """Write, verify and name the output. Raises FinishError, StoreError or SourceError."""
-    # From here on the name may be ours: a rerun after a kill must know that it is.
-    write_json(finishing_mark(product.run), {"output": str(product.output.resolve())})
+    mark_output(product)
     product.run.scratch.mkdir(exist_ok=True)
     if product.source.info.ndim == 2:
         _write_raster(product, store)
     else:
         _write_volume(product, store)
+
+
+def mark_output(product: Product) -> None:
+    """Note that this run may give the output its name: a rerun after a kill must know."""
+    write_json(finishing_mark(product.run), {"output": str(product.output.resolve())})
 
 
 def finishing_mark(run: RunDir) -> Path:

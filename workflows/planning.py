@@ -47,9 +47,14 @@ class Resolved:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Resolved:
-        """The values as plan.json holds them."""
-        precision = Precision(**values["precision"])
-        return cls(**{**values, "tile": tuple(values["tile"]), "precision": precision})
+        """The values as plan.json holds them. Raises PlanError when they are damaged."""
+        try:
+            precision = Precision(**values["precision"])
+            return cls(**{**values, "tile": tuple(values["tile"]), "precision": precision})
+        except (KeyError, TypeError) as error:
+            raise PlanError(
+                f"plan.json is damaged: 'resolved' holds {values!r}; start over with --fresh"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +146,7 @@ def make_plan(
     )
     reach, exact = network_reach(bundle, options)
     if found is not None and found["request_digest"] == request:
-        resolved = Resolved.from_json(found["resolved"])
+        resolved = _resolved_before(found["resolved"], crf=crf)
     else:
         resolved = resolve(info, bundle, options, reach=reach, crf=crf)
     sweep = _sweep(info, resolved.tile, reach=reach, crf=crf, case=case)
@@ -176,12 +181,20 @@ def make_plan(
 def match_channels(info: ImageInfo, bundle: Bundle) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Index in the image of each band of the network, and notes on how they were matched.
 
-    By name where the image has all of the names; else by position, which needs equal counts.
-    Raises SourceError.
+    By name, in any case, where the image has all of the names; by position where it has none of
+    them, which needs equal counts. Raises SourceError, also for an image that has some of them.
     """
     names = None if isinstance(bundle.input.bands, int) else bundle.input.bands
-    if names is not None and set(names) <= set(info.channels):
-        return tuple(info.channels.index(name) for name in names), ()
+    wanted_names = [name.casefold() for name in names or ()]
+    found_names = [name.casefold() for name in info.channels]
+    missing = [name for name in wanted_names if name not in found_names]
+    if names is not None and not missing:
+        return tuple(found_names.index(name) for name in wanted_names), ()
+    if len(missing) < len(wanted_names):
+        raise SourceError(
+            f"the network of {bundle.name} takes bands {', '.join(names or ())}, the image has"
+            f" {', '.join(info.channels)}: no {', '.join(missing)}; add or name these bands"
+        )
     count = bundle.input.band_count
     if len(info.channels) != count:
         wanted = f"{count} ({', '.join(names)})" if names else str(count)
@@ -226,7 +239,10 @@ def resolve_crf(asked: str, bundle: Bundle, info: ImageInfo) -> ResolvedCrf | No
         try:
             mapping = yaml.safe_load(Path(asked).read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise CrfError(f"--crf {asked}: not a readable YAML file: {error}") from error
+            raise CrfError(
+                f"--crf {asked}: not a readable YAML file: {error};"
+                " give one with a crf part, or auto, or off"
+            ) from error
         if isinstance(mapping, Mapping) and set(mapping) == {"crf"}:
             mapping = mapping["crf"]
     if not isinstance(mapping, Mapping):
@@ -278,6 +294,18 @@ def resolve(
         context=options.context,
         versions=_versions(crf),
     )
+
+
+def _resolved_before(found: Mapping[str, Any], *, crf: ResolvedCrf | None) -> Resolved:
+    """The values of an interrupted run, with today's versions: other ones are another run.
+
+    Raises PlanError when this machine cannot honour them.
+    """
+    before = replace(Resolved.from_json(found), versions=_versions(crf))
+    if before.device == "cuda" and not torch.cuda.is_available():
+        raise PlanError("the run was begun on CUDA, torch sees no such device here; --fresh")
+    resolve_precision(before.precision.name, device=before.device)
+    return before
 
 
 def cores() -> int:

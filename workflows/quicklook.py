@@ -6,6 +6,7 @@ Axes in array names: C colour band (red, green, blue), A those and alpha; S spac
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.domain import ImageInfo, Region, Shape
+from pipeline.errors import SourceReadError
 from pipeline.ports import ArrayStore, Source
+
+log = logging.getLogger(__name__)
 
 WINDOW = 512
 """Side of what is read at once, in pixels: the block of most tiled files."""
@@ -57,6 +61,7 @@ def quicklook(
     A raster is shown in its red, green and blue bands, or its first three, or in grey. A volume
     is shown as its middle axial, coronal and sagittal planes, side by side, the patient's left on
     the left and front (or head) up; the sagittal plane faces right.
+    What cannot be read of the source is transparent in ``image``.
 
     Args:
         source: the scene or scan.
@@ -66,7 +71,6 @@ def quicklook(
         max_side: the longer side of the pictures, in pixels; a raster is never enlarged.
 
     Raises:
-        SourceReadError: the source could not be read.
         StoreError: the mask could not be read.
     """
     info = source.info
@@ -127,11 +131,15 @@ def _sampled(source: Source, mask: ArrayStore, *, positions: tuple[Positions, ..
             tuple(int(axis[0]) for axis in here), tuple(int(axis[-1]) + 1 for axis in here)
         )
         picked = np.ix_(*(axis - axis[0] for axis in here))
-        block = source.read(region)
+        labels_S[part] = mask.read(region)[picked]
+        try:
+            block = source.read(region)
+        except SourceReadError as error:  # its tiles have failed by name; here it stays transparent
+            log.info("%s", error)
+            continue
         for band, channel in enumerate(bands):
             image_CS[band][part] = block.image_CS[channel][picked]
         valid_S[part] = block.valid_S[picked]
-        labels_S[part] = mask.read(region)[picked]
     return _Sample(image_CS=np.where(valid_S, image_CS, 0), valid_S=valid_S, labels_S=labels_S)
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,22 @@ from adapters.ledger_file import LedgerFile
 from adapters.uri import open_source
 from adapters.zarr_store import ZarrStore
 from pipeline.errors import PlanError
-from pipeline.models.bundle import Bundle, load_bundle
+from pipeline.models.bundle import load_bundle
 from pipeline.ports import Backend, Guard, Record
 from pipeline.segment_image import Outcome, segment_image
 from pipeline.segment_tile import SegmentTiles
 from pipeline.stitching.scores import ScoreSink
 from workflows.config import SegmentOptions, ray_address
-from workflows.finish import Product, check_output, finishing_mark, lost_chunks, write_product
+from workflows.finish import (
+    Product,
+    check_output,
+    finishing_mark,
+    lost_chunks,
+    mark_output,
+    write_product,
+)
 from workflows.manifest import default_run_dir, manifest, peak_memory
-from workflows.planning import SegmentPlan, make_plan, workers
+from workflows.planning import make_plan, workers
 from workflows.progress import RunProgress
 from workflows.publish import Publisher
 from workflows.run_dir import RunDir, file_digest, read_json, read_plan, write_json
@@ -36,21 +42,6 @@ log = logging.getLogger(__name__)
 def never() -> bool:
     """A run that is not told to stop."""
     return False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Segmentation:
-    """One source, one bundle, one output, and how to go about it."""
-
-    source: Path
-    output: Path
-    bundle: Bundle
-    options: SegmentOptions = field(default_factory=SegmentOptions)
-
-    @property
-    def run(self) -> RunDir:
-        """Where plan, ledger and stores are kept."""
-        return RunDir((self.options.run_dir or default_run_dir(self.output)).resolve())
 
 
 def segment(
@@ -76,56 +67,50 @@ def segment(
     Raises:
         PipelineError: one line that says what was asked, what was found and what to do.
     """
-    job = Segmentation(
-        source=Path(source).absolute(),
-        output=Path(output).absolute(),
-        bundle=load_bundle(model),
-        options=options or SegmentOptions(),
-    )
-    return run_segmentation(job, stop=stop)
-
-
-def run_segmentation(job: Segmentation, *, stop: Callable[[], bool]) -> dict[str, Any]:
-    """The same for a job whose bundle is loaded."""
     started = time.monotonic()
-    opened = open_source(str(job.source), volume=job.options.volume)
-    run = job.run
-    check_output(job.output, source=job.source, info=opened.info, run=run)
-    if job.output.exists() and not job.options.fresh:
-        finished = _finished(job)
-        if finished is not None:
-            log.warning("%s is finished already; nothing to do", job.output)
-            return finished
+    asked, bundle = options or SegmentOptions(), load_bundle(model)
+    source_path, target = Path(source).absolute(), Path(output).absolute()
+    run = RunDir((asked.run_dir or default_run_dir(target)).resolve())
+    image = open_source(str(source_path), volume=asked.volume, scratch=run.scratch)
+    check_output(target, source=source_path, info=image.info, run=run)
     # A request that cannot be planned leaves no directory behind, and --fresh deletes nothing.
-    known = None if job.options.fresh else read_plan(run)
-    make_plan(opened, job.bundle, job.options, case=case_of(job.source), found=known)
+    known = None if asked.fresh else read_plan(run)
+    plan = make_plan(image, bundle, asked, case=case_of(source_path), found=known)
+    product = Product(
+        source=image,
+        source_path=source_path,
+        bundle=bundle,
+        plan=plan,
+        output=target,
+        run=run,
+    )
+    if target.exists() and not asked.fresh:
+        finished = _finished(product, known)
+        if finished is not None:
+            log.warning("%s is finished already; nothing to do", target)
+            return finished
     with LeaseFile(run.path) as guard:
-        if job.options.fresh:
+        if asked.fresh:
             run.clear()
-        return _Run(job, guard, started).go(stop)
+            mark_output(product)
+        return _Run(product, asked, guard=guard, started=started).go(stop)
 
 
-def _finished(job: Segmentation) -> dict[str, Any] | None:
+def _finished(product: Product, known: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The manifest of this very request; None when this run directory has yet to finish it.
 
     Raises PlanError for an output that something else wrote.
     """
-    run, found = job.run, None
-    done = read_json(run.manifest)
-    plan = read_plan(run)
-    if plan is not None:
-        case = case_of(job.source)
-        source = open_source(str(job.source), volume=job.options.volume)
-        found = make_plan(source, job.bundle, job.options, case=case, found=plan)
-        same = found.request_digest == plan["request_digest"]
-        if same and done is not None and done.get("output_sha256") == file_digest(job.output):
+    run, output = product.run, product.output
+    if known is not None and known["request_digest"] == product.plan.request_digest:
+        done, mark = read_json(run.manifest), read_json(finishing_mark(run))
+        if done is not None and done.get("output_sha256") == file_digest(output):
             return done if done["status"] == "done" else None
-        mark = read_json(finishing_mark(run))
-        if same and mark is not None and mark.get("output") == str(job.output.resolve()):
+        if mark is not None and mark.get("output") == str(output.resolve()):
             return None
     raise PlanError(
-        f"{job.output} exists and was not made by this command"
-        f" ({'other source, model or options' if plan else 'no run directory beside it'}):"
+        f"{output} exists and was not made by this command"
+        f" ({'other source, model or options' if known else 'no run directory beside it'}):"
         " choose another output, or add --fresh to replace it"
     )
 
@@ -145,31 +130,22 @@ def case_of(source: Path) -> str:
 class _Run:
     """What is open while the lease is held."""
 
-    def __init__(self, job: Segmentation, guard: Guard, started: float) -> None:
-        self.job, self.guard, self.started = job, guard, started
-        self.run = job.run
-        self.console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-        self.source = open_source(
-            str(job.source), volume=job.options.volume, scratch=self.run.scratch
-        )
-        self.plan = self._plan()
-        self.mask = self._store(self.run.mask, dtype=job.bundle.mask_dtype)
-        self.product = Product(
-            source=self.source,
-            source_path=job.source,
-            bundle=job.bundle,
-            plan=self.plan,
-            output=job.output,
-            run=self.run,
-        )
+    def __init__(
+        self, product: Product, options: SegmentOptions, *, guard: Guard, started: float
+    ) -> None:
+        self.product, self.options, self.guard = product, options, guard
+        self.run, self.plan, self.started = product.run, product.plan, started
+        self.console = Console(stderr=True)
+        self._keep_plan()
+        self.mask = self._store(self.run.mask, dtype=product.bundle.mask_dtype)
 
     def go(self, stop: Callable[[], bool]) -> dict[str, Any]:
         """Tiles, then the product, then the papers."""
-        publisher = Publisher(self.product, self.job.options)
+        publisher = Publisher(self.product, self.options)
         publisher.start()
         new: list[Record] = []
         outcome = self._tiles(stop, observers=[new.append, publisher.tile_done])
-        allowed = len(outcome.failed) <= self.job.options.allow_failed
+        allowed = len(outcome.failed) <= self.options.allow_failed
         written = allowed and not outcome.interrupted
         if written:
             write_product(self.product, store=self.mask)
@@ -213,32 +189,29 @@ class _Run:
             log.warning("resuming: %d of %d tiles are done", len(done), len(self.plan.tiles))
         return [record for record in done if record.key not in lost]
 
-    def _plan(self) -> SegmentPlan:
-        job, found = self.job, read_plan(self.run)
-        plan = make_plan(
-            self.source, job.bundle, job.options, case=case_of(job.source), found=found
-        )
+    def _keep_plan(self) -> None:
+        """Write plan.json, or prove that the one that is there is this run's."""
+        found = read_plan(self.run)
         if found is None:
-            write_json(self.run.plan, plan.as_json())
-        elif found["fingerprint"] != plan.tiles.fingerprint:
+            write_json(self.run.plan, self.plan.as_json())
+        elif found["fingerprint"] != self.plan.tiles.fingerprint:
             raise PlanError(
                 f"{self.run.path} holds another run (source, model, options or versions differ):"
                 " choose another --run-dir, or add --fresh to start over"
             )
-        for note in plan.notes:
+        for note in self.plan.notes:
             log.warning("%s", note)
-        return plan
 
     def _store(self, path: Path, *, dtype: str) -> ZarrStore:
         grid = self.plan.sweep.grid
-        fill = self.job.bundle.mask_nodata
+        fill = self.product.bundle.mask_nodata
         return ZarrStore.create(path, shape=grid.shape, chunks=grid.tile, dtype=dtype, fill=fill)
 
     def _scores(self) -> ScoreSink | None:
-        dtype = self.job.options.scores
+        dtype = self.options.scores
         if dtype == "none":
             return None
-        grid, classes = self.plan.sweep.grid, len(self.job.bundle.classes)
+        grid, classes = self.plan.sweep.grid, len(self.product.bundle.classes)
         store = ZarrStore.create(
             self.run.scores,
             shape=(classes, *grid.shape),
@@ -251,9 +224,9 @@ class _Run:
     def _work(self) -> SegmentTiles:
         plan, resolved = self.plan, self.plan.resolved
         return SegmentTiles(
-            source=self.source,
+            source=self.product.source,
             channels=plan.channels,
-            bundle=self.job.bundle,
+            bundle=self.product.bundle,
             device=resolved.device,
             precision=resolved.precision,
             context=resolved.context,
@@ -266,7 +239,7 @@ class _Run:
         )
 
     def _backend(self) -> Backend:
-        options = self.job.options
+        options = self.options
         if options.backend == "serial":
             from pipeline.execution.serial import SerialBackend
 

@@ -17,7 +17,7 @@ def run_status(path: Path) -> dict[str, Any]:
     run = RunDir(path)
     plan, manifest = read_plan(run), read_json(run.manifest)
     if plan is None:
-        raise PlanError(f"{path} holds no run: it has no plan.json")
+        raise PlanError(f"{path} holds no run: it has no plan.json; give an OUT.run")
     records = LedgerFile(run.ledger, owner="status").records()
     tiles = Counter(record.status for record in records.values())
     holder = read_holder(run.path / "lease.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import resource
@@ -17,6 +18,8 @@ from pipeline.ports import Record, Work
 
 log = logging.getLogger(__name__)
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
 
 class TileWorker:
     """Runs tiles through read, compute and write; called from one thread, or from several.
@@ -31,13 +34,16 @@ class TileWorker:
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
     def run(self, tile: Tile) -> Record:
-        """The record of a tile; a failed one where any stage raised. Raises LeaseHeldError."""
+        """The record of a tile; a failed one where any stage raised.
+
+        Raises LeaseHeldError, and what a full disk raises: no other tile would fare better.
+        """
         try:
             return self._run(tile)
-        except LeaseHeldError:
-            raise
-        except Exception as error:  # noqa: BLE001  a bad tile is reported, the rest goes on
-            log.warning("tile %d: %s", tile.key.number, traceback.format_exc())
+        except Exception as error:  # a bad tile is reported, the rest goes on
+            if isinstance(error, LeaseHeldError) or _no_space(error):
+                raise
+            log.info("tile %d: %s", tile.key.number, traceback.format_exc())
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             return Record(key=tile.key, status="failed", worker=self.name, error=text)
 
@@ -62,3 +68,9 @@ class TileWorker:
             seconds={"read": t1 - t0, "compute": t3 - t2, "write": t5 - t4},
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
+
+
+def _no_space(error: Exception) -> bool:
+    """Whether an adapter failed for want of space, be it for the mask or for an unpacked scan."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in NO_SPACE

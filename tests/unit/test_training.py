@@ -141,9 +141,7 @@ def test_the_loss_falls_and_held_back_pixels_are_told_apart() -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_the_same_recipe_gives_the_same_weights(optimizer: str) -> None:
     """Bundles could not be reproduced; dropout draws from torch's own generator."""
-    recipe = replace(
-        RECIPE, steps=4, optimizer=optimizer, lr=1e-2, frozen_steps=1, norm_batches=2
-    )
+    recipe = replace(RECIPE, steps=4, optimizer=optimizer, lr=1e-2, frozen_steps=1, norm_batches=2)
     first = trained(recipe, losses=[])
     torch.manual_seed(99)
     second = trained(recipe, losses=[])
