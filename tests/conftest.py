@@ -9,11 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-import rasterio
-from rasterio.transform import from_origin
-from scipy.ndimage import gaussian_filter
-
-from pipeline.models.bundle import Bundle
+from scenes import fresh, texture, write_raster
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("TERRAVOX_DATA", ROOT.parent / "shared" / "data"))
@@ -25,38 +21,6 @@ def data() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"no real data at {DATA}: set TERRAVOX_DATA")
     return DATA
-
-
-def write_raster(path: Path, image_CYX: np.ndarray, **profile: object) -> Path:
-    """A tiled GeoTIFF at 10 m in UTM 33N, nodata 0, unless ``profile`` says otherwise."""
-    count, height, width = image_CYX.shape
-    defaults: dict[str, object] = {
-        "crs": "EPSG:32633",
-        "transform": from_origin(500000, 5000000, 10, 10),
-        "nodata": 0,
-        "tiled": True,
-        "blockxsize": 256,
-        "blockysize": 256,
-    }
-    with rasterio.open(
-        path,
-        "w",
-        driver="GTiff",
-        width=width,
-        height=height,
-        count=count,
-        dtype=image_CYX.dtype,
-        **(defaults | profile),
-    ) as file:
-        file.write(image_CYX)
-    return path
-
-
-def texture(shape: tuple[int, ...], *, seed: int) -> np.ndarray:
-    """Smooth noise around 1000, uint16: several wavelengths, so that all classes appear."""
-    rng = np.random.default_rng(seed)
-    waves = sum(gaussian_filter(rng.normal(size=shape), s) * s * 150 for s in (1, 2, 4))
-    return np.clip(1000 + waves, 1, 65535).astype(np.uint16)
 
 
 @pytest.fixture(scope="session")
@@ -76,22 +40,6 @@ def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("volume") / "scan.nii.gz"
     nib.save(nib.Nifti1Image(image, affine), path)
     return path
-
-
-def fresh(path: Path, **changes: object) -> Bundle:
-    """An untrained bundle: slim, three bands, four classes unless changed."""
-    from workflows.model import create
-
-    asked: dict[str, object] = {
-        "family": "v3",
-        "backbone": "slim",
-        "dims": 2,
-        "bands": 3,
-        "classes": 4,
-        "output_stride": None,
-        "seed": 7,
-    }
-    return create(output=path, **(asked | changes))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

@@ -188,7 +188,7 @@ def test_a_full_disk_ends_the_run_and_with_room_it_is_finished(
     with mounted(disk, f"size={size_k}k"):
         output = disk / "o.tif"
         answer = command.segment(small, output, "--tile", 16)
-        answer.refuses(disk, "No space left on device", "run the same command again", code=1)
+        answer.refuses(disk, "free the disk and run the same command again", code=1)
         assert not output.exists()
         done = records(output)
         subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
@@ -217,7 +217,7 @@ def test_a_file_that_may_not_grow_ends_the_run_and_later_it_is_finished(
         answer = command.segment(small, out / "o.tif", "--tile", 32)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    answer.refuses(out, "run the same command again", code=1)
+    answer.refuses(out, "free the disk and run the same command again", code=1)
     assert not list(out.rglob("*.partial*"))
     assert not list(out.rglob("*.tmp"))
     assert not list((out / "o.tif.run" / "scratch").glob("*.tif"))

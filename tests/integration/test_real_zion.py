@@ -1,4 +1,4 @@
-"""A Landsat scene: a network trained here on a corner of it, then the whole path, then the papers."""
+"""A Landsat scene: a network learns a corner of it, segments it whole, and the papers follow."""
 
 from __future__ import annotations
 
