@@ -135,7 +135,10 @@ def _as_store_error(path: Path) -> Iterator[None]:
     except PipelineError:
         raise
     except _GDAL_FAILURES as error:
-        raise StoreError(f"{path} could not be written: {_line(error)}") from error
+        raise StoreError(
+            f"{path} could not be written: {_line(error)};"
+            " free the disk and run the same command again"
+        ) from error
 
 
 def verify_cog(path: Path, *, store: ArrayStore, spec: CogSpec) -> None:

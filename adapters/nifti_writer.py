@@ -122,7 +122,9 @@ def write_nifti(target: Path, *, store: ArrayStore, source_path: Path, spec: Nif
         verify_nifti(partial, store=store, source_path=source_path, spec=spec)
         partial.replace(target)
     except OSError as error:
-        raise FinishError(f"cannot write {target}: {error}") from error
+        raise FinishError(
+            f"cannot write {target}: {error}; free the disk and run the same command again"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -222,8 +222,6 @@ def _tell(manifest: Mapping[str, Any], *, as_json: bool) -> None:
         table.add_row(*cells, *([f"{row[size]:,.1f}"] if size else []))
     if manifest["output"]:
         console.print(table)
-    for failed in manifest["failed_tiles"][:20]:
-        console.print(f"tile {failed['tile']} failed: {failed['error']}")
     tiles = manifest["tiles"]
     console.print(
         f"{manifest['status']}: {tiles['done']} of {tiles['total']} tiles in"

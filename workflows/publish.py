@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.mlflow_tracker import MlflowTracker, NoTracker
+from pipeline.errors import StoreError
 from pipeline.ports import ArrayStore, Record
 from pipeline.segment_image import Outcome
 from workflows.config import SegmentOptions, tracking_uri
@@ -82,12 +83,16 @@ class Publisher:
             colors={look.id: look.color for look in bundle.classes},
             nodata=bundle.mask_nodata,
         )
-        write_report(
-            run.report, manifest=values, pictures=pictures, records=list(outcome.records.values())
-        )
-        overlay = run.scratch / "quicklook.png"
-        run.scratch.mkdir(exist_ok=True)
-        pictures["overlay"].save(overlay)
+        overlay, records = run.scratch / "quicklook.png", list(outcome.records.values())
+        try:
+            write_report(run.report, manifest=values, pictures=pictures, records=records)
+            run.scratch.mkdir(exist_ok=True)
+            pictures["overlay"].save(overlay)
+        except OSError as error:
+            raise StoreError(
+                f"{run.path}: the report could not be written: {error};"
+                " free the disk and run the same command again"
+            ) from error
         draft = run.scratch / run.manifest.name
         write_json(draft, values)
         return [draft, run.report, overlay]

@@ -93,8 +93,11 @@ def write_report(
 </div>
 """
     draft = path.with_name(f".partial-{path.name}")
-    draft.write_text(PAGE.format(title=_text(name), style=STYLE, body=body), encoding="utf-8")
-    draft.replace(path)
+    try:
+        draft.write_text(PAGE.format(title=_text(name), style=STYLE, body=body), encoding="utf-8")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _text(value: Any) -> str:

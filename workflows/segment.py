@@ -135,7 +135,7 @@ class _Run:
     ) -> None:
         self.product, self.options, self.guard = product, options, guard
         self.run, self.plan, self.started = product.run, product.plan, started
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
         self._keep_plan()
         self.mask = self._store(self.run.mask, dtype=product.bundle.mask_dtype)
 

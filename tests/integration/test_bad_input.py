@@ -81,9 +81,10 @@ def test_a_source_that_cannot_be_used_is_refused_and_leaves_nothing(
 ) -> None:
     """A run directory left behind would turn the corrected command away."""
     make, words = SOURCES[kind]
-    command.segment(make(tmp_path), out / "o.tif").refuses(*words)
+    source = make(tmp_path)
+    command.segment(source, out / "o.tif").refuses(*words)
     assert not tree(out)
-    command("plan", make(tmp_path), "--model", command.model).refuses(*words)
+    command("plan", source, "--model", command.model).refuses(*words)
 
 
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -129,8 +130,12 @@ CRFS: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "broken YAML": (b"crf: [", ("not a readable YAML file",)),
     "a list": (b"[1, 2]", ("mapping",)),
     "an unknown band": (
-        b"crf: {iterations: 1, appearance: {weight: 1, position: 3, value: 3, bands: [nir],"
-        b" range: [0, 1]}, smoothness: {weight: 1, position: 1}}",
+        b"""
+crf:
+  iterations: 1
+  smoothness: {weight: 1, position: 1}
+  appearance: {weight: 1, position: 3, value: 3, bands: [nir], range: [0, 1]}
+""",
         ("nir", "1, 2, 3"),
     ),
 }

@@ -91,14 +91,14 @@ def zion(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Zion:
     network = slim_network(2, bands=4, classes=len(LAND), seed=0)
     spec = CropSpec(crop=(64, 64), batch=8, flips=(0, 1), ignore_index=NODATA)
     recipe = Recipe(
-        steps=240,
+        steps=160,
         optimizer="adamw",
         lr=3e-3,
         weight_decay=1e-2,
         precision="fp32",
         seed=0,
         threads=1,
-        frozen_steps=80,
+        frozen_steps=60,
         norm_batches=10,
     )
 

@@ -70,6 +70,8 @@ def render(region: Region, *, seed: int) -> Labelled:
 
     Blocks of any cutting fit together without a seam. Clouded pixels are NODATA and IGNORED.
     """
+    # Each layer adds its own number to the seed; hashed first, or neighbouring seeds share layers.
+    seed = int(hashed(np.array([seed & 0xFFFFFFFF], np.uint32))[0] >> 8)
     seen = region.grow(Halo.uniform(1, ndim=2))
     y, x = _coordinates(seen)
     ground = _fields(y, x, seed=seed)
@@ -263,6 +265,6 @@ def _sky(image_CS: Floats, y: Floats, x: Floats, *, seed: int) -> NDArray[np.boo
 def _blurred(image_CS: Floats) -> Floats:
     """The optics: pixels share light with their neighbours; the outermost pixels are lost."""
     side, own = np.float32(0.17), np.float32(0.66)
-    rows = image_CS[:, 1:-1] * own + (image_CS[:, :-2] + image_CS[:, 2:]) * side
+    rows: Floats = image_CS[:, 1:-1] * own + (image_CS[:, :-2] + image_CS[:, 2:]) * side
     blurred: Floats = rows[..., 1:-1] * own + (rows[..., :-2] + rows[..., 2:]) * side
     return blurred

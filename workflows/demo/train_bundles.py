@@ -89,8 +89,8 @@ def fields_course() -> Course:
             _crf(
                 smooth=smooth, weight=weight, position=position, guide=(value, landscape.BANDS[1:])
             )
-            for smooth in (0.5, 2.0)
-            for weight, position, value in ((1.0, 6, 12), (2.0, 6, 8), (2.0, 10, 12), (4.0, 6, 8))
+            for smooth in (0.2, 0.5)
+            for weight, position, value in ((2.0, 6, 8), (4.0, 4, 5), (4.0, 6, 8), (8.0, 4, 8))
         ),
         spacing=(PIXEL_SIZE_M, PIXEL_SIZE_M),
         unit="m",
@@ -123,11 +123,11 @@ def brain_course() -> Course:
         tune=(tune,),
         batch=4,
         flips=(0, 1, 2),
-        recipe=_recipe(steps=1000, lr=2e-3),
+        recipe=_recipe(steps=2000, lr=3e-3),
         crfs=tuple(
             _crf(smooth=smooth, weight=weight, position=position, guide=(value, ("1",)))
-            for smooth in (0.2, 1.0)
-            for weight, position, value in ((1.0, 3, 10), (2.0, 3, 6), (2.0, 5, 10), (4.0, 3, 6))
+            for smooth in (0.05, 0.2)
+            for weight, position, value in ((4.0, 3, 6), (8.0, 3, 4), (16.0, 3, 4), (16.0, 5, 3))
         ),
         spacing=brain.spacing_mm,
         unit="mm",
