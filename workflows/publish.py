@@ -56,6 +56,10 @@ class Publisher:
             self._logged = now
             self._log(now)
 
+    def fail(self) -> None:
+        """Close the tracker's run as failed; the same command goes on in it."""
+        self._tracker.finish("failed", artifacts=())
+
     def finish(
         self, manifest: Mapping[str, Any], *, outcome: Outcome, store: ArrayStore
     ) -> dict[str, Any]:

@@ -143,6 +143,13 @@ class _Run:
         """Tiles, then the product, then the papers."""
         publisher = Publisher(self.product, self.options)
         publisher.start()
+        try:
+            return self._publish(publisher, stop)
+        except BaseException:
+            publisher.fail()
+            raise
+
+    def _publish(self, publisher: Publisher, stop: Callable[[], bool]) -> dict[str, Any]:
         new: list[Record] = []
         outcome = self._tiles(stop, observers=[new.append, publisher.tile_done])
         allowed = len(outcome.failed) <= self.options.allow_failed

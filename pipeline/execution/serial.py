@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 
 from pipeline.domain import Tile
 from pipeline.execution.queue import TileQueue
@@ -17,8 +18,9 @@ class SerialBackend:
         self, work: Work, tiles: Iterable[Tile], *, stop: Callable[[], bool]
     ) -> Iterator[Record]:
         """Yield one record per tile, in order but for retries."""
-        worker, queue = TileWorker(work), TileQueue(tiles)
-        while not stop() and (tile := queue.take(alone=True)) is not None:
-            record = queue.settle(tile, worker.run(tile))
-            if record is not None:
-                yield record
+        queue = TileQueue(tiles)
+        with closing(TileWorker(work)) as worker:
+            while not stop() and (tile := queue.take(alone=True)) is not None:
+                record = queue.settle(tile, worker.run(tile))
+                if record is not None:
+                    yield record

@@ -23,6 +23,7 @@ from pipeline.ports import Record, Work
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -35,8 +36,7 @@ class Stage:
     """
 
     def __init__(self, name: str) -> None:
-        self._inbox: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], Any]]
-        self._inbox = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         # Daemon: a worker that Ray ends must not wait for it.
         threading.Thread(target=self._serve, name=name, daemon=True).start()
 
@@ -46,15 +46,19 @@ class Stage:
         self._inbox.put((future, function, args))
         return future.result()
 
+    def close(self) -> None:
+        """End the thread once it has answered what it was asked."""
+        self._inbox.put(None)
+
     def _serve(self) -> None:
-        while True:
-            future, function, args = self._inbox.get()
+        while (call := self._inbox.get()) is not None:
+            future, function, args = call
             start = time.perf_counter()
             try:
                 future.set_result((function(*args), time.perf_counter() - start))
             except BaseException as error:  # noqa: BLE001  it is raised where the call was made
                 future.set_exception(error)
-            del future, function, args  # or the tile stays until the next one comes
+            del call, future, function, args  # or the tile stays until the next one comes
 
 
 class TileWorker:
@@ -65,7 +69,7 @@ class TileWorker:
     """
 
     def __init__(self, work: Work) -> None:
-        self._reader, self._device, self._writer = map(Stage, ("read", "device", "write"))
+        self._reader, self._device, self._writer = Stage("read"), Stage("device"), Stage("write")
         self._work, _ = self._device.run(work.open)
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
@@ -82,6 +86,11 @@ class TileWorker:
             log.info("tile %d: %s", tile.key.number, traceback.format_exc())
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             return Record(key=tile.key, status="failed", worker=self.name, error=text)
+
+    def close(self) -> None:
+        """End the threads; what they hold is freed."""
+        for stage in (self._reader, self._device, self._writer):
+            stage.close()
 
     def _run(self, tile: Tile) -> Record:
         data, read_s = self._reader.run(self._work.read, tile)

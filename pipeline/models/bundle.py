@@ -179,7 +179,8 @@ def save_bundle(path: str | Path, bundle: Bundle, state_dict: Mapping[str, Tenso
         if path.exists():
             path.rename(Path(scratch) / "old")
         fresh.rename(path)
-    return saved
+    # As the file says it: 30 given for 30.0 would be another digest.
+    return load_bundle(path)
 
 
 def _document(bundle: Bundle) -> dict[str, Any]:

@@ -264,3 +264,14 @@ def test_a_bundle_is_read_without_torch(bundle: Bundle) -> None:
         "load_bundle(sys.argv[1]).digest; sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(bundle.path)], check=True)
+
+
+def test_a_saved_bundle_has_the_digest_of_the_one_that_is_loaded(tmp_path: Path) -> None:
+    """A whole number given for a float would otherwise name two bundles."""
+    architecture = Architecture(
+        family="v3", backbone="slim", dims=2, output_stride=8, rates=(1, 2), image_pooling=False
+    )
+    bundle = new_bundle(tmp_path / "b", architecture=architecture, bands=1, classes=2, seed=0)
+    whole = replace(bundle, input=replace(bundle.input, pixel_size_m=30))
+    saved = save_bundle(tmp_path / "c", whole, bundle.network().state_dict())
+    assert saved.digest == load_bundle(tmp_path / "c").digest
