@@ -149,12 +149,17 @@ class NiftiSource:
         count = self._volumes
         if not 0 <= (self.volume or 0) < count:
             raise SourceError(f"--volume {self.volume} asked of {path}, which has {count} volumes")
+        end = int(offset) + count * voxels * dtype.itemsize
+        if not is_gzip(path) and path.stat().st_size < end:
+            raise SourceError(
+                f"{path} is cut short: {path.stat().st_size} bytes of {end}; fetch it again"
+            )
         slope, inter = _scaling(header, path=path)
         return _Layout(
             shape_ijk=shape,
             dtype=dtype,
             offset=int(offset) + (self.volume or 0) * voxels * dtype.itemsize,
-            end=int(offset) + count * voxels * dtype.itemsize,
+            end=end,
             slope=slope,
             inter=inter,
             orientation=Orientation.from_affine(best_affine(header, path=path)),

@@ -202,6 +202,13 @@ def plant(path: Path, content: bytes) -> Path:
     return path
 
 
+def test_a_truncated_plain_file_is_refused_before_anything_is_read(tmp_path):
+    """Its size says so; found tile by tile it would cost a night."""
+    path = plant(tmp_path / "a.nii", saved(tmp_path / "v.nii").read_bytes()[:-8])
+    with pytest.raises(SourceError, match="cut short"):
+        NiftiSource(path).info.shape
+
+
 @pytest.mark.parametrize("with_scratch", [True, False])
 def test_a_truncated_file_is_a_read_error(tmp_path, with_scratch):
     """A copy cut short must fail that scan, not fill it with zeros or kill the worker."""
@@ -209,7 +216,6 @@ def test_a_truncated_file_is_a_read_error(tmp_path, with_scratch):
     plain = saved(tmp_path / "v.nii").read_bytes()
     packed = gzip.compress(plain)
     broken = {
-        "a.nii": plain[:-8],
         "b.nii.gz": gzip.compress(plain[:-8]),
         "c.nii.gz": packed[:-30],
         "d.nii.gz": packed[:-8] + bytes(8),
