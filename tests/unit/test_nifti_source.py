@@ -206,7 +206,7 @@ def test_a_truncated_plain_file_is_refused_before_anything_is_read(tmp_path):
     """Its size says so; found tile by tile it would cost a night."""
     path = plant(tmp_path / "a.nii", saved(tmp_path / "v.nii").read_bytes()[:-8])
     with pytest.raises(SourceError, match="cut short"):
-        NiftiSource(path).info.shape
+        whole(NiftiSource(path))
 
 
 @pytest.mark.parametrize("with_scratch", [True, False])
