@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 from scenes import fresh, texture, write_raster
 
+from workflows.config import ray_address
+
 ROOT = Path(__file__).parents[1]
+# Before anything imports Ray, which reads its authentication then: collecting doctests does.
+RAY_ADDRESS = ray_address()
 DATA = Path(os.environ.get("TERRAVOX_DATA", ROOT.parent / "shared" / "data"))
 
 
@@ -58,13 +62,10 @@ def slim3d(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One Ray cluster of two logical cores; its token and leftovers live in a HOME of its own."""
     os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
-    from workflows.config import ray_address
-
-    address = ray_address()
     import ray
 
     ray.init(
-        address=address,
+        address=RAY_ADDRESS,
         num_cpus=2,
         include_dashboard=False,
         object_store_memory=100 * 2**20,

@@ -86,11 +86,8 @@ def fields_course() -> Course:
         flips=(0, 1),
         recipe=_recipe(steps=2800, lr=3e-3),
         crfs=tuple(
-            _crf(
-                smooth=smooth, weight=weight, position=position, guide=(value, landscape.BANDS[1:])
-            )
-            for smooth in (0.2, 0.5)
-            for weight, position, value in ((2.0, 6, 8), (4.0, 4, 5), (4.0, 6, 8), (8.0, 4, 8))
+            _crf(weight, position=position, value=value, bands=landscape.BANDS[1:], top=5000)
+            for weight, position, value in ((2.0, 6, 8), (4.0, 4, 5), (4.0, 6, 8), (4.0, 6, 12))
         ),
         spacing=(PIXEL_SIZE_M, PIXEL_SIZE_M),
         unit="m",
@@ -125,8 +122,7 @@ def brain_course() -> Course:
         flips=(0, 1, 2),
         recipe=_recipe(steps=2000, lr=3e-3),
         crfs=tuple(
-            _crf(smooth=smooth, weight=weight, position=position, guide=(value, ("1",)))
-            for smooth in (0.05, 0.2)
+            _crf(weight, position=position, value=value, bands=("1",), top=255)
             for weight, position, value in ((4.0, 3, 6), (8.0, 3, 4), (16.0, 3, 4), (16.0, 5, 3))
         ),
         spacing=brain.spacing_mm,
@@ -150,6 +146,12 @@ def train(course: Course, out: Path) -> Bundle:
     )
     samples = [Sample(normalised(image_CS, bundle), label_S) for image_CS, label_S in course.learn]
     fit(network, CropSampler(samples, spec=spec), recipe=course.recipe, on_step=_log_step)
+    return save_bundle(out, _judged(course, network), network.state_dict())
+
+
+def _judged(course: Course, network: DeepLab) -> Bundle:
+    """The bundle with its scores on the tuning data, and with a CRF if one improves them."""
+    bundle = course.bundle
     guesses = [probabilities(network, normalised(image_CS, bundle)) for image_CS, _ in course.tune]
     plain = _score(course, guesses, crf=None)
     log.info("%s without CRF: mean IoU %.4f, IoU %s", bundle.name, plain.mean_iou, plain.iou_K)
@@ -164,7 +166,7 @@ def train(course: Course, out: Path) -> Bundle:
         "data": [_digest(course.learn)],
         "metrics": {name: round(value, 4) for name, value in metrics.items()},
     }
-    return save_bundle(out, replace(bundle, crf=chosen, training=training), network.state_dict())
+    return replace(bundle, crf=chosen, training=training)
 
 
 def probabilities(network: DeepLab, image_CS: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -261,20 +263,20 @@ def _recipe(*, steps: int, lr: float) -> Recipe:
 
 
 def _crf(
-    *, smooth: float, weight: float, position: float, guide: tuple[float, tuple[str, ...]]
+    weight: float, *, position: float, value: float, bands: tuple[str, ...], top: float
 ) -> Mapping[str, Any]:
-    value, bands = guide
-    return {
-        "iterations": 5,
-        "smoothness": {"weight": smooth, "position": 3},
-        "appearance": {
-            "weight": weight,
-            "position": position,
-            "value": value,
-            "bands": list(bands),
-            "range": [0, 5000 if len(bands) > 1 else 255],
-        },
+    """An appearance kernel alone, for three iterations.
+
+    Smoothness beside it, or five iterations, moved no mean IoU by more than 0.001 in trials.
+    """
+    appearance = {
+        "weight": weight,
+        "position": position,
+        "value": value,
+        "bands": list(bands),
+        "range": [0, top],
     }
+    return {"iterations": 3, "appearance": appearance}
 
 
 def _digest(learn: Iterable[Labelled]) -> str:
@@ -292,15 +294,16 @@ def _log_step(done: StepDone) -> None:
 
 
 def main() -> None:
-    """Train the bundles named, or both."""
+    """Train both bundles, or the one named."""
     courses = {"fields": fields_course, "brain": brain_course}
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*courses, []], default=list(courses))
+    parser.add_argument("--only", choices=list(courses))
     parser.add_argument("--out", type=Path, default=BUNDLES)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    for name in arguments.names or courses:
-        train(courses[name](), arguments.out / name)
+    for name, course in courses.items():
+        if arguments.only in (None, name):
+            train(course(), arguments.out / name)
 
 
 if __name__ == "__main__":
