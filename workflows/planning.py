@@ -79,6 +79,18 @@ class SegmentPlan:
         """The pass that writes the mask."""
         return self.tiles.passes[-1]
 
+    @property
+    def summary(self) -> str:
+        """One line for people, before the run."""
+        sweep, resolved = self.sweep, self.resolved
+        side = " x ".join(map(str, sweep.grid.tile))
+        return (
+            f"{len(sweep)} tiles of {side} px, halo {sweep.reach.halo_with_window.largest} px,"
+            f" work {sweep.halo_work_ratio:.2f} times the scene,"
+            f" {resolved.precision.name} on {resolved.device} ({resolved.precision.why}),"
+            f" CRF {'on' if self.crf else 'off'}"
+        )
+
     def as_json(self) -> dict[str, Any]:
         """What plan.json holds and ``terravox plan --json`` prints."""
         sweep = self.sweep

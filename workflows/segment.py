@@ -206,6 +206,7 @@ class _Run:
                 f"{self.run.path} holds another run (source, model, options or versions differ):"
                 " choose another --run-dir, or add --fresh to start over"
             )
+        self.console.print(self.plan.summary)
         for note in self.plan.notes:
             log.warning("%s", note)
 
