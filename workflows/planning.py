@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 import yaml
 
@@ -17,7 +16,6 @@ from pipeline.crf.dense import require_engine
 from pipeline.crf.params import CrfParams, ResolvedCrf
 from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, Shape, TilePlan
 from pipeline.errors import CrfError, PlanError, SourceError
-from pipeline.inference.memory import activation_bytes
 from pipeline.inference.precision import Precision, resolve_precision
 from pipeline.models.bundle import Bundle
 from pipeline.models.context_pool import Context
@@ -25,13 +23,9 @@ from pipeline.models.receptive_field import reach_of
 from pipeline.ports import Source
 from workflows.config import SegmentOptions
 from workflows.run_dir import canonical_digest
-
-PROCESS_BYTES = 450 * 2**20
-"""A Python process with torch, GDAL and Ray loaded, before the first tile (measured)."""
+from workflows.sizing import AUTO_TILES, asked_tile, modest, peak_bytes, store_bytes
 
 SPACING_TOLERANCE = 0.05
-AUTO_TILES = {2: (512, 1024, 2048, 4096), 3: (64, 96, 128, 192, 256)}
-AUTO_WORK_RATIO = {2: 1.35, 3: 2.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,8 +171,10 @@ def make_plan(
         tiles=TilePlan(
             passes=(sweep,),
             fingerprint=fingerprint,
-            peak_bytes=_peak_bytes(bundle, sweep, resolved, workers=workers(options, resolved)),
-            store_bytes=_store_bytes(bundle, info.shape, scores=options.scores),
+            peak_bytes=peak_bytes(
+                bundle, sweep, workers=workers(options, resolved), with_crf=crf is not None
+            ),
+            store_bytes=store_bytes(bundle, info.shape, scores=options.scores),
         ),
         resolved=resolved,
         request_digest=request,
@@ -294,12 +290,11 @@ def resolve(
         raise PlanError("--device cuda: torch sees no CUDA device here; use --device cpu")
     device: Literal["cpu", "cuda"] = "cuda" if cuda and options.device != "cpu" else "cpu"
     threads = -(-cores() // 8) if device == "cpu" else 4
-    if options.tile is None:
-        tile = _auto_tile(info, bundle, reach=reach, crf=crf)
-    else:
-        tile = _asked_tile(options.tile, info=info, stride=reach.stride)
+    sides = AUTO_TILES[info.ndim] if options.tile is None else (options.tile,)
+    tiles = [asked_tile(side, shape=info.shape, stride=reach.stride) for side in sides]
+    sweeps = (_sweep(info, tile, reach=reach, crf=crf, case="") for tile in tiles)
     return Resolved(
-        tile=tile,
+        tile=modest(sweeps, bundle).grid.tile,
         device=device,
         precision=resolve_precision(options.precision, device=device),
         threads=threads,
@@ -346,58 +341,6 @@ def _sweep(
         reach=reach,
         crf_halo=crf.halo_px if crf else Halo.uniform(0, ndim=info.ndim),
     )
-
-
-def _auto_tile(info: ImageInfo, bundle: Bundle, *, reach: Reach, crf: ResolvedCrf | None) -> Shape:
-    """The smallest of a few sizes whose halo work is modest, or the largest that fits memory."""
-    budget = psutil.virtual_memory().total // 4
-    best: Shape | None = None
-    for side in AUTO_TILES[info.ndim]:
-        tile = _asked_tile(side, info=info, stride=reach.stride)
-        sweep = _sweep(info, tile, reach=reach, crf=crf, case="")
-        if best is not None and _tile_bytes(bundle, sweep) > budget:
-            break
-        best = tile
-        if sweep.halo_work_ratio <= AUTO_WORK_RATIO[info.ndim]:
-            break
-    assert best is not None
-    return best
-
-
-def _asked_tile(side: int, *, info: ImageInfo, stride: int) -> Shape:
-    """A square tile, no longer than the padded scene on any axis. Raises PlanError."""
-    if side % stride:
-        raise PlanError(f"--tile {side}: must be a multiple of the output stride, {stride} px")
-    return tuple(min(side, -(-n // stride) * stride) for n in info.shape)
-
-
-def _tile_bytes(bundle: Bundle, sweep: Pass) -> int:
-    """Predicted working memory of the largest tile, in bytes (fp32)."""
-    middle = sweep.grid.counts
-    number = 0
-    for count in middle:
-        number = number * count + count // 2
-    return activation_bytes(bundle, sweep.tile(number).read.shape)
-
-
-def _peak_bytes(bundle: Bundle, sweep: Pass, resolved: Resolved, *, workers: int) -> int:
-    actors = min(workers, len(sweep))
-    crf = max(tile.scored.size for tile in sweep.tiles()) * _crf_bytes(bundle, resolved)
-    return PROCESS_BYTES * (1 + actors) + actors * (_tile_bytes(bundle, sweep) + crf)
-
-
-def _crf_bytes(bundle: Bundle, resolved: Resolved) -> int:
-    """Bytes per pixel that pydensecrf takes on top of its inputs (measured at 2 to 21 classes)."""
-    return 300 + 50 * len(bundle.classes) if "pydensecrf2" in resolved.versions else 0
-
-
-def _store_bytes(bundle: Bundle, shape: Shape, *, scores: str) -> int:
-    pixels = 1
-    for n in shape:
-        pixels *= n
-    score_size = {"none": 0, "uint8": 1, "float16": 2}[scores]
-    mask_size = 1 if bundle.mask_dtype == "uint8" else 2
-    return pixels * (mask_size + score_size * len(bundle.classes))
 
 
 def _versions(crf: ResolvedCrf | None) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -50,8 +51,10 @@ def main() -> None:
         for side in SIDES:
             measured = run(folder, side)
             peaks[side] = measured.peak_bytes
+            plan = json.loads((folder / f"mask-{side}.tif.run" / "plan.json").read_text())
             print(
-                f"{side} px: peak {measured.peak_bytes / 2**20:.0f} MiB (PSS, driver and actors),"
+                f"{side} px: peak {measured.peak_bytes / 2**20:.0f} MiB (PSS, driver and actors;"
+                f" the plan said {plan['peak_memory_bytes'] / 2**20:.0f}),"
                 f" {measured.seconds:.0f} s, {side * side / 1e6 / measured.seconds:.2f} Mpx/s"
             )
     small, large = (peaks[side] for side in SIDES)
