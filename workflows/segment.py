@@ -141,6 +141,7 @@ class _Run:
 
     def go(self, stop: Callable[[], bool]) -> dict[str, Any]:
         """Tiles, then the product, then the papers."""
+        self.run.manifest.unlink(missing_ok=True)  # its presence means that the product exists
         publisher = Publisher(self.product, self.options)
         publisher.start()
         try:

@@ -130,3 +130,17 @@ def test_scores_are_kept_when_asked_and_agree_with_the_mask(
     best = np.sort(scores, axis=0)
     clear = valid & (best[-1] - best[-2] > 2e-3)
     assert np.array_equal(scores.argmax(axis=0)[clear], labels[clear])
+
+
+def test_a_product_that_was_deleted_is_made_again_from_the_store(
+    scene: Path, slim: Path, tmp_path: Path
+) -> None:
+    """Tiles are not computed twice, and the manifest never speaks of a file that is not there."""
+    output, asked = tmp_path / "o.tif", options(backend="serial", tile=256)
+    first = segment(scene, output, model=slim, options=asked)
+    lines = LedgerFile(Path(f"{output}.run/ledger"), owner="test")
+    before = len(list(lines.history()))
+    output.unlink()
+    again = segment(scene, output, model=slim, options=asked)
+    assert again["output_sha256"] == first["output_sha256"] == file_digest(output)
+    assert len(list(lines.history())) == before
