@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import threading
@@ -23,6 +24,8 @@ import psutil
 
 from pipeline.errors import LeaseHeldError, StoreError
 
+log = logging.getLogger(__name__)
+
 EXPIRY_S = 300.0
 """Longer than pydensecrf, which holds the interpreter lock, takes for a tile."""
 
@@ -37,7 +40,7 @@ class Holder:
     host: str
 
     boot: str
-    """Identity of the running kernel: process ids mean nothing on another."""
+    """The running kernel and its process namespace: process ids mean nothing in another."""
 
     pid: int
 
@@ -137,10 +140,13 @@ class LeaseFile:
 
     def _renew(self) -> None:
         while not self._closing.wait(RENEW_S):
-            with _locked(self._path):
-                if self._closing.is_set() or not self._owned():
-                    return
-                self._write()
+            try:
+                with _locked(self._path):
+                    if self._closing.is_set() or not self._owned():
+                        return
+                    self._write()
+            except OSError as error:  # a full disk, a mount that is away: try again in a while
+                log.warning("the lease %s could not be renewed: %s", self._path, error)
 
     def _write(self) -> None:
         draft = self._path.with_name(f"lease-{self._token}.tmp")
@@ -166,4 +172,5 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -65,6 +65,9 @@ class Record:
     digest: str = ""
     """SHA-256 of the mask written; empty for a failed tile."""
 
+    scores_digest: str = ""
+    """SHA-256 of the scores written; empty where none were asked for."""
+
     worker: str = ""
     """``host:pid`` of the process that did it."""
 

@@ -16,7 +16,7 @@ from pipeline.crf.params import ResolvedCrf
 from pipeline.domain import Shape, Tile
 from pipeline.inference.normalise import normalise
 from pipeline.inference.padding import read_padded
-from pipeline.inference.precision import Precision
+from pipeline.inference.precision import Precision, resolve_precision
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
 from pipeline.models.context_pool import Context
@@ -52,7 +52,8 @@ class SegmentTiles:
     guard: Guard
 
     def open(self) -> OpenSegmentTiles:
-        """Load the network, once in each worker."""
+        """Load the network, once in each worker. Raises PlanError where it would be emulated."""
+        resolve_precision(self.precision.name, device=self.device)
         return OpenSegmentTiles(self)
 
 
@@ -121,15 +122,17 @@ class OpenSegmentTiles:
         """Whole chunks, scores first; refused when another run owns the directory."""
         recipe = self.recipe
         recipe.guard.check()
+        scores_digest = ""
         if recipe.scores is not None:
             prob_KS = self.probabilities(result)
-            recipe.scores.write(tile.core, prob_KS, valid_S=result.valid_S)
+            scores_digest = recipe.scores.write(tile.core, prob_KS, valid_S=result.valid_S)
         digest = recipe.mask.write(tile.core, result.labels_S)
         values, counts = np.unique(result.labels_S, return_counts=True)
         return Record(
             key=tile.key,
             status="done",
             digest=digest,
+            scores_digest=scores_digest,
             skipped=result.score_KS is None,
             counts=dict(zip(values.tolist(), counts.tolist(), strict=True)),
         )

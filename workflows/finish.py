@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,17 +107,22 @@ def _write_volume(product: Product, store: ArrayStore) -> None:
     write_nifti(product.output, store=store, source_path=product.source_path, spec=spec)
 
 
-def lost_chunks(records: Iterable[Record], plan: SegmentPlan, store: ArrayStore) -> list[TileKey]:
-    """Tiles that the ledger calls done but whose chunk does not hold those bytes any more.
+def lost_chunks(
+    records: Iterable[Record], plan: SegmentPlan, stores: Sequence[ArrayStore]
+) -> list[TileKey]:
+    """Tiles that the ledger calls done but whose chunks do not hold those bytes any more.
+
+    ``stores``: the mask, and the scores when they were asked for.
 
     A power loss can take a chunk that a killed process could not: read back before it is trusted.
     """
-    return [record.key for record in records if not _holds(record, plan, store)]
+    return [record.key for record in records if not _holds(record, plan, stores)]
 
 
-def _holds(record: Record, plan: SegmentPlan, store: ArrayStore) -> bool:
+def _holds(record: Record, plan: SegmentPlan, stores: Sequence[ArrayStore]) -> bool:
+    core = plan.sweep.tile(record.key.number).core
     try:
-        labels_S = store.read(plan.sweep.tile(record.key.number).core)
+        found = [hashlib.sha256(store.read(core).tobytes()).hexdigest() for store in stores]
     except StoreError:
         return False
-    return hashlib.sha256(labels_S.tobytes()).hexdigest() == record.digest
+    return found == [record.digest, record.scores_digest][: len(stores)]

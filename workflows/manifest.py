@@ -7,7 +7,7 @@ import platform
 import resource
 import socket
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,12 @@ from workflows.run_dir import file_digest
 
 
 def manifest(
-    product: Product, outcome: Outcome, *, written: bool, seconds: float, peak_bytes: int
+    product: Product, outcome: Outcome, *, written: bool, new: Sequence[Record], seconds: float
 ) -> dict[str, Any]:
-    """Keys as in the command's contract; ``seam`` is null until a certificate measures it."""
+    """Keys as in the command's contract; ``seam`` is null until a certificate measures it.
+
+    ``seconds``, throughput and memory are of this command, which did the ``new`` tiles alone.
+    """
     plan, info, bundle = product.plan, product.source.info, product.bundle
     return {
         "status": status_of(outcome),
@@ -52,8 +55,8 @@ def manifest(
         "nodata_pixels": counts(outcome).get(bundle.mask_nodata, 0),
         "seam": None,
         "seconds": round(seconds, 3),
-        "throughput": _throughput(info, outcome, seconds),
-        "peak_memory_bytes": peak_bytes,
+        "throughput": _throughput(info, new, seconds),
+        "peak_memory_bytes": peak_memory(new),
         "mlflow_run_id": None,
         "versions": _versions(plan),
         "notes": plan.notes,
@@ -113,8 +116,8 @@ def _crf(plan: SegmentPlan) -> dict[str, Any] | None:
     }
 
 
-def _throughput(info: ImageInfo, outcome: Outcome, seconds: float) -> dict[str, float]:
-    pixels = sum(counts(outcome).values())
+def _throughput(info: ImageInfo, new: Sequence[Record], seconds: float) -> dict[str, float]:
+    pixels = sum(sum(record.counts.values()) for record in new)
     unit = "mpx_per_s" if info.ndim == 2 else "mvox_per_s"
     return {unit: round(pixels / 1e6 / max(seconds, 1e-9), 4)}
 

@@ -16,6 +16,7 @@ from pipeline.crf.dense import require_engine
 from pipeline.crf.params import CrfParams, ResolvedCrf
 from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, Shape, TilePlan
 from pipeline.errors import CrfError, PlanError, SourceError
+from pipeline.execution.identity import package_digest
 from pipeline.inference.precision import Precision, resolve_precision
 from pipeline.models.bundle import Bundle
 from pipeline.models.context_pool import Context
@@ -23,7 +24,7 @@ from pipeline.models.receptive_field import reach_of
 from pipeline.ports import Source
 from workflows.config import SegmentOptions
 from workflows.run_dir import canonical_digest
-from workflows.sizing import AUTO_TILES, asked_tile, modest, peak_bytes, store_bytes
+from workflows.sizing import AUTO_TILES, asked_tile, modest, peak_bytes, store_bytes, too_large
 
 SPACING_TOLERANCE = 0.05
 
@@ -167,13 +168,13 @@ def make_plan(
             "scores": options.scores,
         }
     )
+    count = workers(options, resolved)
+    peak = peak_bytes(bundle, sweep, workers=count, with_crf=crf is not None)
     return SegmentPlan(
         tiles=TilePlan(
             passes=(sweep,),
             fingerprint=fingerprint,
-            peak_bytes=peak_bytes(
-                bundle, sweep, workers=workers(options, resolved), with_crf=crf is not None
-            ),
+            peak_bytes=peak,
             store_bytes=store_bytes(bundle, info.shape, scores=options.scores),
         ),
         resolved=resolved,
@@ -182,7 +183,7 @@ def make_plan(
         channels=channels,
         crf=crf,
         exact=exact and crf is None,
-        notes=notes,
+        notes=notes + too_large(peak),
     )
 
 
@@ -344,5 +345,5 @@ def _sweep(
 
 
 def _versions(crf: ResolvedCrf | None) -> dict[str, str]:
-    names = ["terravox", "torch", "numpy"] + (["pydensecrf2"] if crf else [])
-    return {name: version(name) for name in names}
+    names = ["terravox", "torch", "numpy", "rasterio", "nibabel"] + (["pydensecrf2"] if crf else [])
+    return {name: version(name) for name in names} | {"code": package_digest()[:16]}

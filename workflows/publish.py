@@ -76,7 +76,7 @@ class Publisher:
             values["notes"] = (*values["notes"], f"MLflow: {self._tracker.error}")
         if values["output"]:
             write_json(run.manifest, values)
-            shutil.rmtree(run.scratch)
+            shutil.rmtree(run.scratch, ignore_errors=True)
         return values
 
     def _papers(self, values: Mapping[str, Any], outcome: Outcome, store: ArrayStore) -> list[Path]:

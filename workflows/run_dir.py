@@ -77,6 +77,23 @@ class RunDir:
         folders = (self.ledger, self.mask, self.scores, self.scratch)
         return (*folders, *files, *(self.path / name for name in names))
 
+    def check_ours(self) -> None:
+        """Refuse a directory that holds something and never held a run. Raises PlanError."""
+        if not self.path.is_dir() or (self.path / "lease.lock").exists() or self.plan.exists():
+            return
+        found = sorted(entry.name for entry in self.path.iterdir())
+        if found:
+            raise PlanError(
+                f"--run-dir {self.path} is not a run's: it holds {found[0]};"
+                " name a directory that is empty or does not exist"
+            )
+
+    def sweep(self) -> None:
+        """Delete what killed drivers leave: proofs of shared storage, half-written drafts."""
+        for pattern in ("nonce-*", "lease-*.tmp", ".*.tmp"):
+            for path in self.path.glob(pattern):
+                path.unlink(missing_ok=True)
+
     def clear(self) -> None:
         """Delete what runs make here, and nothing that somebody else put here: ``--fresh``."""
         for part in self.parts:

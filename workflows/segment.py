@@ -30,7 +30,7 @@ from workflows.finish import (
     mark_output,
     write_product,
 )
-from workflows.manifest import default_run_dir, manifest, peak_memory
+from workflows.manifest import default_run_dir, manifest
 from workflows.planning import make_plan, workers
 from workflows.progress import RunProgress
 from workflows.publish import Publisher
@@ -72,6 +72,7 @@ def segment(
     source_path, target = Path(source).absolute(), Path(output).absolute()
     run = RunDir((asked.run_dir or default_run_dir(target)).resolve())
     image = open_source(str(source_path), volume=asked.volume, scratch=run.scratch)
+    run.check_ours()
     check_output(target, source=source_path, info=image.info, run=run)
     # A request that cannot be planned leaves no directory behind, and --fresh deletes nothing.
     known = None if asked.fresh else read_plan(run)
@@ -104,13 +105,16 @@ def _finished(product: Product, known: Mapping[str, Any] | None) -> dict[str, An
     run, output = product.run, product.output
     if known is not None and known["request_digest"] == product.plan.request_digest:
         done, mark = read_json(run.manifest), read_json(finishing_mark(run))
-        if done is not None and done.get("output_sha256") == file_digest(output):
-            return done if done["status"] == "done" else None
-        if mark is not None and mark.get("output") == str(output.resolve()):
+        here, same = str(output.resolve()), known["fingerprint"] == product.plan.tiles.fingerprint
+        if done is not None and same and done.get("output") == here:
+            if done.get("output_sha256") == file_digest(output):
+                return done if done["status"] == "done" else None
+        elif done is None and mark is not None and mark.get("output") == here:
             return None
     raise PlanError(
         f"{output} exists and was not made by this command"
-        f" ({'other source, model or options' if known else 'no run directory beside it'}):"
+        f" ({'source, model, options, versions or its bytes' if known else 'no run directory'}"
+        f"{' differ' if known else ' beside it'}):"
         " choose another output, or add --fresh to replace it"
     )
 
@@ -136,6 +140,7 @@ class _Run:
         self.product, self.options, self.guard = product, options, guard
         self.run, self.plan, self.started = product.run, product.plan, started
         self.console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+        self.run.sweep()
         self._keep_plan()
         self.mask = self._store(self.run.mask, dtype=product.bundle.mask_dtype)
 
@@ -156,13 +161,15 @@ class _Run:
         allowed = len(outcome.failed) <= self.options.allow_failed
         written = allowed and not outcome.interrupted
         if written:
+            self.guard.check()
             write_product(self.product, store=self.mask)
+            self.guard.check()
         values = manifest(
             self.product,
             outcome,
             written=written,
+            new=new,
             seconds=time.monotonic() - self.started,
-            peak_bytes=peak_memory(new),
         )
         return publisher.finish(values, outcome=outcome, store=self.mask)
 
@@ -186,9 +193,11 @@ class _Run:
 
     def _trusted(self, ledger: LedgerFile) -> list[Record]:
         """Records of tiles that are done and whose chunk still holds what they say."""
+        scores = self._scores()
         self.mask.sweep()
         done = [r for r in ledger.records().values() if r.status == "done"]
-        lost = set(lost_chunks(done, self.plan, self.mask))
+        stores = [self.mask] if scores is None else [self.mask, scores.store]
+        lost = set(lost_chunks(done, self.plan, stores))
         for record in done:
             if record.key in lost:
                 log.warning("tile %d: its chunk is damaged; done again", record.key.number)

@@ -55,6 +55,15 @@ def peak_bytes(bundle: Bundle, sweep: Pass, *, workers: int, with_crf: bool) -> 
     return DRIVER_BYTES + min(workers, len(sweep)) * (WORKER_BYTES + tile)
 
 
+def too_large(peak: int) -> tuple[str, ...]:
+    """A note where the predicted peak is more than this machine has."""
+    total = psutil.virtual_memory().total
+    if peak <= total:
+        return ()
+    note = f"the plan takes {peak / 1e9:.1f} GB, this machine has {total / 1e9:.1f} GB"
+    return (f"{note}: give fewer --workers or a smaller --tile",)
+
+
 def store_bytes(bundle: Bundle, shape: Shape, *, scores: str) -> int:
     """Uncompressed bytes of the mask, and of the scores when they are asked for."""
     score_size = {"none": 0, "uint8": 1, "float16": 2}[scores]

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from importlib.metadata import version
 from pathlib import Path
 
 PACKAGES = ("pipeline", "adapters", "workflows")
 
 
 def package_digest() -> str:
-    """SHA-256 over the Python files of the three packages as this process would import them."""
+    """SHA-256 over the Python files of the three packages as this process would import them.
+
+    And over the versions of the libraries that compute: another torch is another program.
+    """
     digest = hashlib.sha256()
+    for library in ("torch", "numpy"):
+        digest.update(f"{library} {version(library)}\0".encode())
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)
         locations = spec.submodule_search_locations if spec else None

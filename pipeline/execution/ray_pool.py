@@ -180,9 +180,8 @@ class _Pool:
         for tile in member.tiles.values():
             record = self._queue.died(tile, error=text)
             if record is not None:
-                self._deaths = 0
                 yield record
-        if self._deaths >= max(8, 4 * self._backend.workers):
+        if self._deaths >= max(12, 6 * self._backend.workers):
             raise ExecutionError(f"{self._deaths} workers died in a row, the last one: {text}")
         self._members.append(self._member())
 

@@ -30,9 +30,9 @@ class ScoreSink:
 
     def write(
         self, core: Region, prob_KS: NDArray[np.float32], *, valid_S: NDArray[np.bool_]
-    ) -> None:
-        """Store the probabilities of one core. Raises StoreError."""
+    ) -> str:
+        """Store the probabilities of one core; SHA-256 of what was stored. Raises StoreError."""
         scores_KS: NDArray[Any] = np.where(valid_S, prob_KS, np.float32(0))
         if self.dtype == "uint8":
             scores_KS = np.rint(scores_KS * 255.0)
-        self.store.write(core, scores_KS.astype(self.dtype))
+        return self.store.write(core, scores_KS.astype(self.dtype))

@@ -94,7 +94,7 @@ def test_a_mask_of_other_options_stays_until_fresh_replaces_it(
     output = out / "o.tif"
     assert command.segment(small, output, "--tile", 32).code == 0
     before = tree(out)
-    command.segment(small, output, "--tile", 64).refuses("other source, model or options")
+    command.segment(small, output, "--tile", 64).refuses("options", "differ", "--fresh")
     command.segment(small, output, "--tile", 10, "--fresh").refuses("--tile 10")
     command.segment(small, output, "--fresh", "--crf", "none.yaml").refuses("none.yaml")
     command.segment(small, out / "p.tif", "--run-dir", f"{output}.run").refuses(
@@ -109,24 +109,35 @@ def test_an_output_among_the_runs_own_files_is_refused(
     command: Command, small: Path, out: Path
 ) -> None:
     """The next --fresh would delete it; beside them, in the run directory, it is safe."""
-    (out / "ledger").mkdir()
-    answer = command.segment(small, out / "ledger" / "o.tif", "--run-dir", out)
-    answer.refuses("o.tif", out / "ledger", "choose another")
     beside = (out / "o.tif", "--run-dir", out)
     assert command.segment(small, *beside).code == 0
+    answer = command.segment(small, out / "ledger" / "o.tif", "--run-dir", out)
+    answer.refuses("o.tif", out / "ledger", "choose another")
     (out / "notes.txt").write_text("mine")
     assert command.segment(small, *beside, "--fresh").code == 0
     assert (out / "notes.txt").read_text() == "mine"
 
 
-def test_fresh_in_a_directory_with_other_files_deletes_none_of_them(
+@pytest.mark.parametrize("more", [(), ("--fresh",)], ids=["plain", "fresh"])
+def test_a_directory_of_somebody_elses_is_no_run_directory(
+    command: Command, small: Path, out: Path, more: tuple[str, ...]
+) -> None:
+    """``--run-dir ~`` would otherwise delete what is called ``scratch`` or ``ledger`` there."""
+    before = tree(small.parent)
+    answer = command.segment(small, out / "o.tif", "--run-dir", small.parent, *more)
+    answer.refuses(small.parent, small.name, "empty")
+    assert tree(small.parent) == before
+
+
+def test_an_output_that_was_changed_since_is_not_overwritten(
     command: Command, small: Path, out: Path
 ) -> None:
-    """``--run-dir ~/data --fresh`` would otherwise empty somebody's home."""
-    before = tree(small.parent)
-    answer = command.segment(small, out / "o.tif", "--run-dir", small.parent, "--fresh")
-    assert answer.code == 0
-    assert before.items() <= tree(small.parent).items()
+    """A person's edits to a finished mask would be lost to a rerun."""
+    output = out / "o.tif"
+    assert command.segment(small, output).code == 0
+    output.write_bytes(b"edited")
+    command.segment(small, output).refuses(output, "differ", "--fresh")
+    assert output.read_bytes() == b"edited"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"tiles": 1}'])

@@ -150,8 +150,10 @@ def test_a_second_command_is_turned_away_while_the_first_runs(command: Command) 
     """Two drivers in one run directory would do everything twice."""
     first = command.start()
     command.until(first, three)
+    first.send_signal(signal.SIGSTOP)  # or it might be done before the second has started
     second = command.start()
     _, text = second.communicate(timeout=60)
+    first.send_signal(signal.SIGCONT)
     assert second.returncode == 75
     assert str(first.pid) in text.decode()
     first.terminate()

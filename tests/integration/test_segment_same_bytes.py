@@ -144,3 +144,21 @@ def test_a_product_that_was_deleted_is_made_again_from_the_store(
     again = segment(scene, output, model=slim, options=asked)
     assert again["output_sha256"] == first["output_sha256"] == file_digest(output)
     assert len(list(lines.history())) == before
+
+
+def test_lost_scores_are_made_again(scene: Path, slim: Path, tmp_path: Path) -> None:
+    """A resumed run that trusted the mask alone would leave zeros where scores were."""
+    import shutil
+
+    import zarr
+
+    output = tmp_path / "o.tif"
+    asked = options(backend="serial", tile=256, scores="uint8")
+    segment(scene, output, model=slim, options=asked)
+    before = zarr.open_array(f"{output}.run/scores.zarr", mode="r")[:]
+    output.unlink()
+    shutil.rmtree(f"{output}.run/scores.zarr/c")
+    segment(scene, output, model=slim, options=asked)
+    after = zarr.open_array(f"{output}.run/scores.zarr", mode="r")[:]
+    assert before.any()
+    assert np.array_equal(before, after)
