@@ -252,5 +252,5 @@ def test_a_file_cut_short_loses_only_the_tiles_that_need_what_is_gone(
     again = command.segment(source, output, "--tile", 32)
     assert (again.code, again.manifest["output"]) == (3, None)
     source.write_bytes(intact)
-    command.segment(source, output, "--tile", 32).refuses("other source", "--fresh")
+    command.segment(source, output, "--tile", 32).refuses("source", "differ", "--fresh")
     assert output.read_bytes() == before
