@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo demo-bundles test lint bench bench-memory stress clean
+.PHONY: setup demo demo-bundles test lint bench bench-batch bench-memory stress clean
 
 setup: .venv/.ready
 
@@ -29,6 +29,9 @@ test: setup
 
 bench: setup
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.throughput
+
+bench-batch: setup
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.batch
 
 bench-memory: setup
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.memory

@@ -130,7 +130,7 @@ class LeaseFile:
             if holder is not None and holder.alive:
                 raise LeaseHeldError(
                     f"{self._path.parent}: process {holder.pid} on {holder.host} is working here;"
-                    " wait for it, or choose another --run-dir"
+                    " wait for it, or choose another directory"
                 )
             self._write()
 

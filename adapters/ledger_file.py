@@ -1,29 +1,22 @@
-"""The ledger as append-only JSON lines: one segment per driver, the union of all on read."""
+"""The ledgers on storage that processes share: tiles of an image, and cases of a batch."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.domain import TileKey
-from pipeline.errors import StoreError
+from adapters.json_lines import JsonLines
+from pipeline.domain import CaseRecord, TileKey
 from pipeline.ports import Record
 
 
 class LedgerFile:
-    """Records of tiles in ``directory/NNNNNN-owner.jsonl``; a later line replaces an earlier one.
-
-    A torn last line, left by a killed process, is passed over: its tile counts as not done.
-    """
+    """Records of tiles; a later line replaces an earlier one."""
 
     def __init__(self, directory: Path, *, owner: str) -> None:
-        self._directory = directory
-        self._owner = owner
-        self._segment: int | None = None
+        self._lines = JsonLines(directory, owner=owner)
 
     def records(self) -> dict[TileKey, Record]:
         """The latest record of every tile. Raises StoreError for a line that cannot be one."""
@@ -31,52 +24,44 @@ class LedgerFile:
 
     def history(self) -> Iterator[Record]:
         """Every line of every segment, oldest first. Raises StoreError."""
-        for segment in sorted(self._directory.glob("*.jsonl")):
-            yield from _read(segment)
+        return self._lines.read(_record)
 
     def append(self, record: Record) -> None:
         """Add one line. Raises StoreError when it cannot be written whole."""
-        line = json.dumps(asdict(record), separators=(",", ":"), sort_keys=True) + "\n"
-        try:
-            if self._segment is None:
-                self._segment = self._open_segment()
-            data = line.encode()
-            if os.write(self._segment, data) != len(data):
-                raise OSError("the line was cut short")
-        except OSError as error:
-            raise StoreError(
-                f"ledger {self._directory}: tile {record.key.number} could not be noted: {error};"
-                " free the disk and run the same command again"
-            ) from error
+        self._lines.append(asdict(record), what=f"tile {record.key.number}")
 
     def close(self) -> None:
         """Close the segment of this process."""
-        if self._segment is not None:
-            os.close(self._segment)
-            self._segment = None
-
-    def _open_segment(self) -> int:
-        self._directory.mkdir(parents=True, exist_ok=True)
-        number = len(list(self._directory.glob("*.jsonl")))
-        path = self._directory / f"{number:06d}-{self._owner}.jsonl"
-        return os.open(path, os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_WRONLY, 0o644)
+        self._lines.close()
 
 
-def _read(segment: Path) -> Iterator[Record]:
-    lines = segment.read_bytes().split(b"\n")
-    for number, line in enumerate(lines):
-        if not line:
-            continue
-        try:
-            yield _record(json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines) - 1:
-                return
-            raise StoreError(
-                f"ledger {segment}: line {number + 1} is damaged ({error}); start over with --fresh"
-            ) from error
+class CaseLedgerFile:
+    """What became of each case of a batch; a later line replaces an earlier one."""
+
+    def __init__(self, directory: Path, *, owner: str) -> None:
+        self._lines = JsonLines(directory, owner=owner)
+
+    def records(self) -> dict[str, CaseRecord]:
+        """The latest record of every case. Raises StoreError for a line that cannot be one."""
+        return {record.case: record for record in self.history()}
+
+    def history(self) -> Iterator[CaseRecord]:
+        """Every line of every segment, oldest first. Raises StoreError."""
+        return self._lines.read(_case_record)
+
+    def append(self, record: CaseRecord) -> None:
+        """Add one line. Raises StoreError when it cannot be written whole."""
+        self._lines.append(asdict(record), what=f"case {record.case}")
+
+    def close(self) -> None:
+        """Close the segment of this process."""
+        self._lines.close()
 
 
 def _record(values: Mapping[str, Any]) -> Record:
     counts = {int(value): int(count) for value, count in values["counts"].items()}
     return Record(**{**values, "key": TileKey(*values["key"]), "counts": counts})
+
+
+def _case_record(values: Mapping[str, Any]) -> CaseRecord:
+    return CaseRecord(**{**values, "classes": tuple(values["classes"])})

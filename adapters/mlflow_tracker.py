@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from adapters.mlflow_quiet import import_mlflow
 
 log = logging.getLogger(__name__)
 
@@ -21,12 +22,6 @@ TAG_CHARACTERS = 8000
 
 CUT_MARK = " ... [cut]"
 
-ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # a segmentation of patients reports to no third party
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # MLflow's seven stall a run for minutes
-}
-"""Read by MLflow when it is imported; what the user has set stays."""
-
 RUN_STATUS = {
     "done": "FINISHED",
     "partial": "FAILED",
@@ -37,10 +32,12 @@ RUN_STATUS = {
 
 
 class NoTracker:
-    """Tracking switched off."""
+    """Tracking switched off, or done by another: ``run_id`` is then of the run it goes into."""
 
-    run_id: str | None = None
     error: str | None = None
+
+    def __init__(self, run_id: str | None = None) -> None:
+        self.run_id = run_id
 
     def start(self, *, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         """Do nothing."""
@@ -156,15 +153,10 @@ class MlflowTracker:
 
 
 def _quiet_client(uri: str, *, database: Path | None) -> Any:
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    mlflow = import_mlflow()
     if database is not None:
         database.parent.mkdir(parents=True, exist_ok=True)
-    return MlflowClient(tracking_uri=uri)
+    return mlflow.MlflowClient(tracking_uri=uri)
 
 
 def _tracking_errors() -> tuple[type[Exception], ...]:

@@ -5,14 +5,11 @@ Axes in array names: C channel (always one), Z Y X space; ijk is the file's own 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
-import socket
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from nibabel.affines import voxel_sizes
@@ -23,6 +20,7 @@ from numpy.typing import NDArray
 from adapters.nifti_header import (
     STREAM_ERRORS,
     Orientation,
+    VolumeGrid,
     best_affine,
     copy_stream,
     grid_shape,
@@ -30,6 +28,7 @@ from adapters.nifti_header import (
     open_stream,
     read_header,
 )
+from adapters.scratch_file import content_name, make_once
 from pipeline.domain import ImageInfo, Region, Shape
 from pipeline.errors import SourceError, SourceReadError
 from pipeline.ports import Block
@@ -135,6 +134,11 @@ class NiftiSource:
         except OSError as error:
             raise SourceReadError(f"cannot read {self.path}: {error}") from error
 
+    @property
+    def grid(self) -> VolumeGrid:
+        """What a mask of this volume copies: the file's own header. Raises SourceError."""
+        return VolumeGrid.from_header(self._header, path=self.path)
+
     @cached_property
     def _header(self) -> Any:
         return read_header(self.path)
@@ -204,26 +208,13 @@ class NiftiSource:
         """The plain file in scratch, made on first use; None without scratch."""
         if self.scratch is None:
             return None
-        stat = self.path.stat()
-        identity = f"{self.path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-        plain = self.scratch / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.nii"
-        if not plain.exists():
-            self.scratch.mkdir(parents=True, exist_ok=True)
-            with plain.with_suffix(".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not plain.exists():
-                    self._decompress(plain)
-        return plain
+        name = content_name([self.path], suffix=".nii")
+        return make_once(self.scratch / name, write=self._decompress)
 
-    def _decompress(self, plain: Path) -> None:
-        # The host in the name: some shared file systems hold locks within one machine only.
-        partial = plain.with_suffix(f".{socket.gethostname()}.partial")
+    def _decompress(self, sink: IO[bytes]) -> None:
         expected = self._layout.end
-        with open_stream(self.path) as source, partial.open("wb") as sink:
+        with open_stream(self.path) as source:
             copy_stream(source, sink, expected_bytes=expected, limit=expected + TRAILING_BYTES)
-            sink.flush()
-            os.fsync(sink.fileno())
-        partial.replace(plain)
 
 
 def _length_unit(header: Any) -> int:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Protocol, cast
 
 import nibabel as nib
 import numpy as np
@@ -19,11 +20,18 @@ from numpy.typing import NDArray
 
 from pipeline.domain import Region, Shape
 from pipeline.errors import SourceError, SourceReadError
+from pipeline.ports import Source
 
 Array = NDArray[Any]
 
 STREAM_ERRORS = (OSError, EOFError, zlib.error)
 """What reading a broken file or gzip stream raises."""
+
+SCANNER = 1
+"""The sform and qform code of coordinates that are the scanner's own."""
+
+NIFTI1_MAX = 32767
+"""Voxels per axis that the 16 bits of a NIfTI-1 header can hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +88,53 @@ class Orientation:
     @property
     def _flipped(self) -> tuple[int, ...]:
         return tuple(axis for axis, flip in enumerate(self.flips) if flip)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VolumeGrid:
+    """Where a volume's voxels lie, as a NIfTI header says it: what its mask takes over."""
+
+    header: Any
+    """A NIfTI-1 or NIfTI-2 header; its geometry fields are copied bit for bit."""
+
+    shape_ijk: tuple[int, int, int]
+    orientation: Orientation
+
+    @classmethod
+    def from_header(cls, header: Any, *, path: Path) -> VolumeGrid:
+        """The grid of a file with this unrepaired header. Raises SourceError."""
+        orientation = Orientation.from_affine(best_affine(header, path=path))
+        return cls(header, grid_shape(header, path=path), orientation)
+
+    @classmethod
+    def from_affine(cls, affine: Array, *, shape_ijk: tuple[int, int, int]) -> VolumeGrid:
+        """The grid of a volume that is no NIfTI.
+
+        Args:
+            affine: (4, 4), ijk to the patient in mm, right-anterior-superior, axes orthogonal.
+            shape_ijk: voxels along i, j and k.
+        """
+        kind = nib.Nifti1Header if max(shape_ijk) <= NIFTI1_MAX else nib.Nifti2Header
+        header = kind(endianness="<")
+        header.set_data_shape(shape_ijk)
+        header.set_sform(affine, code=SCANNER)
+        header.set_qform(affine, code=SCANNER)
+        header.set_xyzt_units("mm")
+        return cls(header, shape_ijk, Orientation.from_affine(affine))
+
+    def slabs(self, thickness: int) -> Iterator[tuple[Region, Region]]:
+        """Storage slabs along k, in file order, each with its canonical region."""
+        shape_zyx = self.orientation.canonical(self.shape_ijk)
+        for slab in Region.whole(self.shape_ijk).blocks((*self.shape_ijk[:2], thickness)):
+            yield slab, self.orientation.to_canonical(slab, shape_zyx=shape_zyx)
+
+
+class VolumeSource(Source, Protocol):
+    """A source with three axes, whose mask is written as NIfTI."""
+
+    @property
+    def grid(self) -> VolumeGrid:
+        """What its mask takes over. Raises SourceError."""
 
 
 def is_gzip(path: Path) -> bool:

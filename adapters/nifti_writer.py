@@ -21,15 +21,8 @@ import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Extension
 
-from adapters.nifti_header import (
-    STREAM_ERRORS,
-    Orientation,
-    best_affine,
-    grid_shape,
-    is_gzip,
-    read_header,
-)
-from pipeline.domain import Region, Shape
+from adapters.nifti_header import STREAM_ERRORS, VolumeGrid, is_gzip, read_header
+from pipeline.domain import Region
 from pipeline.errors import FinishError
 from pipeline.ports import ArrayStore
 
@@ -83,34 +76,13 @@ class NiftiSpec:
     """Thickness of what is held at once, along the slowest axis: about a chunk of the store."""
 
 
-@dataclass(frozen=True, slots=True)
-class _SourceGrid:
-    """The source's unrepaired header, and how its storage order lies in canonical order."""
-
-    header: Any
-    shape_ijk: Shape
-    orientation: Orientation
-
-    @classmethod
-    def of(cls, path: Path) -> _SourceGrid:
-        header = read_header(path)
-        affine = best_affine(header, path=path)
-        return cls(header, grid_shape(header, path=path), Orientation.from_affine(affine))
-
-    def slabs(self, thickness: int) -> Iterator[tuple[Region, Region]]:
-        """Storage slabs along k, in file order, each with its canonical region."""
-        shape_zyx = self.orientation.canonical(self.shape_ijk)
-        for slab in Region.whole(self.shape_ijk).blocks((*self.shape_ijk[:2], thickness)):
-            yield slab, self.orientation.to_canonical(slab, shape_zyx=shape_zyx)
-
-
-def write_nifti(target: Path, *, store: ArrayStore, source_path: Path, spec: NiftiSpec) -> None:
+def write_nifti(target: Path, *, store: ArrayStore, grid: VolumeGrid, spec: NiftiSpec) -> None:
     """Stream the store into ``target`` (``.nii`` or ``.nii.gz``), check it, and give it its name.
 
     Args:
         target: the final path; it appears only when the file has passed ``verify_nifti``.
         store: labels in canonical (z, y, x) order, of the source's shape.
-        source_path: the NIfTI file whose 3-D grid, and NIfTI version, the mask takes over.
+        grid: the source's 3-D grid and NIfTI version, which the mask takes over.
         spec: what the mask says besides its voxels.
 
     Raises:
@@ -118,8 +90,8 @@ def write_nifti(target: Path, *, store: ArrayStore, source_path: Path, spec: Nif
     """
     partial = target.with_name(f".partial-{target.name}")
     try:
-        _write(partial, store=store, grid=_SourceGrid.of(source_path), spec=spec)
-        verify_nifti(partial, store=store, source_path=source_path, spec=spec)
+        _write(partial, store=store, grid=grid, spec=spec)
+        verify_nifti(partial, store=store, grid=grid, spec=spec)
         partial.replace(target)
     except OSError as error:
         raise FinishError(
@@ -129,13 +101,13 @@ def write_nifti(target: Path, *, store: ArrayStore, source_path: Path, spec: Nif
         partial.unlink(missing_ok=True)
 
 
-def verify_nifti(path: Path, *, store: ArrayStore, source_path: Path, spec: NiftiSpec) -> None:
+def verify_nifti(path: Path, *, store: ArrayStore, grid: VolumeGrid, spec: NiftiSpec) -> None:
     """Open ``path`` anew and compare it with the source's header and with every voxel stored.
 
     Raises:
         FinishError: names the first difference.
     """
-    grid, written = _SourceGrid.of(source_path), read_header(path)
+    written = read_header(path)
     _verify_geometry(written, grid.header, path=path)
     try:
         image = nib.load(path, keep_file_open=True)
@@ -173,7 +145,7 @@ def _bits(values: Any) -> bytes:
     return array.astype(array.dtype.newbyteorder("<")).tobytes()
 
 
-def _write(path: Path, *, store: ArrayStore, grid: _SourceGrid, spec: NiftiSpec) -> None:
+def _write(path: Path, *, store: ArrayStore, grid: VolumeGrid, spec: NiftiSpec) -> None:
     header = _mask_header(grid, spec)
     with path.open("wb") as file:
         with _compressed(file) if is_gzip(path) else nullcontext(file) as stream:
@@ -194,7 +166,7 @@ def _compressed(file: IO[bytes]) -> Iterator[IO[bytes]]:
         yield cast("IO[bytes]", stream)
 
 
-def _mask_header(grid: _SourceGrid, spec: NiftiSpec) -> Any:
+def _mask_header(grid: VolumeGrid, spec: NiftiSpec) -> Any:
     kind = nib.Nifti2Header if isinstance(grid.header, nib.Nifti2Header) else nib.Nifti1Header
     header = kind(endianness="<")
     header.set_data_shape(grid.shape_ijk)

@@ -3,6 +3,10 @@
 A message says what was asked, what was found and what to do, in units, on one line.
 """
 
+import errno
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
 
 class PipelineError(Exception):
     """Base of every error that terravox raises on purpose."""
@@ -46,3 +50,9 @@ class ExecutionError(PipelineError, RuntimeError):
 
 class FinishError(PipelineError, RuntimeError):
     """A finished output that does not say what the store says when it is opened again."""
+
+
+def no_space(error: BaseException) -> bool:
+    """Whether an adapter failed for want of storage: no other tile or case would fare better."""
+    cause = error if isinstance(error, OSError) and error.errno else error.__cause__
+    return isinstance(cause, OSError) and cause.errno in NO_SPACE

@@ -72,7 +72,7 @@ class Record:
     """``host:pid`` of the process that did it."""
 
     loads: int = 0
-    """How often that process had loaded the model when it did this tile."""
+    """How many models that process had loaded so far when it did this tile."""
 
     skipped: bool = False
     """True where no pixel of the core was valid, so that nothing was computed."""
@@ -127,38 +127,62 @@ class Tracker(Protocol):
         """Close the run as ``done``, ``partial``, ``failed`` or ``interrupted``."""
 
 
-class OpenWork(Protocol):
-    """Work with its model loaded and its files open, in the process that does it."""
+class Model(Protocol):
+    """A picklable recipe for what a worker loads once and keeps for every case that shares it."""
 
     @property
-    def loads(self) -> int:
-        """How often this process has loaded the model."""
+    def key(self) -> str:
+        """Equal keys mean the same model on the same device with the same threads."""
+
+    def load(self) -> Any:
+        """Load it, in the worker's device thread. What it raises ends the run."""
+
+
+class Work(Protocol):
+    """A picklable recipe for what is done with the tiles of one case."""
+
+    @property
+    def key(self) -> str:
+        """Equal keys mean equal work: a worker keeps the instance it has, open files and all."""
+
+    @property
+    def model(self) -> Model:
+        """What must be loaded before the second stage."""
 
     def read(self, tile: Tile) -> Any:
-        """First stage: input and output."""
+        """First stage: input."""
 
-    def compute(self, tile: Tile, data: Any) -> Any:
-        """Second stage: the device."""
+    def compute(self, model: Any, tile: Tile, data: Any) -> Any:
+        """Second stage: the device; ``model`` is what ``self.model.load()`` returned."""
 
     def write(self, tile: Tile, result: Any) -> Record:
         """Third stage: whole chunks, then the record for the ledger."""
 
 
-class Work(Protocol):
-    """A picklable recipe for what is done with a tile."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One tile and what is done with it: all that travels to a worker."""
+
+    work: Work
+    tile: Tile
+
+
+class Feed(Protocol):
+    """Jobs of many cases, more of which may come while they run."""
+
+    def take(self) -> Job | None:
+        """The next job; None when there is none now. Raises what a case's own jobs raise."""
 
     @property
-    def threads(self) -> int:
-        """Threads a worker uses, whatever the number of workers."""
+    def ended(self) -> bool:
+        """True when no job is left and none will come."""
 
-    def open(self) -> OpenWork:
-        """Load the model. Called once in each worker."""
+    def wait(self, timeout_s: float) -> None:
+        """Return when a job may have come, or the feed ended, or ``timeout_s`` seconds passed."""
 
 
 class Backend(Protocol):
     """Who runs the tiles. ``SerialBackend`` is the oracle: all give the same bytes."""
 
-    def run(
-        self, work: Work, tiles: Iterable[Tile], *, stop: Callable[[], bool]
-    ) -> Iterator[Record]:
+    def run(self, feed: Feed, *, stop: Callable[[], bool]) -> Iterator[Record]:
         """Yield a record per tile, in any order; after ``stop()`` only of those in flight."""

@@ -1,22 +1,22 @@
-"""STORY 2, one image: plan -> what the ledger lacks -> story 1 over those tiles -> finish.
+"""STORY 2, images: plan -> what the ledger lacks -> story 1 over those tiles -> ready to finish.
 
-No format, no Ray, no tracker here: they are behind the ports.
+One image or many, the pool is one. No format, no Ray, no tracker here: they are behind the ports.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from pipeline.domain import TileKey, TilePlan
-from pipeline.ports import Backend, Ledger, Record, Work
+from pipeline.ports import Backend, Feed, Job, Ledger, Record, Work
 
 Observer = Callable[[Record], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run over the tiles ended."""
+    """How far the tiles of an image are."""
 
     records: dict[TileKey, Record] = field(default_factory=dict)
     """The latest record of every tile of the plan that has one."""
@@ -30,32 +30,62 @@ class Outcome:
 
     @property
     def interrupted(self) -> bool:
-        """True when tiles were left untouched because the run was told to stop."""
+        """True while tiles are untouched: the run goes on, or was told to stop."""
         return len(self.records) < self.total
 
 
-def segment_image(
-    plan: TilePlan,
-    work: Work,
+class ImageTiles:
+    """The tiles of one image: those that its ledger lacks, and what becomes of them.
+
+    Tiles that failed in an earlier run are tried again.
+    """
+
+    def __init__(
+        self, plan: TilePlan, work: Work, *, ledger: Ledger, observers: Iterable[Observer]
+    ) -> None:
+        """Raises StoreError for a ledger that cannot be read."""
+        self._plan, self._work, self._ledger = plan, work, ledger
+        self.observers = list(observers)
+        wanted = {tile.key for tile in plan.tiles()}
+        found = ledger.records().items()
+        done = {key: r for key, r in found if key in wanted and r.status == "done"}
+        self._known = frozenset(done)
+        self.outcome = Outcome(done, len(plan))
+
+    def jobs(self) -> Iterator[Job]:
+        """What is to be done, in the plan's order."""
+        tiles = (tile for tile in self._plan.tiles() if tile.key not in self._known)
+        return (Job(work=self._work, tile=tile) for tile in tiles)
+
+    def note(self, record: Record) -> None:
+        """Into the ledger first, before anyone hears of it. Raises StoreError."""
+        self._ledger.append(record)
+        self.outcome.records[record.key] = record
+        for observe in self.observers:
+            observe(record)
+
+
+def segment_images(
+    feed: Feed,
+    images: Mapping[str, ImageTiles],
     *,
     backend: Backend,
-    ledger: Ledger,
-    observers: Iterable[Observer],
+    ended: Callable[[str], None],
     stop: Callable[[], bool],
-) -> Outcome:
-    """Run every tile that the ledger does not call done; note each before anyone hears of it.
+) -> None:
+    """Run every job of ``feed``; say ``ended(case)`` once an image has no tile left.
 
-    Tiles that failed in an earlier run are tried again. Raises what the backend raises.
+    Args:
+        feed: Jobs of the images; more may come while it runs.
+        images: By the case in their tiles' keys; may grow while it runs, before the feed does.
+        backend: Who runs the tiles.
+        ended: Told from this thread.
+        stop: True drains what is in flight and returns.
+
+    Raises what the backend, the ledger and ``ended`` raise.
     """
-    wanted = {tile.key for tile in plan.tiles()}
-    known = {key: record for key, record in ledger.records().items() if key in wanted}
-    done = {key: record for key, record in known.items() if record.status == "done"}
-    todo = (tile for tile in plan.tiles() if tile.key not in done)
-    outcome = Outcome(dict(done), len(plan))
-    if len(done) < len(plan):
-        for record in backend.run(work, todo, stop=stop):
-            ledger.append(record)
-            outcome.records[record.key] = record
-            for observe in observers:
-                observe(record)
-    return outcome
+    for record in backend.run(feed, stop=stop):
+        image = images[record.key.case]
+        image.note(record)
+        if not image.outcome.interrupted:
+            ended(record.key.case)

@@ -27,13 +27,8 @@ from pipeline.stitching.scores import ScoreSink, softmax
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SegmentTiles:
-    """The picklable recipe: what to read, what to run, where to write."""
-
-    source: Source
-
-    channels: tuple[int, ...]
-    """Index in the source of each band that the network takes, in the network's order."""
+class SegmentModel:
+    """The picklable recipe of a network on its device."""
 
     bundle: Bundle
     device: Literal["cpu", "cuda"]
@@ -43,18 +38,22 @@ class SegmentTiles:
     threads: int
     """Threads of a worker, fixed by the plan whatever the number of workers."""
 
-    padded_shape: Shape
-    """The scene grown to multiples of the stride, in pixels."""
+    @property
+    def key(self) -> str:
+        """All that decides what is loaded: two cases with equal keys share the network."""
+        floats = f"{self.precision.name}-{'last' if self.precision.channels_last else 'first'}"
+        return f"{self.bundle.digest} {self.device} {floats} {self.context} {self.threads}"
 
-    crf: ResolvedCrf | None
-    mask: ArrayStore
-    scores: ScoreSink | None
-    guard: Guard
-
-    def open(self) -> OpenSegmentTiles:
-        """Load the network, once in each worker. Raises PlanError where it would be emulated."""
+    def load(self) -> Predictor:
+        """Load the network. Raises BundleError, or PlanError where it would be emulated."""
         resolve_precision(self.precision.name, device=self.device)
-        return OpenSegmentTiles(self)
+        return Predictor(
+            self.bundle,
+            device=self.device,
+            precision=self.precision,
+            context=self.context,
+            threads=self.threads,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -66,67 +65,68 @@ class TileResult:
     score_KS: NDArray[np.float32] | None
 
 
-class OpenSegmentTiles:
-    """The recipe with its network on the device."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentTiles:
+    """The picklable recipe of one case: what to read, what to run, where to write."""
 
-    def __init__(self, recipe: SegmentTiles) -> None:
-        self.recipe, bundle = recipe, recipe.bundle
-        self.predictor = Predictor(
-            bundle,
-            device=recipe.device,
-            precision=recipe.precision,
-            context=recipe.context,
-            threads=recipe.threads,
-        )
-        self.values = np.array(bundle.class_values, dtype=bundle.mask_dtype)
+    key: str
+    """The plan's fingerprint."""
 
-    @property
-    def loads(self) -> int:
-        """How often this process has loaded the network."""
-        return self.predictor.loads
+    model: SegmentModel
+    source: Source
+
+    channels: tuple[int, ...]
+    """Index in the source of each band that the network takes, in the network's order."""
+
+    padded_shape: Shape
+    """The scene grown to multiples of the stride, in pixels."""
+
+    crf: ResolvedCrf | None
+    mask: ArrayStore
+    scores: ScoreSink | None
+    guard: Guard
 
     def read(self, tile: Tile) -> Block:
         """The bands of the network over the tile and its halo; fresh arrays."""
-        block = read_padded(self.recipe.source, tile.read)
-        return Block(block.image_CS[list(self.recipe.channels)], block.valid_S)
+        block = read_padded(self.source, tile.read)
+        return Block(block.image_CS[list(self.channels)], block.valid_S)
 
-    def compute(self, tile: Tile, block: Block) -> TileResult:
+    def compute(self, model: Predictor, tile: Tile, data: Block) -> TileResult:
         """Labels of the core; the network is not asked where no pixel of it is valid."""
-        nodata = self.recipe.bundle.mask_nodata
-        valid_S = keep_core(block.valid_S, core=tile.core, within=tile.read)
+        bundle = self.model.bundle
+        values = np.array(bundle.class_values, dtype=bundle.mask_dtype)
+        valid_S = keep_core(data.valid_S, core=tile.core, within=tile.read)
         if not valid_S.any():
-            empty_S = np.full(valid_S.shape, nodata, dtype=self.values.dtype)
+            empty_S = np.full(valid_S.shape, bundle.mask_nodata, dtype=values.dtype)
             return TileResult(labels_S=empty_S, valid_S=valid_S, score_KS=None)
-        image_CS = normalise(block, self.recipe.bundle.input.scaling)
-        frame = Frame(tile.read.start, self.recipe.padded_shape)
-        logit_KS = self.predictor.logits(image_CS, frame).cpu().numpy()
+        image_CS = normalise(data, bundle.input.scaling)
+        logit_KS = model.logits(image_CS, Frame(tile.read.start, self.padded_shape)).cpu().numpy()
         score_KS = keep_core(logit_KS, core=tile.scored, within=tile.read)
-        if self.recipe.crf is not None:
-            score_KS = self.refine(tile, block, score_KS)
+        if self.crf is not None:
+            score_KS = self.refine(tile, data, score_KS)
         core_KS = keep_core(score_KS, core=tile.core, within=tile.scored)
-        labels_S = to_labels(core_KS, valid_S=valid_S, values=self.values, nodata=nodata)
+        labels_S = to_labels(core_KS, valid_S=valid_S, values=values, nodata=bundle.mask_nodata)
         return TileResult(labels_S=labels_S, valid_S=valid_S, score_KS=core_KS)
 
     def refine(self, tile: Tile, block: Block, logit_KS: NDArray[np.float32]) -> NDArray[Any]:
         """Probabilities after the dense CRF, which sees ``tile.scored``; (K, *S) float32."""
-        assert self.recipe.crf is not None
+        assert self.crf is not None
         return refine(
             softmax(logit_KS),
             guide_CS=keep_core(block.image_CS, core=tile.scored, within=tile.read),
             valid_S=keep_core(block.valid_S, core=tile.scored, within=tile.read),
             origin=tile.scored.start,
-            params=self.recipe.crf,
+            params=self.crf,
         )
 
     def write(self, tile: Tile, result: TileResult) -> Record:
         """Whole chunks, scores first; refused when another run owns the directory."""
-        recipe = self.recipe
-        recipe.guard.check()
+        self.guard.check()
         scores_digest = ""
-        if recipe.scores is not None:
+        if self.scores is not None:
             prob_KS = self.probabilities(result)
-            scores_digest = recipe.scores.write(tile.core, prob_KS, valid_S=result.valid_S)
-        digest = recipe.mask.write(tile.core, result.labels_S)
+            scores_digest = self.scores.write(tile.core, prob_KS, valid_S=result.valid_S)
+        digest = self.mask.write(tile.core, result.labels_S)
         values, counts = np.unique(result.labels_S, return_counts=True)
         return Record(
             key=tile.key,
@@ -140,5 +140,6 @@ class OpenSegmentTiles:
     def probabilities(self, result: TileResult) -> NDArray[np.float32]:
         """(K, *S) float32: the CRF's, or the softmax of logits; zero where nothing was computed."""
         if result.score_KS is None:
-            return np.zeros((len(self.values), *result.valid_S.shape), dtype=np.float32)
-        return result.score_KS if self.recipe.crf else softmax(result.score_KS)
+            classes = len(self.model.bundle.classes)
+            return np.zeros((classes, *result.valid_S.shape), dtype=np.float32)
+        return result.score_KS if self.crf else softmax(result.score_KS)

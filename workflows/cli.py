@@ -21,6 +21,7 @@ from pipeline.errors import (
     RegionError,
     SourceError,
 )
+from workflows.schedule_cli import schedule_app
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PARTIAL, EXIT_HELD, EXIT_INTERRUPTED = 1, 2, 3, 75, 130
 USAGE_ERRORS = (PlanError, BundleError, SourceError, CrfError, RegionError)
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 model_app = typer.Typer(help="Model bundles.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(model_app, name="model")
+app.add_typer(schedule_app, name="schedule")
 
 Model = Annotated[Path, typer.Option(help="Model bundle: a directory with model.yaml.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, last, on stdout.")]
@@ -49,6 +51,12 @@ Resolution = Annotated[
 ]
 Scores = Annotated[str, typer.Option(help="Keep probabilities: none, uint8 or float16.")]
 Volume = Annotated[int | None, typer.Option(help="Which volume of a 4-D scan, from 0.")]
+Series = Annotated[
+    str | None, typer.Option(help="SeriesInstanceUID, where a DICOM folder holds several.")
+]
+Cluster = Annotated[
+    str | None, typer.Option(help="auto or host:port: join a Ray cluster; else one starts here.")
+]
 Workers = Annotated[int | None, typer.Option(help="Number of actors.")]
 
 
@@ -71,12 +79,14 @@ def segment(
     halo: HaloAsked = "exact",
     context: Context = "window",
     backend: Annotated[str, typer.Option(help="ray, or serial (this process).")] = "ray",
+    ray_address: Cluster = None,
     workers: Workers = None,
     device: Device = "auto",
     precision: Floats = "auto",
     any_resolution: Resolution = False,
     scores: Scores = "none",
     volume: Volume = None,
+    series: Series = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over, replace the output.")] = False,
     allow_failed: Annotated[int, typer.Option(help="Finish with up to N failed tiles.")] = 0,
     tracking_uri: Annotated[
@@ -98,6 +108,54 @@ def segment(
 
 
 @app.command()
+def batch(
+    sources: Annotated[
+        list[str], typer.Argument(help="Files, folders, globs, CSV lists (columns id, path).")
+    ],
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="Directory; or a path with {id}, no suffix.")
+    ],
+    model: Annotated[
+        list[Path], typer.Option(help="Bundle for rasters, for volumes, or (twice) both.")
+    ],
+    run_dir: Annotated[Path | None, typer.Option(help="State; DIR.run otherwise.")] = None,
+    crf: Crf = "auto",
+    tile: TileSide = None,
+    halo: HaloAsked = "exact",
+    context: Context = "window",
+    backend: Annotated[str, typer.Option(help="ray, or serial (this process).")] = "ray",
+    ray_address: Cluster = None,
+    workers: Workers = None,
+    device: Device = "auto",
+    precision: Floats = "auto",
+    any_resolution: Resolution = False,
+    scores: Scores = "none",
+    volume: Volume = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do all cases again.")] = False,
+    allow_failed: Annotated[int, typer.Option(help="Finish a case with up to N bad tiles.")] = 0,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow store; a SQLite file beside DIR; none.")
+    ] = None,
+    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "terravox",
+    as_json: Json = False,
+) -> None:
+    """Segment many rasters and volumes; the same command again does what is missing or changed."""
+    asked = dict(locals())
+    for own in ("sources", "output", "model", "as_json"):
+        del asked[own]
+    from workflows.batch import batch as run
+    from workflows.config import options
+    from workflows.interrupt import Interrupt
+
+    with Interrupt() as stop:
+        result = run(sources, output, models=model, options=options(**asked), stop=stop)
+    if not result["cases"]:
+        raise SourceError(f"no raster or volume found in {', '.join(sources)}")
+    _tell_cases(result, as_json=as_json)
+    raise typer.Exit({"done": 0, "partial": EXIT_PARTIAL}.get(result["status"], EXIT_INTERRUPTED))
+
+
+@app.command()
 def plan(
     source: Path,
     model: Model,
@@ -111,6 +169,7 @@ def plan(
     any_resolution: Resolution = False,
     scores: Scores = "none",
     volume: Volume = None,
+    series: Series = None,
     as_json: Json = False,
 ) -> None:
     """Say what would run: halo, tiles, bytes, share of halo work; run nothing."""
@@ -229,6 +288,20 @@ def _tell(manifest: Mapping[str, Any], *, as_json: bool) -> None:
     )
     if as_json:
         print(json.dumps(manifest))
+
+
+def _tell_cases(result: Mapping[str, Any], *, as_json: bool) -> None:
+    from rich.console import Console
+
+    counts, folder = result["counts"], Path(result["output"])
+    Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
+        f"{result['status']}: {counts['done']} of {counts['total']} cases done"
+        f" ({counts['computed']} computed now),"
+        f" {counts['failed']} failed, {counts['quarantined']} quarantined"
+        f" in {result['seconds']:.1f} s -> {folder / 'cases.csv'}"
+    )
+    if as_json:
+        print(json.dumps(result))
 
 
 def _exit_code(manifest: Mapping[str, Any]) -> int:

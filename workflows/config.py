@@ -31,6 +31,10 @@ class SegmentOptions(BaseModel):
     any_resolution: bool = False
     scores: Literal["none", "uint8", "float16"] = "none"
     volume: int | None = Field(default=None, ge=0)
+    series: str | None = None
+    """SeriesInstanceUID, for a DICOM folder that holds several."""
+    ray_address: str | None = None
+    """``auto`` or host:port joins a cluster; None starts one here, unless RAY_ADDRESS is set."""
     fresh: bool = False
     allow_failed: int = Field(default=0, ge=0)
     tracking_uri: str | None = None
@@ -48,7 +52,7 @@ class SegmentOptions(BaseModel):
         return self.model_dump(
             include={
                 "crf", "tile", "halo", "context", "device", "precision", "any_resolution",
-                "scores", "volume",
+                "scores", "volume", "series",
             }
         )  # fmt: skip
 
@@ -64,13 +68,13 @@ def options(**asked: object) -> SegmentOptions:
         raise PlanError(f"{name} {asked_for}, got {first.get('input')!r}") from error
 
 
-def ray_address() -> str:
-    """Where Ray runs: ``RAY_ADDRESS`` names a cluster to join, else one is started here.
+def ray_address(asked: str | None = None) -> str:
+    """Where Ray runs: a cluster that ``asked`` or ``RAY_ADDRESS`` names, else one started here.
 
     Settles authentication as well, and must come before the first import of Ray, which reads it
     then: left alone, it depends on leftovers in the home directory.
     """
-    address = os.environ.get("RAY_ADDRESS") or "local"
+    address = asked or os.environ.get("RAY_ADDRESS") or "local"
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address == "local":

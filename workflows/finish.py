@@ -7,22 +7,26 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from adapters.uri import output_kind
 from pipeline.domain import ImageInfo, TileKey
 from pipeline.errors import SourceError, StoreError
 from pipeline.models.bundle import Bundle
-from pipeline.ports import ArrayStore, Record, Source
+from pipeline.ports import ArrayStore, Record
+from workflows.case import Case
 from workflows.planning import SegmentPlan
 from workflows.run_dir import RunDir, write_json
+
+if TYPE_CHECKING:
+    from adapters.nifti_header import VolumeSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Product:
     """What is to be written where, and from what."""
 
-    source: Source
-    source_path: Path
+    case: Case
     bundle: Bundle
     plan: SegmentPlan
     output: Path
@@ -52,7 +56,7 @@ def write_product(product: Product, *, store: ArrayStore) -> None:
     """Write, verify and name the output. Raises FinishError, StoreError or SourceError."""
     mark_output(product)
     product.run.scratch.mkdir(exist_ok=True)
-    if product.source.info.ndim == 2:
+    if product.case.source.info.ndim == 2:
         _write_raster(product, store)
     else:
         _write_volume(product, store)
@@ -73,7 +77,7 @@ def _write_raster(product: Product, store: ArrayStore) -> None:
 
     bundle, plan = product.bundle, product.plan
     spec = CogSpec(
-        source_path=product.source_path,
+        source_path=product.case.path,
         grid=plan.sweep.grid,
         dtype=bundle.mask_dtype,
         classes=bundle.classes,
@@ -104,7 +108,8 @@ def _write_volume(product: Product, store: ArrayStore) -> None:
         description=f"terravox {plan.tiles.fingerprint[:16]} model {bundle.digest[:16]}",
         slab_voxels=max(plan.sweep.grid.tile),
     )
-    write_nifti(product.output, store=store, source_path=product.source_path, spec=spec)
+    source = cast("VolumeSource", product.case.source)
+    write_nifti(product.output, store=store, grid=source.grid, spec=spec)
 
 
 def lost_chunks(

@@ -8,6 +8,11 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
+def never() -> bool:
+    """``stop`` of a run that nobody stops."""
+    return False
+
+
 class Interrupt:
     """``with Interrupt() as stop: ... stop()`` is True once a signal has come.
 

@@ -27,7 +27,7 @@ def manifest(
 
     ``seconds``, throughput and memory are of this command, which did the ``new`` tiles alone.
     """
-    plan, info, bundle = product.plan, product.source.info, product.bundle
+    plan, info, bundle = product.plan, product.case.source.info, product.bundle
     return {
         "status": status_of(outcome),
         "output": str(product.output.resolve()) if written else None,
@@ -35,7 +35,7 @@ def manifest(
         "fingerprint": plan.tiles.fingerprint,
         "request_digest": plan.request_digest,
         "source": {
-            "uri": str(product.source_path.resolve()),
+            "uri": str(product.case.path.resolve()),
             "digest": plan.source_digest,
             "shape": info.shape,
             "crs": info.crs,
@@ -83,7 +83,7 @@ def counts(outcome: Outcome) -> Counter[int]:
 
 def classes(outcome: Outcome, product: Product) -> list[dict[str, Any]]:
     """Pixels and area (m2) or volume (ml) of each class; no size where a pixel has none."""
-    info, total = product.source.info, counts(outcome)
+    info, total = product.case.source.info, counts(outcome)
     size_key = {"m": "area_m2", "mm": "volume_ml", "px": None}[info.unit]
     rows = []
     for look in product.bundle.classes:
@@ -123,7 +123,8 @@ def _throughput(info: ImageInfo, new: Sequence[Record], seconds: float) -> dict[
 
 
 def _versions(plan: SegmentPlan) -> Mapping[str, str]:
-    more = {name: version(name) for name in ("ray", "rasterio", "nibabel", "zarr", "mlflow")}
+    names = ("ray", "rasterio", "nibabel", "pydicom", "simpleitk", "zarr", "mlflow")
+    more = {name: version(name) for name in names}
     return {"python": platform.python_version(), **plan.resolved.versions, **more}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -18,15 +19,18 @@ from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, Shape, TilePlan
 from pipeline.errors import CrfError, PlanError, SourceError
 from pipeline.execution.identity import package_digest
 from pipeline.inference.precision import Precision, resolve_precision
-from pipeline.models.bundle import Bundle
+from pipeline.models.bundle import WEIGHTS_FILE, Bundle
 from pipeline.models.context_pool import Context
 from pipeline.models.receptive_field import reach_of
-from pipeline.ports import Source
+from workflows.case import Case
 from workflows.config import SegmentOptions
 from workflows.run_dir import canonical_digest
 from workflows.sizing import AUTO_TILES, asked_tile, modest, peak_bytes, store_bytes, too_large
 
 SPACING_TOLERANCE = 0.05
+
+_REACHES: dict[tuple[str, Context, int], Reach] = {}
+_TRACING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,30 +126,29 @@ def halo_json(reach: Reach) -> dict[str, Any]:
 
 
 def make_plan(
-    source: Source,
+    case: Case,
     bundle: Bundle,
     options: SegmentOptions,
     *,
-    case: str,
     found: Mapping[str, Any] | None = None,
 ) -> SegmentPlan:
     """Decide everything; ``found`` is the plan.json of an earlier run in the same directory.
 
     Raises SourceError, BundleError, CrfError or PlanError, one line each.
     """
-    info = source.info
+    info = case.source.info
     if info.ndim != bundle.architecture.dims:
         raise SourceError(
-            f"{case} has {info.ndim} axes, but the network of {bundle.name} takes"
+            f"{case.name} has {info.ndim} axes, but the network of {bundle.name} takes"
             f" {bundle.architecture.dims}: choose another bundle"
         )
+    check_modality(info, bundle)
     channels, notes = match_channels(info, bundle)
     notes += check_spacing(info, bundle, any_resolution=options.any_resolution) + info.notes
     crf = resolve_crf(options.crf, bundle, info)
-    source_digest = source.digest()
     request = canonical_digest(
         {
-            "source": source_digest,
+            "source": case.digest,
             "bundle": bundle.digest,
             "options": options.request(),
             "crf": asdict(crf) if crf else None,
@@ -156,10 +159,10 @@ def make_plan(
         resolved = _resolved_before(found["resolved"], crf=crf)
     else:
         resolved = resolve(info, bundle, options, reach=reach, crf=crf)
-    sweep = _sweep(info, resolved.tile, reach=reach, crf=crf, case=case)
+    sweep = _sweep(info, resolved.tile, reach=reach, crf=crf, case=case.name)
     fingerprint = canonical_digest(
         {
-            "source": source_digest,
+            "source": case.digest,
             "bundle": bundle.digest,
             "resolved": asdict(resolved),
             "sweep": asdict(sweep),
@@ -179,7 +182,7 @@ def make_plan(
         ),
         resolved=resolved,
         request_digest=request,
-        source_digest=source_digest,
+        source_digest=case.digest,
         channels=channels,
         crf=crf,
         exact=exact and crf is None,
@@ -215,6 +218,16 @@ def match_channels(info: ImageInfo, bundle: Bundle) -> tuple[tuple[int, ...], tu
         return tuple(range(count)), ()
     note = f"bands taken by position: {', '.join(info.channels)} as {', '.join(names)}"
     return tuple(range(count)), (note,)
+
+
+def check_modality(info: ImageInfo, bundle: Bundle) -> None:
+    """Raise SourceError for another kind of scan than the network's, where both are known."""
+    wanted, found = bundle.input.modality, info.modality
+    if wanted and found and wanted != found:
+        raise SourceError(
+            f"the scan is {found}, the network of {bundle.name} was trained on {wanted}:"
+            " choose another scan or bundle"
+        )
 
 
 def check_spacing(info: ImageInfo, bundle: Bundle, *, any_resolution: bool) -> tuple[str, ...]:
@@ -264,11 +277,23 @@ def resolve_crf(asked: str, bundle: Bundle, info: ImageInfo) -> ResolvedCrf | No
     return crf
 
 
+def traced_reach(bundle: Bundle, context: Context) -> Reach:
+    """The network's reach, traced once in this process.
+
+    Tracing patches torch for all threads: no other may run a network meanwhile.
+    """
+    # With the time of the file: tracing reads the weights, and finds those that are damaged.
+    key = (bundle.digest, context, (bundle.path / WEIGHTS_FILE).stat().st_mtime_ns)
+    with _TRACING:
+        if key not in _REACHES:
+            _REACHES[key] = reach_of(bundle.network(), context=context)
+        return _REACHES[key]
+
+
 def network_reach(bundle: Bundle, options: SegmentOptions) -> tuple[Reach, bool]:
     """What the network needs around a tile, and whether tiling with it is exact."""
-    network = bundle.network()
-    reach = reach_of(network, context=options.context)
-    exact = options.context == "window" or network.pool is None
+    reach = traced_reach(bundle, options.context)
+    exact = options.context == "window" or not bundle.architecture.image_pooling
     if options.halo == "exact":
         return reach, exact
     short = Halo.uniform(int(options.halo), ndim=bundle.architecture.dims).round_up(reach.stride)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -19,25 +18,27 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from pipeline.ports import Record
 from workflows.run_dir import write_json
 
 LINE_EVERY_S = 10.0
 FILE_EVERY_S = 1.0
 
 
-class RunProgress:
-    """An observer of records; a context manager around the run."""
+def stderr_console() -> Console:
+    """Where people are told: logs and progress go to stderr."""
+    return Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
-    def __init__(
-        self, *, total: int, known: Iterable[Record], file: Path, console: Console
-    ) -> None:
-        done = list(known)
-        self._file, self._console, self._total = file, console, total
-        self._done, self._failed, self._new = len(done), 0, 0
+
+class RunProgress:
+    """Counts what is done; a context manager around the run."""
+
+    def __init__(self, unit: str, *, total: int, done: int, file: Path, console: Console) -> None:
+        """``unit``: what is counted, in the plural: tiles or cases."""
+        self._unit, self._file, self._console = unit, file, console
+        self._total, self._done, self._failed, self._new = total, done, 0, 0
         self._start = self._line_at = self._file_at = time.monotonic()
         self._bar = Progress(
-            TextColumn("segment"),
+            TextColumn(unit),
             BarColumn(),
             MofNCompleteColumn(),
             TaskProgressColumn(),
@@ -65,18 +66,17 @@ class RunProgress:
             finished = self._done + self._failed == self._total
             self._write("finished" if finished else "interrupted")
 
-    def __call__(self, record: Record) -> None:
-        """Note one more tile."""
+    def add(self, *, complaint: str = "") -> None:
+        """One more is done; or has failed, for the reason that ``complaint`` gives."""
         self._new += 1
-        if record.status == "done":
-            self._done += 1
-        else:
+        if complaint:
             self._failed += 1
-            self._console.print(f"tile {record.key.number} failed: {record.error}")
+            self._console.print(complaint)
+        else:
+            self._done += 1
         now = time.monotonic()
-        self._bar.update(
-            self._task, completed=self._done + self._failed, rate=f"{self._rate(now):.2f} tiles/s"
-        )
+        rate = f"{self._rate(now):.2f} {self._unit}/s"
+        self._bar.update(self._task, completed=self._done + self._failed, rate=rate)
         if now - self._file_at >= FILE_EVERY_S:
             self._file_at = now
             self._write("running")
@@ -94,8 +94,8 @@ class RunProgress:
 
     def _line(self, now: float) -> str:
         return (
-            f"{self._done} of {self._total} tiles, {self._failed} failed,"
-            f" {self._rate(now):.2f} tiles/s, {self._left_s(now):.0f} s left"
+            f"{self._done} of {self._total} {self._unit}, {self._failed} failed,"
+            f" {self._rate(now):.2f} {self._unit}/s, {self._left_s(now):.0f} s left"
         )
 
     def _write(self, state: str) -> None:
@@ -105,10 +105,10 @@ class RunProgress:
             self._file,
             {
                 "state": state,
-                "tiles_done": self._done,
-                "tiles_failed": self._failed,
-                "tiles_total": self._total,
-                "tiles_per_s": round(self._rate(now), 4),
+                f"{self._unit}_done": self._done,
+                f"{self._unit}_failed": self._failed,
+                f"{self._unit}_total": self._total,
+                f"{self._unit}_per_s": round(self._rate(now), 4),
                 "seconds": round(now - self._start, 3),
                 "seconds_left": None if math.isinf(left) else round(left, 1),
             },

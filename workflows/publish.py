@@ -21,12 +21,22 @@ from workflows.run_dir import read_json, write_json
 METRICS_EVERY_S = 5.0
 
 
+def open_tracker(
+    options: SegmentOptions, *, output: Path, known: Path
+) -> MlflowTracker | NoTracker:
+    """The tracker asked for; ``known`` holds the run that an interrupted command opened."""
+    uri = tracking_uri(options.tracking_uri, beside=output.parent)
+    if uri == "none":
+        return NoTracker()
+    run_id = (read_json(known) or {}).get("run_id")
+    return MlflowTracker(uri, experiment=options.experiment, run_name=output.name, run_id=run_id)
+
+
 class Publisher:
     """An observer of the run, and its closing: report, manifest, tracker."""
 
-    def __init__(self, product: Product, options: SegmentOptions) -> None:
-        self._product, self._options = product, options
-        self._tracker = self._open(options)
+    def __init__(self, product: Product, tracker: MlflowTracker | NoTracker) -> None:
+        self._product, self._tracker = product, tracker
         self._done = self._failed = self._pixels = 0
         self._start = self._logged = time.monotonic()
 
@@ -37,7 +47,7 @@ class Publisher:
             params=_flat(plan.as_json()["resolved"] | {"halo": plan.sweep.reach.halo.before}),
             tags={
                 "fingerprint": plan.tiles.fingerprint,
-                "source": self._product.source_path.name,
+                "source": self._product.case.path.name,
                 "source_digest": plan.source_digest,
                 "model": f"{bundle.name} {bundle.version}",
                 "model_digest": bundle.digest,
@@ -82,7 +92,7 @@ class Publisher:
     def _papers(self, values: Mapping[str, Any], outcome: Outcome, store: ArrayStore) -> list[Path]:
         run, bundle = self._product.run, self._product.bundle
         pictures = quicklook(
-            self._product.source,
+            self._product.case.source,
             store,
             colors={look.id: look.color for look in bundle.classes},
             nodata=bundle.mask_nodata,
@@ -100,16 +110,6 @@ class Publisher:
         draft = run.scratch / run.manifest.name
         write_json(draft, values)
         return [draft, run.report, overlay]
-
-    def _open(self, options: SegmentOptions) -> MlflowTracker | NoTracker:
-        output = self._product.output
-        uri = tracking_uri(options.tracking_uri, beside=output.parent)
-        if uri == "none":
-            return NoTracker()
-        known = read_json(self._product.run.tracking) or {}
-        return MlflowTracker(
-            uri, experiment=options.experiment, run_name=output.name, run_id=known.get("run_id")
-        )
 
     def _log(self, now: float) -> None:
         seconds = max(now - self._start, 1e-9)

@@ -3,45 +3,30 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from adapters.lease_file import LeaseFile
-from adapters.ledger_file import LedgerFile
-from adapters.uri import open_source
-from adapters.zarr_store import ZarrStore
 from pipeline.errors import PlanError
+from pipeline.execution.feed import FairFeed
 from pipeline.models.bundle import load_bundle
-from pipeline.ports import Backend, Guard, Record
-from pipeline.segment_image import Outcome, segment_image
-from pipeline.segment_tile import SegmentTiles
-from pipeline.stitching.scores import ScoreSink
-from workflows.config import SegmentOptions, ray_address
-from workflows.finish import (
-    Product,
-    check_output,
-    finishing_mark,
-    lost_chunks,
-    mark_output,
-    write_product,
-)
-from workflows.manifest import default_run_dir, manifest
-from workflows.planning import make_plan, workers
-from workflows.progress import RunProgress
-from workflows.publish import Publisher
-from workflows.run_dir import RunDir, file_digest, read_json, read_plan, write_json
+from pipeline.ports import Guard, Record
+from pipeline.segment_image import segment_images
+from workflows.backend import make_backend
+from workflows.case import open_case
+from workflows.config import SegmentOptions
+from workflows.finish import Product, check_output, finishing_mark, mark_output
+from workflows.image_run import ImageRun
+from workflows.interrupt import never
+from workflows.manifest import default_run_dir
+from workflows.planning import make_plan
+from workflows.progress import RunProgress, stderr_console
+from workflows.publish import Publisher, open_tracker
+from workflows.run_dir import RunDir, file_digest, read_json, read_plan
 
 log = logging.getLogger(__name__)
-
-
-def never() -> bool:
-    """A run that is not told to stop."""
-    return False
 
 
 def segment(
@@ -55,7 +40,7 @@ def segment(
     """Segment one raster or volume; run again, it resumes; run once more, it does nothing.
 
     Args:
-        source: a GeoTIFF, VRT or NIfTI.
+        source: a GeoTIFF, VRT, NIfTI, NRRD or MetaImage file, or the folder of a DICOM series.
         output: the mask: ``.tif`` for rasters, ``.nii`` or ``.nii.gz`` for volumes.
         model: a bundle directory.
         options: as ``terravox segment --help`` lists them.
@@ -67,24 +52,16 @@ def segment(
     Raises:
         PipelineError: one line that says what was asked, what was found and what to do.
     """
-    started = time.monotonic()
     asked, bundle = options or SegmentOptions(), load_bundle(model)
-    source_path, target = Path(source).absolute(), Path(output).absolute()
+    target = Path(output).absolute()
     run = RunDir((asked.run_dir or default_run_dir(target)).resolve())
-    image = open_source(str(source_path), volume=asked.volume, scratch=run.scratch)
+    case = open_case(Path(source).absolute(), asked, scratch=run.scratch)
     run.check_ours()
-    check_output(target, source=source_path, info=image.info, run=run)
+    check_output(target, source=case.path, info=case.source.info, run=run)
     # A request that cannot be planned leaves no directory behind, and --fresh deletes nothing.
     known = None if asked.fresh else read_plan(run)
-    plan = make_plan(image, bundle, asked, case=case_of(source_path), found=known)
-    product = Product(
-        source=image,
-        source_path=source_path,
-        bundle=bundle,
-        plan=plan,
-        output=target,
-        run=run,
-    )
+    plan = make_plan(case, bundle, asked, found=known)
+    product = Product(case=case, bundle=bundle, plan=plan, output=target, run=run)
     if target.exists() and not asked.fresh:
         finished = _finished(product, known)
         if finished is not None:
@@ -94,7 +71,7 @@ def segment(
         if asked.fresh:
             run.clear()
             mark_output(product)
-        return _Run(product, asked, guard=guard, started=started).go(stop)
+        return _run(product, asked, guard=guard, stop=stop)
 
 
 def _finished(product: Product, known: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -121,153 +98,63 @@ def _finished(product: Product, known: Mapping[str, Any] | None) -> dict[str, An
 
 def plan_only(source: str | Path, *, model: str | Path, options: SegmentOptions) -> dict[str, Any]:
     """What ``segment`` would do, as plan.json would hold it. Raises what ``segment`` raises."""
-    path = Path(source).absolute()
-    opened = open_source(str(path), volume=options.volume)
-    return make_plan(opened, load_bundle(model), options, case=case_of(path)).as_json()
+    case = open_case(Path(source).absolute(), options)
+    return make_plan(case, load_bundle(model), options).as_json()
 
 
-def case_of(source: Path) -> str:
-    """Identifier of a scene or scan: its file name without suffixes."""
-    return source.name.split(".")[0]
+def _run(
+    product: Product, options: SegmentOptions, *, guard: Guard, stop: Callable[[], bool]
+) -> dict[str, Any]:
+    """Tiles, then the product, then the papers."""
+    tracker = open_tracker(options, output=product.output, known=product.run.tracking)
+    publisher = Publisher(product, tracker)
+    publisher.start()
+    try:
+        return _tiles_and_papers(product, options, guard=guard, publisher=publisher, stop=stop)
+    except BaseException:
+        publisher.fail()
+        raise
 
 
-class _Run:
-    """What is open while the lease is held."""
-
-    def __init__(
-        self, product: Product, options: SegmentOptions, *, guard: Guard, started: float
-    ) -> None:
-        self.product, self.options, self.guard = product, options, guard
-        self.run, self.plan, self.started = product.run, product.plan, started
-        self.console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-        self.run.sweep()
-        self._keep_plan()
-        self.mask = self._store(self.run.mask, dtype=product.bundle.mask_dtype)
-
-    def go(self, stop: Callable[[], bool]) -> dict[str, Any]:
-        """Tiles, then the product, then the papers."""
-        self.run.manifest.unlink(missing_ok=True)  # its presence means that the product exists
-        publisher = Publisher(self.product, self.options)
-        publisher.start()
-        try:
-            return self._publish(publisher, stop)
-        except BaseException:
-            publisher.fail()
-            raise
-
-    def _publish(self, publisher: Publisher, stop: Callable[[], bool]) -> dict[str, Any]:
-        new: list[Record] = []
-        outcome = self._tiles(stop, observers=[new.append, publisher.tile_done])
-        allowed = len(outcome.failed) <= self.options.allow_failed
-        written = allowed and not outcome.interrupted
-        if written:
-            self.guard.check()
-            write_product(self.product, store=self.mask)
-            self.guard.check()
-        values = manifest(
-            self.product,
-            outcome,
-            written=written,
-            new=new,
-            seconds=time.monotonic() - self.started,
-        )
-        return publisher.finish(values, outcome=outcome, store=self.mask)
-
-    def _tiles(
-        self, stop: Callable[[], bool], *, observers: list[Callable[[Record], None]]
-    ) -> Outcome:
-        ledger = LedgerFile(self.run.ledger, owner=f"pid{time.time_ns()}")
-        known = self._trusted(ledger)
-        progress = RunProgress(
-            total=len(self.plan.tiles), known=known, file=self.run.progress, console=self.console
-        )
-        with closing(ledger), progress:
-            return segment_image(
-                self.plan.tiles,
-                self._work(),
-                backend=self._backend(),
-                ledger=ledger,
-                observers=[*observers, progress],
+def _tiles_and_papers(
+    product: Product,
+    options: SegmentOptions,
+    *,
+    guard: Guard,
+    publisher: Publisher,
+    stop: Callable[[], bool],
+) -> dict[str, Any]:
+    plan, console = product.plan, stderr_console()
+    image = ImageRun(product, options, guard=guard, publisher=publisher)
+    console.print(plan.summary)
+    for note in plan.notes:
+        log.warning("%s", note)
+    progress = RunProgress(
+        "tiles",
+        total=len(plan.tiles),
+        done=len(image.known),
+        file=product.run.progress,
+        console=console,
+    )
+    image.tiles.observers.append(lambda record: progress.add(complaint=complaint(record)))
+    feed = FairFeed()
+    feed.add(image.tiles.jobs())
+    feed.close()
+    with closing(image), progress:
+        if image.tiles.outcome.interrupted:
+            backend = make_backend(
+                options, plan.resolved, run_dir=product.run.path, most=len(plan.tiles)
+            )
+            segment_images(
+                feed,
+                {product.case.name: image.tiles},
+                backend=backend,
+                ended=lambda _: None,
                 stop=stop,
             )
+    return image.finish()
 
-    def _trusted(self, ledger: LedgerFile) -> list[Record]:
-        """Records of tiles that are done and whose chunk still holds what they say."""
-        scores = self._scores()
-        self.mask.sweep()
-        done = [r for r in ledger.records().values() if r.status == "done"]
-        stores = [self.mask] if scores is None else [self.mask, scores.store]
-        lost = set(lost_chunks(done, self.plan, stores))
-        for record in done:
-            if record.key in lost:
-                log.warning("tile %d: its chunk is damaged; done again", record.key.number)
-                ledger.append(Record(key=record.key, status="failed", error="chunk damaged"))
-        if done:
-            log.warning("resuming: %d of %d tiles are done", len(done), len(self.plan.tiles))
-        return [record for record in done if record.key not in lost]
 
-    def _keep_plan(self) -> None:
-        """Write plan.json, or prove that the one that is there is this run's."""
-        found = read_plan(self.run)
-        if found is None:
-            write_json(self.run.plan, self.plan.as_json())
-        elif found["fingerprint"] != self.plan.tiles.fingerprint:
-            raise PlanError(
-                f"{self.run.path} holds another run (source, model, options or versions differ):"
-                " choose another --run-dir, or add --fresh to start over"
-            )
-        self.console.print(self.plan.summary)
-        for note in self.plan.notes:
-            log.warning("%s", note)
-
-    def _store(self, path: Path, *, dtype: str) -> ZarrStore:
-        grid = self.plan.sweep.grid
-        fill = self.product.bundle.mask_nodata
-        return ZarrStore.create(path, shape=grid.shape, chunks=grid.tile, dtype=dtype, fill=fill)
-
-    def _scores(self) -> ScoreSink | None:
-        dtype = self.options.scores
-        if dtype == "none":
-            return None
-        grid, classes = self.plan.sweep.grid, len(self.product.bundle.classes)
-        store = ZarrStore.create(
-            self.run.scores,
-            shape=(classes, *grid.shape),
-            chunks=(classes, *grid.tile),
-            dtype=dtype,
-            fill=0,
-        )
-        return ScoreSink(store, dtype)
-
-    def _work(self) -> SegmentTiles:
-        plan, resolved = self.plan, self.plan.resolved
-        return SegmentTiles(
-            source=self.product.source,
-            channels=plan.channels,
-            bundle=self.product.bundle,
-            device=resolved.device,
-            precision=resolved.precision,
-            context=resolved.context,
-            threads=resolved.threads,
-            padded_shape=plan.sweep.grid.padded_shape,
-            crf=plan.crf,
-            mask=self.mask,
-            scores=self._scores(),
-            guard=self.guard,
-        )
-
-    def _backend(self) -> Backend:
-        options = self.options
-        if options.backend == "serial":
-            from pipeline.execution.serial import SerialBackend
-
-            return SerialBackend()
-        address = ray_address()
-        from pipeline.execution.ray_pool import RayBackend
-
-        return RayBackend(
-            run_dir=self.run.path,
-            workers=min(workers(options, self.plan.resolved), len(self.plan.tiles)),
-            gpus_per_worker=1 if self.plan.resolved.device == "cuda" else 0,
-            address=address,
-        )
+def complaint(record: Record) -> str:
+    """What to say of a tile that failed; nothing of others."""
+    return f"tile {record.key.number} failed: {record.error}" if record.status == "failed" else ""

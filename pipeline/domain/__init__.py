@@ -9,10 +9,12 @@ Tile            one core (what it alone writes), what the network predicts, and 
 Pass            one sweep over the tiles of one case
 TilePlan        all passes, with bytes and the fingerprint that names the run
 TileKey         (case, pass, tile number): the key of the ledger
+CaseRecord      what became of one scene or scan of a batch: a line of the batch's ledger
 ImageInfo       shape, channels, dtype, nodata, CRS or affine, spacing
 ==============  ================================================================================
 """
 
+from pipeline.domain.case import CaseRecord, CaseState, check_case_id
 from pipeline.domain.grid import Grid
 from pipeline.domain.image_info import ImageInfo
 from pipeline.domain.plan import Pass, Tile, TileKey, TilePlan
@@ -20,6 +22,8 @@ from pipeline.domain.reach import ContextWindow, Reach
 from pipeline.domain.region import Halo, Region, Shape
 
 __all__ = [
+    "CaseRecord",
+    "CaseState",
     "ContextWindow",
     "Grid",
     "Halo",
@@ -31,4 +35,5 @@ __all__ = [
     "Tile",
     "TileKey",
     "TilePlan",
+    "check_case_id",
 ]

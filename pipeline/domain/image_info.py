@@ -41,6 +41,9 @@ class ImageInfo:
     affine: tuple[float, ...] = ()
     """Rasters: a, b, c, d, e, f of ``x = a*col + b*row + c``. Volumes: 16 numbers, row-major."""
 
+    modality: str | None = None
+    """DICOM's code of the kind of scan, such as CT; None where the file does not say."""
+
     selection: str | None = None
     """The chosen time or volume of a 4-D file; None where there was nothing to choose."""
 

@@ -1,64 +1,81 @@
-"""What is left to do, and what becomes of a tile that fails or kills its worker. No I/O."""
+"""What becomes of a tile that fails or kills its worker. No I/O."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from dataclasses import replace
 
-from pipeline.domain import Tile, TileKey
-from pipeline.ports import Record
+from pipeline.domain import TileKey
+from pipeline.ports import Feed, Job, Record
 
 MAX_ATTEMPTS = 2
 MAX_DEATHS = 3
 
 
 class TileQueue:
-    """Tiles in order; failed ones come back at the end, suspects of a death only alone.
+    """Jobs as the feed gives them; failed ones come back at the end, suspects of a death alone.
 
     When a worker dies, every tile it held is a suspect. A suspect is tried again by itself, so
-    that an innocent tile is not quarantined together with the one that kills.
+    that an innocent tile is not quarantined together with the one that kills. Suspects go first:
+    nothing else is handed to a busy worker until they have found an idle one.
     """
 
-    def __init__(self, tiles: Iterable[Tile]) -> None:
-        self._fresh = iter(tiles)
-        self._next = next(self._fresh, None)
-        self._again: deque[Tile] = deque()
-        self._suspects: deque[Tile] = deque()
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+        self._next: Job | None = None
+        self._again: deque[Job] = deque()
+        self._suspects: deque[Job] = deque()
         self._attempts: dict[TileKey, int] = {}
         self._deaths: dict[TileKey, int] = {}
 
-    def take(self, *, alone: bool) -> Tile | None:
-        """The next tile, or None. A suspect is handed out only to a worker that is ``alone``."""
-        if alone and self._suspects:
-            return self._suspects.popleft()
-        if self._next is None:
-            return self._again.popleft() if self._again else None
-        tile, self._next = self._next, next(self._fresh, None)
-        return tile
+    def take(self, *, alone: bool) -> Job | None:
+        """The next job, or None. A suspect is handed out only to a worker that is ``alone``.
 
-    def is_suspect(self, tile: Tile) -> bool:
+        Raises what the feed raises.
+        """
+        if self._suspects:
+            return self._suspects.popleft() if alone else None
+        job, self._next = self._next or self._feed.take(), None
+        if job is None and self._again:
+            return self._again.popleft()
+        return job
+
+    def is_suspect(self, job: Job) -> bool:
         """True for a tile that was in flight when a worker died."""
-        return tile.key in self._deaths
+        return job.tile.key in self._deaths
+
+    @property
+    def held(self) -> int:
+        """How many jobs wait that the feed has given."""
+        return len(self._again) + len(self._suspects) + (self._next is not None)
 
     @property
     def empty(self) -> bool:
-        """True when nothing is left to hand out."""
-        return self._next is None and not self._again and not self._suspects
+        """True when nothing is left to hand out and nothing more will come.
 
-    def settle(self, tile: Tile, record: Record) -> Record | None:
+        Raises what the feed raises: it does not know that it ended until it is asked for a job.
+        """
+        self._next = self._next or self._feed.take()
+        return not self.held and self._feed.ended
+
+    def settle(self, job: Job, record: Record) -> Record | None:
         """The record if it is final; None when a failed tile goes back into the queue."""
-        if record.status == "done":
-            return record
-        self._attempts[tile.key] = self._attempts.get(tile.key, 0) + 1
-        if self._attempts[tile.key] >= MAX_ATTEMPTS:
-            return record
-        self._again.append(tile)
-        return None
+        key = job.tile.key
+        if record.status == "failed":
+            self._attempts[key] = self._attempts.get(key, 0) + 1
+            if self._attempts[key] < MAX_ATTEMPTS:
+                (self._suspects if self.is_suspect(job) else self._again).append(job)
+                return None
+        self._attempts.pop(key, None)
+        deaths = self._deaths.pop(key, 0)
+        return replace(record, deaths=deaths) if deaths else record
 
-    def died(self, tile: Tile, *, error: str) -> Record | None:
+    def died(self, job: Job, *, error: str) -> Record | None:
         """Note a worker's death; a record when the tile is quarantined, None when it goes back."""
-        deaths = self._deaths[tile.key] = self._deaths.get(tile.key, 0) + 1
+        key = job.tile.key
+        deaths = self._deaths[key] = self._deaths.get(key, 0) + 1
         if deaths >= MAX_DEATHS:
-            return Record(key=tile.key, status="failed", deaths=deaths, error=error)
-        self._suspects.append(tile)
+            del self._deaths[key]
+            return Record(key=key, status="failed", deaths=deaths, error=error)
+        self._suspects.append(job)
         return None

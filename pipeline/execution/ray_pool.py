@@ -1,7 +1,7 @@
 """Tiles on Ray actors: one actor per device, descriptors in, small records out.
 
 The only module of execution that imports Ray. Retries live here, not in Ray: an actor that dies is
-dropped, its tiles go back into the queue, a new actor takes its place.
+dropped, its tiles go back into the queue, and a new actor takes its place where there is room.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +22,11 @@ from typing import Any
 import ray
 from ray import exceptions as rex
 
-from pipeline.domain import Tile
 from pipeline.errors import ExecutionError
 from pipeline.execution.identity import package_digest
 from pipeline.execution.queue import TileQueue
 from pipeline.execution.worker import TileWorker
-from pipeline.ports import Record, Work
+from pipeline.ports import Feed, Job, Record
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,11 @@ log = logging.getLogger(__name__)
 DEATHS = (rex.RayActorError, rex.NodeDiedError, rex.WorkerCrashedError, rex.OutOfMemoryError)
 IN_FLIGHT = 2
 START_TIMEOUT_S = 300.0
+CONNECT_TIMEOUT_S = 10.0
+RECOUNT_S = 3.0
+"""How often the nodes are counted, in seconds."""
+HUNGRY_S, FED_S = 0.1, 1.0
+"""How long is waited for an answer while actors could take more from the feed, and else."""
 OBJECT_STORE_BYTES = 100 * 2**20
 
 
@@ -44,7 +49,15 @@ class RayBackend:
     run_dir: Path
     """Shared with every actor; the process enters it before the cluster starts."""
 
-    workers: int
+    workers: int | None
+    """None: as many as fit on the nodes there are, counted again while the run goes on.
+
+    Only a number makes an autoscaler start more than one node: None never asks for more than fit.
+    """
+
+    threads: int
+    """Cores that an actor takes."""
+
     gpus_per_worker: int = 0
     """1 for CUDA, 0 for CPU."""
 
@@ -57,137 +70,181 @@ class RayBackend:
                 f"Ray client address {self.address} is not supported: actors must share storage"
                 " with the driver; run the command on a node of the cluster"
             )
-        if self.workers < 1:
-            raise ExecutionError(f"at least one worker is needed, got {self.workers}")
+        if self.threads < 1 or (self.workers is not None and self.workers < 1):
+            raise ExecutionError(
+                f"at least one worker of one thread is needed, got {self.workers} of {self.threads}"
+            )
 
-    def run(
-        self, work: Work, tiles: Iterable[Tile], *, stop: Callable[[], bool]
-    ) -> Iterator[Record]:
-        """Yield a record per tile as they end. Raises ExecutionError when no worker can live."""
-        with _cluster(self, threads=work.threads):
-            pool = _Pool(self, work, TileQueue(tiles))
+    def run(self, feed: Feed, *, stop: Callable[[], bool]) -> Iterator[Record]:
+        """Yield a record per tile as they end.
+
+        Raises ExecutionError when no worker can live, and what ``TileWorker.run`` raises.
+        """
+        with _cluster(self):
+            pool = _Pool(self, feed)
             try:
                 yield from pool.records(stop)
             finally:
                 pool.close()
 
+    def fits(self) -> int:
+        """Actors that the nodes of the cluster could hold, were they empty; at least 1."""
+        count = 0
+        for node in ray.nodes():
+            has = node["Resources"] if node["Alive"] else {}
+            shares = [has.get("CPU", 0) // self.threads]
+            if self.gpus_per_worker:
+                shares.append(has.get("GPU", 0) // self.gpus_per_worker)
+            count += int(min(shares))
+        return max(count, 1)
+
 
 class _Actor:
     """What Ray starts: a TileWorker that first proves where it stands."""
 
-    def __init__(self, work: Work) -> None:
-        self._work = work
-        self._worker: TileWorker | None = None
+    def __init__(self) -> None:
+        self._worker = TileWorker()
 
     def start(self, nonce: Path) -> tuple[str, str, str]:
-        """Load the model; return process name, package digest and the nonce as read here."""
+        """Process name, package digest, and the file that holds the nonce as read here."""
         text = nonce.read_text() if nonce.exists() else ""
-        answer = nonce.with_name(f"{nonce.name}.{os.getpid()}")
+        # Not the process id, which an actor on another host may have, too.
+        answer = nonce.with_name(f"{nonce.name}.{secrets.token_hex(8)}")
         if text:
             answer.write_text(text)
-        self._worker = TileWorker(self._work)
         return self._worker.name, package_digest(), answer.name
 
-    def run(self, tile: Tile) -> Record:
-        assert self._worker is not None
-        return self._worker.run(tile)
+    def run(self, job: Job) -> Record:
+        return self._worker.run(job)
 
 
 @dataclass(slots=True, eq=False)
 class _Member:
-    """An actor of the pool and the tiles it holds, by the reference of their record."""
+    """An actor of the pool and the jobs it holds, by the reference of their record."""
 
     handle: Any
     starting: Any
-    tiles: dict[Any, Tile] = field(default_factory=dict)
+    jobs: dict[Any, Job] = field(default_factory=dict)
     exclusive: bool = False
     ready: bool = False
 
     @property
     def free(self) -> bool:
-        return self.ready and not self.exclusive and len(self.tiles) < IN_FLIGHT
+        return self.ready and not self.exclusive and len(self.jobs) < IN_FLIGHT
 
 
 class _Pool:
-    def __init__(self, backend: RayBackend, work: Work, queue: TileQueue) -> None:
-        self._backend, self._queue = backend, queue
-        self._work = ray.put(work)
+    def __init__(self, backend: RayBackend, feed: Feed) -> None:
+        self._backend, self._feed, self._queue = backend, feed, TileQueue(feed)
         self._digest = package_digest()
         self._nonce = backend.run_dir / f"nonce-{secrets.token_hex(8)}"
         self._nonce.write_text(secrets.token_hex(16))
         self._class = ray.remote(_Actor).options(
-            num_cpus=work.threads,
+            num_cpus=backend.threads,
             num_gpus=backend.gpus_per_worker,
             max_restarts=0,
             max_task_retries=0,
             max_concurrency=IN_FLIGHT + 1,
+            scheduling_strategy="SPREAD",
         )
-        self._deaths = 0
-        self._members = [self._member() for _ in range(backend.workers)]
+        self._members: list[_Member] = []
+        self._wanted = self._largest = self._deaths = 0
+        self._counted = float("-inf")
+        self._alive = self._complete = time.monotonic()
 
     def records(self, stop: Callable[[], bool]) -> Iterator[Record]:
-        """Keep every actor fed until the queue is empty or ``stop``; yield final records."""
-        progress = time.monotonic()
+        """Keep every actor fed until nothing is left or ``stop``; yield final records."""
         while True:
-            if not stop():
-                self._feed()
-            waiting = {ref: m for m in self._members for ref in m.tiles}
-            if not waiting and (stop() or self._queue.empty):
+            stopping = stop()
+            if not stopping:
+                self._resize()
+                self._hand_out()
+            waiting = {ref: member for member in self._members for ref in member.jobs}
+            if not waiting and (stopping or self._queue.empty):
                 return
-            for member in self._members:
-                if not member.ready:
-                    waiting[member.starting] = member
-            done, _ = ray.wait(list(waiting), num_returns=1, timeout=1.0, fetch_local=False)
-            for ref in done:
-                progress = time.monotonic()
+            waiting |= {m.starting: m for m in self._members if not m.ready}
+            for ref in self._answers(list(waiting)):
                 yield from self._settle(waiting[ref], ref)
-            if not any(m.ready for m in self._members):
-                self._check_start(time.monotonic() - progress)
+            self._check_alive()
 
-    def _feed(self) -> None:
+    def _resize(self) -> None:
+        """Start the actors that are wanted; let go of those that have nothing left to do."""
+        if self._queue.empty:
+            for member in [m for m in self._members if not m.jobs]:
+                self._drop(member)
+            return
+        if time.monotonic() - self._counted > RECOUNT_S:
+            self._wanted = self._backend.workers or self._backend.fits()
+            self._counted = time.monotonic()
+        wanted = self._wanted
+        if self._feed.ended:
+            wanted = min(wanted, sum(1 for m in self._members if m.jobs) + self._queue.held)
+        youngest = [m for m in reversed(self._members) if not m.ready]
+        for member in youngest[: max(0, len(self._members) - wanted)]:
+            self._drop(member)
+        while len(self._members) < wanted:
+            handle = self._class.remote()
+            self._members.append(_Member(handle, handle.start.remote(self._nonce)))
+        self._largest = max(self._largest, len(self._members))
+
+    def _hand_out(self) -> None:
         for _ in range(IN_FLIGHT):
             for member in self._members:
                 if not member.free:
                     continue
-                tile = self._queue.take(alone=not member.tiles)
-                if tile is not None:
-                    member.exclusive = self._queue.is_suspect(tile)
-                    member.tiles[member.handle.run.remote(tile)] = tile
+                job = self._queue.take(alone=not member.jobs)
+                if job is not None:
+                    member.exclusive = self._queue.is_suspect(job)
+                    member.jobs[member.handle.run.remote(job)] = job
+
+    def _answers(self, refs: list[Any]) -> list[Any]:
+        """The next reference that is ready, if one is before the feed should be asked again."""
+        hungry = not self._feed.ended and any(m.free for m in self._members)
+        timeout_s = HUNGRY_S if hungry else FED_S
+        if not refs:
+            self._feed.wait(timeout_s)
+            return []
+        done, _ = ray.wait(refs, num_returns=1, timeout=timeout_s, fetch_local=False)
+        return list(done)
 
     def _settle(self, member: _Member, ref: Any) -> Iterator[Record]:
         try:
             answer = ray.get(ref)
         except DEATHS as error:
-            yield from self._bury(member, error)
+            yield from self._bury(member, f"{type(error).__name__}: {error}")
             return
         except rex.RayTaskError as error:
-            raise error.cause from error
+            if not isinstance(error.cause, ExecutionError):
+                raise error.cause from error
+            yield from self._bury(member, str(error.cause))
+            return
         if not member.ready:
             self._admit(member, answer)
             return
         self._deaths = 0
         member.exclusive = False
-        record = self._queue.settle(member.tiles.pop(ref), answer)
+        record = self._queue.settle(member.jobs.pop(ref), answer)
         if record is not None:
             yield record
 
-    def _bury(self, member: _Member, error: Exception) -> Iterator[Record]:
-        """Drop a dead actor, return its tiles to the queue, start another in its place."""
+    def _bury(self, member: _Member, why: str) -> Iterator[Record]:
+        """Drop a dead actor and return its tiles to the queue."""
         self._deaths += 1
-        self._members.remove(member)
-        text = f"the worker died {type(error).__name__}: {error}".splitlines()[0]
-        log.warning("%s; %d tiles go back into the queue", text, len(member.tiles))
-        for tile in member.tiles.values():
-            record = self._queue.died(tile, error=text)
+        self._drop(member)
+        text = f"the worker died {why}".splitlines()[0]
+        log.warning("%s; %d tiles go back into the queue", text, len(member.jobs))
+        for job in member.jobs.values():
+            record = self._queue.died(job, error=text)
             if record is not None:
                 yield record
-        if self._deaths >= max(12, 6 * self._backend.workers):
+        # A node that leaves takes its actors along all at once.
+        if self._deaths >= max(12, 6 * self._largest):
             raise ExecutionError(f"{self._deaths} workers died in a row, the last one: {text}")
-        self._members.append(self._member())
 
-    def _member(self) -> _Member:
-        handle = self._class.remote(self._work)
-        return _Member(handle, handle.start.remote(self._nonce))
+    def _drop(self, member: _Member) -> None:
+        """Take an actor out of the pool, and end it: one that seems dead may be out of reach."""
+        self._members.remove(member)
+        ray.kill(member.handle)
 
     def _admit(self, member: _Member, answer: tuple[str, str, str]) -> None:
         name, digest, file = answer
@@ -203,48 +260,84 @@ class _Pool:
             )
         member.ready = True
 
-    def _check_start(self, silent_s: float) -> None:
-        if silent_s > START_TIMEOUT_S:
+    def _check_alive(self) -> None:
+        """Raise ExecutionError when no actor lives for long; warn once when some cannot start."""
+        now, ready = time.monotonic(), sum(1 for m in self._members if m.ready)
+        if ready:
+            self._alive = now
+        if ready == len(self._members):
+            self._complete = now
+        asked = f"asked for {self._wanted} of {self._backend.threads} threads"
+        if self._backend.gpus_per_worker:
+            asked += f" and {self._backend.gpus_per_worker} GPU"
+        if now - self._alive > START_TIMEOUT_S:
             raise ExecutionError(
-                f"no worker started within {START_TIMEOUT_S:.0f} s: asked for"
-                f" {self._backend.workers}, the cluster has {ray.available_resources()} free"
+                f"no worker started within {START_TIMEOUT_S:.0f} s: {asked},"
+                f" the cluster has {ray.available_resources()} free"
             )
+        if now - self._complete > START_TIMEOUT_S:
+            log.warning("only %d workers found room, %s; they do all the work", ready, asked)
+            self._complete = float("inf")
 
     def close(self) -> None:
-        for member in self._members:
-            ray.kill(member.handle)
+        """End every actor; leave no proof behind."""
+        for member in list(self._members):
+            self._drop(member)
         for path in self._nonce.parent.glob(f"{self._nonce.name}*"):
             path.unlink(missing_ok=True)
 
 
 @contextmanager
-def _cluster(backend: RayBackend, *, threads: int) -> Iterator[None]:
+def _cluster(backend: RayBackend) -> Iterator[None]:
     """Join or start a cluster from inside the run directory; stop it if it was started here."""
     if ray.is_initialized():
         yield
         return
-    local = backend.address == "local"
+    before = Path.cwd()
+    os.chdir(backend.run_dir)
+    with _stdout_kept():
+        try:
+            with _signals_kept():
+                _connect(backend)
+            yield
+        finally:
+            os.chdir(before)
+            ray.shutdown()
+
+
+def _connect(backend: RayBackend) -> None:
+    """Join or start the cluster. Raises ExecutionError."""
     options: dict[str, Any] = {}
-    if local:
+    if backend.address == "local":
+        workers = backend.workers or max(1, len(os.sched_getaffinity(0)) // backend.threads)
         options = {
-            "num_cpus": backend.workers * threads,
+            "num_cpus": workers * backend.threads,
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
         }
-    before = Path.cwd()
-    os.chdir(backend.run_dir)
+    host, _, port = backend.address.rpartition(":")
     try:
-        with _signals_kept():
-            ray.init(
-                address=backend.address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                **options,
-            )
+        if port.isdecimal():
+            # Ray would try for minutes.
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+        ray.init(
+            address=backend.address, log_to_driver=False, logging_level=logging.ERROR, **options
+        )
+    except (OSError, ValueError, rex.AuthenticationError) as error:
+        raise ExecutionError(
+            f"Ray cluster {backend.address} asked for: {str(error).splitlines()[0]}"
+        ) from error
+
+
+@contextmanager
+def _stdout_kept() -> Iterator[None]:
+    """Ray prints the deaths of nodes to standard output, where a program reads our answer."""
+    before = ray._private.worker._worker_logs_enabled
+    ray._private.worker._worker_logs_enabled = False
+    try:
         yield
     finally:
-        os.chdir(before)
-        ray.shutdown()
+        ray._private.worker._worker_logs_enabled = before
 
 
 @contextmanager

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 
-from pipeline.domain import Tile
 from pipeline.execution.queue import TileQueue
 from pipeline.execution.worker import TileWorker
-from pipeline.ports import Record, Work
+from pipeline.ports import Feed, Record
+
+POLL_S = 0.1
+"""How often ``stop`` is asked while the feed has nothing."""
 
 
 class SerialBackend:
     """Runs every tile here and now; every other backend must give the same bytes."""
 
-    def run(
-        self, work: Work, tiles: Iterable[Tile], *, stop: Callable[[], bool]
-    ) -> Iterator[Record]:
-        """Yield one record per tile, in order but for retries."""
-        queue = TileQueue(tiles)
-        with closing(TileWorker(work)) as worker:
-            while not stop() and (tile := queue.take(alone=True)) is not None:
-                record = queue.settle(tile, worker.run(tile))
+    def run(self, feed: Feed, *, stop: Callable[[], bool]) -> Iterator[Record]:
+        """Yield one record per tile, in order but for retries. Raises as ``TileWorker.run``."""
+        queue = TileQueue(feed)
+        with closing(TileWorker()) as worker:
+            while not (stop() or queue.empty):
+                job = queue.take(alone=True)
+                if job is None:
+                    feed.wait(POLL_S)
+                    continue
+                record = queue.settle(job, worker.run(job))
                 if record is not None:
                     yield record

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import logging
 import os
 import queue
@@ -12,14 +11,15 @@ import socket
 import threading
 import time
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from pipeline.domain import Tile
-from pipeline.errors import LeaseHeldError
-from pipeline.ports import Record, Work
+from pipeline.errors import ExecutionError, LeaseHeldError, no_space
+from pipeline.ports import Job, Model, Record, Work
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,8 @@ Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 
 _M_MMAP_THRESHOLD = -3  # from malloc.h
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+OPEN_CASES = 32
+"""Cases whose files a worker keeps open: more than take turns, or each turn would open them."""
 
 
 class Stage:
@@ -67,28 +68,39 @@ class Stage:
 class TileWorker:
     """Runs tiles through read, compute and write; called from one thread, or from several.
 
-    Called from several, the reader and the writer of other tiles run beside the device. A plain
-    class, so that tests need no cluster.
+    Called from several, the reader and the writer of other tiles run beside the device. A model
+    is loaded when the first tile needs it and kept for all cases that share it. A plain class, so
+    that tests need no cluster.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self) -> None:
         _give_back_large_blocks()
         self._reader, self._device, self._writer = Stage("read"), Stage("device"), Stage("write")
-        self._work, _ = self._device.run(work.open)
+        self._models: dict[str, Any] = {}
+        self._works: OrderedDict[tuple[str, str], Work] = OrderedDict()
+        self._lock = threading.Lock()
+        self._unloadable: Exception | None = None
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
-    def run(self, tile: Tile) -> Record:
+    def run(self, job: Job) -> Record:
         """The record of a tile; a failed one where any stage raised.
 
-        Raises LeaseHeldError, and what a full disk raises: no other tile would fare better.
+        Raises what no other tile would fare better with: whatever loading the model raises,
+        LeaseHeldError, what a full disk raises, and ExecutionError for a device that is lost.
         """
+        tile = job.tile
         try:
-            return self._run(tile)
+            return self._run(self._kept(job), tile)
         except Exception as error:  # a bad tile is reported, the rest goes on
-            if isinstance(error, LeaseHeldError) or _no_space(error):
+            if error is self._unloadable or isinstance(error, LeaseHeldError) or no_space(error):
                 raise
-            log.info("tile %d: %s", tile.key.number, traceback.format_exc())
             text = f"{type(error).__name__}: {error}".splitlines()[0]
+            if _device_lost(error):
+                raise ExecutionError(
+                    f"tile {tile.key.number} of {tile.key.case}: the device of {self.name} is"
+                    f" lost to this process ({text}); run the same command again"
+                ) from error
+            log.info("tile %d: %s", tile.key.number, traceback.format_exc())
             return Record(key=tile.key, status="failed", worker=self.name, error=text)
 
     def close(self) -> None:
@@ -96,24 +108,47 @@ class TileWorker:
         for stage in (self._reader, self._device, self._writer):
             stage.close()
 
-    def _run(self, tile: Tile) -> Record:
-        data, read_s = self._reader.run(self._work.read, tile)
-        result, compute_s = self._device.run(self._work.compute, tile, data)
+    def _run(self, work: Work, tile: Tile) -> Record:
+        data, read_s = self._reader.run(work.read, tile)
+        model, _ = self._device.run(self._loaded, work.model)
+        result, compute_s = self._device.run(work.compute, model, tile, data)
         del data
-        record, write_s = self._writer.run(self._work.write, tile, result)
+        record, write_s = self._writer.run(work.write, tile, result)
         return replace(
             record,
             worker=self.name,
-            loads=self._work.loads,
+            loads=len(self._models),
             seconds={"read": read_s, "compute": compute_s, "write": write_s},
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
 
+    def _loaded(self, recipe: Model) -> Any:
+        """The model, loaded when it is asked for first; called in the device thread alone."""
+        if recipe.key not in self._models:
+            try:
+                self._models[recipe.key] = recipe.load()
+            except Exception as error:
+                self._unloadable = error
+                raise
+        return self._models[recipe.key]
 
-def _no_space(error: Exception) -> bool:
-    """Whether an adapter failed for want of space, be it for the mask or for an unpacked scan."""
-    cause = error.__cause__
-    return isinstance(cause, OSError) and cause.errno in NO_SPACE
+    def _kept(self, job: Job) -> Work:
+        """The instance that did earlier tiles of the case, whose files are open."""
+        # The case as well: two files of equal content are equal work that is written apart.
+        key = (job.tile.key.case, job.work.key)
+        with self._lock:
+            work = self._works.setdefault(key, job.work)
+            self._works.move_to_end(key)
+            if len(self._works) > OPEN_CASES:
+                self._works.popitem(last=False)
+            return work
+
+
+def _device_lost(error: Exception) -> bool:
+    """Whether the process's context on the device is broken: every later call would fail, too."""
+    if not isinstance(error, RuntimeError):
+        return False
+    return type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
 
 
 def _give_back_large_blocks() -> None:

@@ -34,8 +34,7 @@ class Predictor:
         context: Context,
         threads: int,
     ) -> None:
-        """Load the network, and set torch's threads for this process. Raises BundleError."""
-        torch.set_num_threads(threads)
+        """Load the network. Raises BundleError."""
         # TF32 keeps 10 bits of fp32's 23, and a benchmarked algorithm differs from run to run.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -44,7 +43,7 @@ class Predictor:
         dims = bundle.architecture.dims
         self._device, self._dtype = torch.device(device), precision.dtype
         self._format = _FORMAT[dims] if precision.channels_last else torch.contiguous_format
-        self._stride = bundle.architecture.output_stride
+        self._stride, self._threads = bundle.architecture.output_stride, threads
         network = bundle.network()
         self.loads = 1
         if context == "tile":
@@ -72,6 +71,8 @@ class Predictor:
                 f"the network takes {self._network.bands} bands, the input has {len(image_CS)}"
             )
         frame.check(image_CS.shape[1:], stride=self._stride)
+        # Here, not at construction: networks with other threads may share the process.
+        torch.set_num_threads(self._threads)
         with torch.inference_mode():
             image_BCS = torch.from_numpy(np.ascontiguousarray(image_CS)).unsqueeze(0)
             image_BCS = image_BCS.to(device=self._device, dtype=self._dtype)

@@ -87,6 +87,9 @@ class InputSpec:
     spacing_mm: tuple[float, ...] | None = None
     """Distance between voxel centres, in millimetres, axes (z, y, x); volumes."""
 
+    modality: str | None = None
+    """DICOM's code of the kind of scan, such as CT or MR (PS3.3 C.7.3.1.1.1)."""
+
     def __post_init__(self) -> None:
         if self.band_count < 1:
             raise BundleError(f"a network needs at least one band, got {self.bands!r}")

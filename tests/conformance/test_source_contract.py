@@ -1,15 +1,21 @@
-"""The sources that keep the contract: GeoTIFF, VRT and memory."""
+"""The sources that keep the contract: rasters, volumes and memory."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import rasterio
+import SimpleITK
 from conformance.source_contract import Sample, SourceContract
+from dicom_files import voxels, write_series
 
+from adapters.dicom_series import DicomSeries
 from adapters.geotiff import GeoTiffSource
+from adapters.itk_image import ItkImage
 from adapters.memory import MemorySource
+from adapters.nifti import NiftiSource
 
 SHAPE = (37, 53)
 
@@ -58,6 +64,62 @@ class TestVrt(SourceContract):
         (folder / "a.vrt").write_text(f"<VRTDataset {size}>{bands}</VRTDataset>")
         valid_S = (image_CS[0] != 1) & (image_CS[1] != 2)
         return Sample(source=GeoTiffSource(folder / "a.vrt"), image_CS=image_CS, valid_S=valid_S)
+
+
+def volume() -> np.ndarray:
+    """(Z, Y, X) float32, with voxels that are no numbers."""
+    image_ZYX = np.random.default_rng(5).normal(size=(7, 9, 11)).astype(np.float32)
+    image_ZYX[0, :2, :3], image_ZYX[6, 8, 10] = np.nan, np.inf
+    return image_ZYX
+
+
+class TestNifti(SourceContract):
+    def make(self, folder: Path) -> Sample:
+        image_ZYX = volume()
+        stored_XYZ = np.flip(image_ZYX.T, axis=0)
+        nib.save(nib.Nifti1Image(stored_XYZ, np.diag([-1.0, 2, 3, 1])), folder / "v.nii.gz")
+        source = NiftiSource(folder / "v.nii.gz", scratch=folder / "scratch")
+        return Sample(source=source, image_CS=image_ZYX[None], valid_S=np.isfinite(image_ZYX))
+
+
+class TestDicomSeries(SourceContract):
+    scratch: str | None = "scratch"
+
+    def make(self, folder: Path) -> Sample:
+        stored_KJI = voxels((7, 9, 11))
+        stored_KJI[:, :3, 5:] = -2000
+        write_series(
+            folder / "series",
+            stored_KJI,
+            orientation=(-1.0, 0.0, 0.0, 0.0, -1.0, 0.0),  # columns count up to the right
+            change=lambda k, dataset: dataset.add_new("PixelPaddingValue", "SS", -2000),
+        )
+        scratch = folder / self.scratch if self.scratch else None
+        image_ZYX = stored_KJI.astype(np.float32) - 1024
+        return Sample(
+            source=DicomSeries(folder / "series", scratch=scratch),
+            image_CS=image_ZYX[None],
+            valid_S=stored_KJI != -2000,
+        )
+
+
+class TestDicomSeriesWithoutScratch(TestDicomSeries):
+    scratch = None
+
+
+class TestItkImage(SourceContract):
+    name = "v.nrrd"
+
+    def make(self, folder: Path) -> Sample:
+        image_ZYX = volume()
+        image = SimpleITK.GetImageFromArray(image_ZYX[:, ::-1, ::-1])  # to the left, to the back
+        SimpleITK.WriteImage(image, str(folder / self.name))
+        source = ItkImage(folder / self.name, scratch=folder / "scratch")
+        return Sample(source=source, image_CS=image_ZYX[None], valid_S=np.isfinite(image_ZYX))
+
+
+class TestMetaImage(TestItkImage):
+    name = "v.mha"
 
 
 class TestMemory(SourceContract):

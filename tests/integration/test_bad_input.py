@@ -56,7 +56,7 @@ def _cut_in_its_header(folder: Path) -> Path:
 
 SOURCES: dict[str, tuple[Make, tuple[str, ...]]] = {
     "missing": (lambda folder: folder / "none.tif", ("none.tif", "does not exist")),
-    "a directory": (lambda folder: folder, ("is a directory", "give one file")),
+    "a directory": (lambda folder: folder, ("holds no DICOM image", "give one file", "terravox batch")),
     "a text": (_file("text.tif", b"hello\n"), ("text.tif", "neither a TIFF nor", "convert")),
     "empty": (_file("empty.tif", b""), ("empty.tif", "neither a TIFF nor")),
     "cut in its header": (_cut_in_its_header, ("cut.tif", "is the file complete?")),
@@ -100,7 +100,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "--backend dask": ("--backend", "'ray' or 'serial'", "'dask'"),
     "--allow-failed -1": ("--allow-failed", "0", "got -1"),
     "--volume -1": ("--volume", "0", "got -1"),
-    "--volume 1": ("volume 1", "is a raster", "leave it out"),
+    "--volume 1": ("volume 1", "is no NIfTI", "leave it out"),
     "--crf none.yaml": ("--crf none.yaml", "No such file", "auto, or off"),
     "--crf .": ("--crf .", "Is a directory", "auto, or off"),
     "--bogus": ("--bogus", "terravox segment --help"),

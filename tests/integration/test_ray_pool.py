@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,8 +17,20 @@ import pytest
 
 from pipeline.domain import Grid, Halo, Pass, Reach, Tile
 from pipeline.errors import BundleError, ExecutionError, LeaseHeldError
+from pipeline.execution.feed import FairFeed
 from pipeline.execution.serial import SerialBackend
-from pipeline.ports import Record
+from pipeline.ports import Job, Record
+
+
+@dataclass(frozen=True)
+class FakeModel:
+    key: str = "model"
+    unloadable: bool = False
+
+    def load(self) -> str:
+        if self.unloadable:
+            raise BundleError("the weights are cut short")
+        return self.key
 
 
 @dataclass(frozen=True)
@@ -26,22 +40,14 @@ class FakeWork:
     killers: frozenset[int] = frozenset()
     broken: frozenset[int] = frozenset()
     stale: frozenset[int] = frozenset()
-    unloadable: bool = False
-    threads: int = 1
-
-    def open(self) -> FakeWork:
-        if self.unloadable:
-            raise BundleError("the weights are cut short")
-        return self
-
-    @property
-    def loads(self) -> int:
-        return 1
+    devices_lost: Path | None = None
+    model: FakeModel = FakeModel()
+    key: str = "work"
 
     def read(self, tile: Tile) -> int:
         return tile.key.number
 
-    def compute(self, tile: Tile, data: int) -> int:
+    def compute(self, model: str, tile: Tile, data: int) -> str:
         time.sleep(0.02)
         if data in self.killers:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -49,7 +55,18 @@ class FakeWork:
             raise ValueError("not a number\nsecond line")
         if data in self.stale:
             raise LeaseHeldError("another run has taken over")
-        return data
+        if self.devices_lost is not None:
+            self._lose_the_device(data)
+        return hashlib.sha256(f"{model} {tile.key}".encode()).hexdigest()
+
+    def _lose_the_device(self, data: int) -> None:
+        """On tile 5, the first time; then on every tile of the same process."""
+        assert self.devices_lost is not None
+        mark = self.devices_lost / str(os.getpid())
+        if data == 5 and not any(self.devices_lost.iterdir()):
+            mark.touch()
+        if mark.exists():
+            raise RuntimeError("CUDA error: device-side assert triggered")
 
     def write(self, tile: Tile, result: Any) -> Record:
         return Record(key=tile.key, status="done", digest=str(result))
@@ -66,16 +83,24 @@ def _by_value() -> Iterator[None]:
     ray.cloudpickle.unregister_pickle_by_value(module)
 
 
-@pytest.fixture
-def tiles() -> list[Tile]:
+def tiles_of(case: str, count: int = 40) -> list[Tile]:
     sweep = Pass(
-        case="scene",
+        case=case,
         name="segment",
-        grid=Grid(shape=(16, 40), tile=(4, 4), stride=4),
+        grid=Grid(shape=(4, 4 * count), tile=(4, 4), stride=4),
         reach=Reach(stride=4, halo=Halo.uniform(0, ndim=2)),
         crf_halo=Halo.uniform(0, ndim=2),
     )
     return list(sweep.tiles())
+
+
+def feed_of(**works: FakeWork) -> FairFeed:
+    """A closed feed of 40 tiles a case, cases by name."""
+    feed = FairFeed()
+    for case, work in works.items():
+        feed.add([Job(work=work, tile=tile) for tile in tiles_of(case)])
+    feed.close()
+    return feed
 
 
 def never() -> bool:
@@ -86,14 +111,14 @@ Runner = Callable[[FakeWork], dict[int, Record]]
 
 
 @pytest.fixture
-def run(tmp_path: Path, tiles: list[Tile], cluster: None) -> Runner:
+def run(tmp_path: Path, cluster: None) -> Runner:
     from pipeline.execution.ray_pool import RayBackend
 
-    backend = RayBackend(run_dir=tmp_path, workers=2)
+    backend = RayBackend(run_dir=tmp_path, workers=2, threads=1)
 
     def runner(work: FakeWork) -> dict[int, Record]:
-        records = list(backend.run(work, tiles, stop=never))
-        assert len(records) == len(tiles) == len({record.key for record in records})
+        records = list(backend.run(feed_of(scene=work), stop=never))
+        assert len(records) == 40 == len({record.key for record in records})
         return {record.key.number: record for record in records}
 
     return runner
@@ -123,7 +148,7 @@ def test_the_pool_leaves_no_file_behind(run: Runner, tmp_path: Path) -> None:
 def test_an_actor_that_cannot_load_the_model_is_the_users_error(run: Runner) -> None:
     """A bundle cut short must be one clear line, not a pool that restarts for ever."""
     with pytest.raises(BundleError, match="cut short"):
-        run(FakeWork(unloadable=True))
+        run(FakeWork(model=FakeModel(unloadable=True)))
 
 
 def test_a_worker_of_a_stale_owner_ends_the_run(run: Runner) -> None:
@@ -132,16 +157,151 @@ def test_a_worker_of_a_stale_owner_ends_the_run(run: Runner) -> None:
         run(FakeWork(stale=frozenset({3})))
 
 
+def test_a_worker_whose_device_is_lost_takes_no_further_tile(run: Runner, tmp_path: Path) -> None:
+    """After one device-side assertion a process fails every tile; all would be quarantined."""
+    marks = tmp_path / "lost"
+    marks.mkdir()
+    records = run(FakeWork(devices_lost=marks))
+    assert {record.status for record in records.values()} == {"done"}
+    assert len(list(marks.iterdir())) == 1
+    assert records[5].deaths == 1
+
+
+def test_two_cases_share_workers_that_load_each_model_once(tmp_path: Path, cluster: None) -> None:
+    """A batch would reload the network for every case, or run one case after another."""
+    from pipeline.execution.ray_pool import RayBackend
+
+    works = {
+        "scene": FakeWork(model=FakeModel("a"), key="1"),
+        "scan": FakeWork(model=FakeModel("b"), key="2"),
+        "other": FakeWork(model=FakeModel("a"), key="3"),
+    }
+    backend = RayBackend(run_dir=tmp_path, workers=2, threads=1)
+    records = list(backend.run(feed_of(**works), stop=never))
+    oracle = {r.key: r.digest for r in SerialBackend().run(feed_of(**works), stop=never)}
+    assert {r.key: r.digest for r in records} == oracle
+    assert len(records) == len(oracle) == 120
+    assert len({r.worker for r in records}) == 2
+    assert {r.loads for r in records} <= {1, 2}
+    assert {r.key.case for r in records[:15]} == set(works)
+
+
+def test_a_case_that_comes_late_is_begun_at_once(tmp_path: Path, cluster: None) -> None:
+    """Workers that have nothing to do would sleep while a scan waits, or the run end early."""
+    from pipeline.execution.ray_pool import RayBackend
+
+    feed, came = FairFeed(), []
+
+    def later() -> None:
+        came.append(time.monotonic())
+        feed.add([Job(work=FakeWork(), tile=tile) for tile in tiles_of("late", 3)])
+        feed.close()
+
+    feed.add([Job(work=FakeWork(), tile=tile) for tile in tiles_of("first", 3)])
+    seen = []
+    for record in RayBackend(run_dir=tmp_path, workers=1, threads=1).run(feed, stop=never):
+        seen.append((record.key.case, time.monotonic()))
+        if len(seen) == 3:
+            threading.Timer(0.5, later).start()
+    assert [case for case, _ in seen] == ["first"] * 3 + ["late"] * 3
+    assert seen[3][1] - came[0] < 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draining(FakeWork):
+    """The first tile waits for a second worker, the last one for all workers but its own to end."""
+
+    pids: Path
+
+    def compute(self, model: str, tile: Tile, data: int) -> str:
+        (self.pids / str(os.getpid())).touch()
+        deadline = time.monotonic() + 20.0
+        while (data == 0 and self._workers() < 2) or (data == 39 and self._workers() > 1):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self._workers()} workers live")
+            time.sleep(0.05)
+        return ""
+
+    def _workers(self) -> int:
+        return sum(1 for mark in self.pids.iterdir() if Path("/proc", mark.name).exists())
+
+
+def test_an_idle_actor_is_let_go_while_the_last_tile_runs(run: Runner, tmp_path: Path) -> None:
+    """An actor that has nothing left to do would keep an autoscaler from taking its node back."""
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    records = run(Draining(pids=pids))
+    assert [r.error for r in records.values() if r.status == "failed"] == []
+    assert len(list(pids.iterdir())) == 2
+
+
+def test_an_actor_that_finds_no_room_is_spoken_of_and_the_others_do_its_work(
+    tmp_path: Path,
+    cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A run on half the nodes asked for would say nothing, or never end."""
+    from pipeline.execution import ray_pool
+
+    def warnings() -> list[str]:
+        return [r.getMessage() for r in caplog.records if "found room" in r.getMessage()]
+
+    def until_it_warns() -> Iterator[Job]:
+        for tile in tiles_of("scene", 2000):
+            yield Job(work=FakeWork(), tile=tile)
+            if len(warnings()) == 1:
+                return
+
+    monkeypatch.setattr(ray_pool, "START_TIMEOUT_S", 4.0)
+    feed = FairFeed()
+    feed.add(until_it_warns())
+    feed.close()
+    backend = ray_pool.RayBackend(run_dir=tmp_path, workers=3, threads=1)
+    records = list(backend.run(feed, stop=never))
+    assert len(records) < 2000
+    assert {record.status for record in records} == {"done"}
+    assert [line.startswith("only 2 workers found room") for line in warnings()] == [True]
+
+
+def test_a_pool_that_finds_no_room_at_all_says_what_there_is(
+    tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker larger than every node would be waited for all night."""
+    from pipeline.execution import ray_pool
+
+    monkeypatch.setattr(ray_pool, "START_TIMEOUT_S", 0.5)
+    backend = ray_pool.RayBackend(run_dir=tmp_path, workers=None, threads=64)
+    with pytest.raises(ExecutionError, match=r"no worker started .* 1 of 64 threads, .*'CPU': 2"):
+        list(backend.run(feed_of(scene=FakeWork()), stop=never))
+
+
+def test_workers_are_as_many_as_fit_where_no_number_is_given(tmp_path: Path, cluster: None) -> None:
+    """A cluster would be used by one core, or be asked for what it does not have."""
+    from pipeline.execution.ray_pool import RayBackend
+
+    fits = {
+        (threads, gpus): RayBackend(
+            run_dir=tmp_path, workers=None, threads=threads, gpus_per_worker=gpus
+        ).fits()
+        for threads, gpus in ((1, 0), (2, 0), (3, 0), (1, 1))
+    }
+    assert fits == {(1, 0): 2, (2, 0): 1, (3, 0): 1, (1, 1): 1}
+    backend = RayBackend(run_dir=tmp_path, workers=None, threads=1)
+    records = list(backend.run(feed_of(a=FakeWork(), b=FakeWork(key="b")), stop=never))
+    assert len({record.worker for record in records}) == 2
+
+
 def test_stop_drains_what_is_in_flight_and_starts_nothing_more(
-    tmp_path: Path, tiles: list[Tile], cluster: None
+    tmp_path: Path, cluster: None
 ) -> None:
     """After Ctrl-C the tiles under way are kept; the others wait for the next run."""
     from pipeline.execution.ray_pool import IN_FLIGHT, RayBackend
 
     told: list[bool] = []
     records = []
-    for record in RayBackend(run_dir=tmp_path, workers=2).run(
-        FakeWork(), tiles, stop=lambda: bool(told)
+    for record in RayBackend(run_dir=tmp_path, workers=2, threads=1).run(
+        feed_of(scene=FakeWork()), stop=lambda: bool(told)
     ):
         records.append(record)
         if len(records) == 3:
@@ -150,14 +310,15 @@ def test_stop_drains_what_is_in_flight_and_starts_nothing_more(
 
 
 def test_other_code_in_a_worker_is_refused(
-    tmp_path: Path, tiles: list[Tile], cluster: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A node with another version would mix two programs' results in one mask."""
     from pipeline.execution import ray_pool
 
     monkeypatch.setattr(ray_pool, "package_digest", lambda: "another")
+    backend = ray_pool.RayBackend(run_dir=tmp_path, workers=1, threads=1)
     with pytest.raises(ExecutionError, match="other code"):
-        list(ray_pool.RayBackend(run_dir=tmp_path, workers=1).run(FakeWork(), tiles, stop=never))
+        list(backend.run(feed_of(scene=FakeWork()), stop=never))
 
 
 def test_client_mode_is_refused(tmp_path: Path) -> None:
@@ -165,11 +326,21 @@ def test_client_mode_is_refused(tmp_path: Path) -> None:
     from pipeline.execution.ray_pool import RayBackend
 
     with pytest.raises(ExecutionError, match="ray://"):
-        RayBackend(run_dir=tmp_path, workers=1, address="ray://head:10001")
+        RayBackend(run_dir=tmp_path, workers=1, threads=1, address="ray://head:10001")
 
 
-def test_the_serial_backend_treats_a_bad_tile_as_the_pool_does(tiles: list[Tile]) -> None:
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "rubbish"])
+def test_a_cluster_that_is_not_there_is_refused_at_once(tmp_path: Path, address: str) -> None:
+    """Ray tries for minutes, and then ends the process."""
+    from pipeline.execution.ray_pool import RayBackend, _connect
+
+    with pytest.raises(ExecutionError, match=f"Ray cluster {address} asked for: .*"):
+        _connect(RayBackend(run_dir=tmp_path, workers=1, threads=1, address=address))
+
+
+def test_the_serial_backend_treats_a_bad_tile_as_the_pool_does() -> None:
     """The oracle must agree with the pool on failures, too."""
-    records = list(SerialBackend().run(FakeWork(broken=frozenset({7})), tiles, stop=never))
+    feed = feed_of(scene=FakeWork(broken=frozenset({7})))
+    records = list(SerialBackend().run(feed, stop=never))
     assert [r.key.number for r in records if r.status == "failed"] == [7]
-    assert len(records) == len(tiles)
+    assert len(records) == 40

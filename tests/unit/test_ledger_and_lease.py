@@ -68,8 +68,8 @@ def test_a_full_disk_is_one_line_that_names_the_tile(tmp_path: Path) -> None:
     """An unnoticed short write would call a tile done that is not in the ledger."""
     ledger = LedgerFile(tmp_path, owner="a")
     ledger.append(DONE)
-    assert ledger._segment is not None
-    os.dup2(os.open("/dev/full", os.O_WRONLY), ledger._segment)
+    assert ledger._lines._segment is not None
+    os.dup2(os.open("/dev/full", os.O_WRONLY), ledger._lines._segment)
     with pytest.raises(StoreError, match="tile 3"):
         ledger.append(DONE)
 

@@ -15,7 +15,7 @@ import pytest
 import SimpleITK
 
 from adapters.nifti import NiftiSource
-from adapters.nifti_header import read_header
+from adapters.nifti_header import VolumeGrid, read_header
 from adapters.nifti_writer import GEOMETRY_FIELDS, Label, NiftiSpec, verify_nifti, write_nifti
 from pipeline.domain import Region
 from pipeline.errors import FinishError
@@ -65,6 +65,10 @@ def phantom(path: Path, shape: tuple[int, ...] = (5, 6, 9)) -> Path:
     return path
 
 
+def grid_of(source: Path) -> VolumeGrid:
+    return NiftiSource(source, volume=0).grid
+
+
 def labels_of(source: Path) -> ArrayInMemory:
     shape = NiftiSource(source, volume=0).info.shape
     return ArrayInMemory(np.random.default_rng(5).integers(0, 5, shape).astype(np.uint8))
@@ -72,7 +76,7 @@ def labels_of(source: Path) -> ArrayInMemory:
 
 def written(tmp_path: Path, source: Path, spec: NiftiSpec = SPEC) -> tuple[Path, ArrayInMemory]:
     target, store = tmp_path / "mask.nii.gz", labels_of(source)
-    write_nifti(target, store=store, source_path=source, spec=spec)
+    write_nifti(target, store=store, grid=grid_of(source), spec=spec)
     return target, store
 
 
@@ -81,7 +85,7 @@ def written(tmp_path: Path, source: Path, spec: NiftiSpec = SPEC) -> tuple[Path,
 def test_the_mask_of_a_real_scan_lies_where_the_scan_lies(tmp_path, name, suffix):
     """A re-derived affine moves the mask by a rounding error, or to another convention."""
     source, target = real(name), tmp_path / f"mask{suffix}"
-    write_nifti(target, store=labels_of(source), source_path=source, spec=SPEC)
+    write_nifti(target, store=labels_of(source), grid=grid_of(source), spec=SPEC)
     mask, scan = read_header(target), read_header(source)
     for field in GEOMETRY_FIELDS:
         assert np.array_equal(mask[field], scan[field]), field
@@ -118,7 +122,7 @@ def test_labels_return_to_the_voxel_they_came_from_in_every_orientation(tmp_path
     source = NiftiSource(tmp_path / "v.nii")
     store = ArrayInMemory(source.read(Region.whole(source.info.shape)).image_CS[0])
     target = tmp_path / "mask.nii"
-    write_nifti(target, store=store, source_path=tmp_path / "v.nii", spec=SPEC)
+    write_nifti(target, store=store, grid=source.grid, spec=SPEC)
     np.testing.assert_array_equal(np.asarray(nib.load(target).dataobj), data)
 
 
@@ -151,12 +155,12 @@ def test_more_than_255_labels_are_stored_in_two_bytes(tmp_path):
     source = phantom(tmp_path / "v.nii")
     store = ArrayInMemory(labels_of(source).array.astype(np.uint16) + 300)
     target, spec = tmp_path / "mask.nii", replace(SPEC, dtype="uint16", nodata=65535)
-    write_nifti(target, store=store, source_path=source, spec=spec)
+    write_nifti(target, store=store, grid=grid_of(source), spec=spec)
     image = nib.load(target)
     assert image.get_data_dtype() == np.uint16
     assert int(np.max(image.dataobj)) == 304
     with pytest.raises(FinishError, match="store holds uint16"):
-        write_nifti(target, store=store, source_path=source, spec=SPEC)
+        write_nifti(target, store=store, grid=grid_of(source), spec=SPEC)
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
@@ -165,11 +169,11 @@ def test_two_writes_are_the_same_bytes(tmp_path, suffix):
     source = phantom(tmp_path / "v.nii")
     targets = [tmp_path / f"one{suffix}", tmp_path / f"two{suffix}"]
     for target in targets:
-        write_nifti(target, store=labels_of(source), source_path=source, spec=SPEC)
+        write_nifti(target, store=labels_of(source), grid=grid_of(source), spec=SPEC)
     digests = {hashlib.sha256(target.read_bytes()).hexdigest() for target in targets}
     assert len(digests) == 1
     thick = replace(SPEC, slab_voxels=100)
-    write_nifti(targets[1], store=labels_of(source), source_path=source, spec=thick)
+    write_nifti(targets[1], store=labels_of(source), grid=grid_of(source), spec=thick)
     assert targets[0].read_bytes()[:348] == targets[1].read_bytes()[:348] or suffix == ".nii.gz"
     assert np.array_equal(nib.load(targets[0]).dataobj, nib.load(targets[1]).dataobj)
 
@@ -180,7 +184,7 @@ def test_a_mask_shifted_by_one_voxel_does_not_pass(tmp_path):
     target, store = written(tmp_path, source)
     shifted = ArrayInMemory(np.roll(store.array, 1, axis=2))
     with pytest.raises(FinishError, match=r"at voxel \(i, j, k\)"):
-        verify_nifti(target, store=shifted, source_path=source, spec=SPEC)
+        verify_nifti(target, store=shifted, grid=grid_of(source), spec=SPEC)
 
 
 def plant(path: Path, *, at: int, value: bytes) -> None:
@@ -197,21 +201,21 @@ def test_every_planted_difference_of_geometry_is_named(tmp_path, field, at, size
     """A swapped qform shows only in the programs that prefer it, years later."""
     source, target = phantom(tmp_path / "v.nii"), tmp_path / "mask.nii"
     store = labels_of(source)
-    write_nifti(target, store=store, source_path=source, spec=SPEC)
+    write_nifti(target, store=store, grid=grid_of(source), spec=SPEC)
     old = target.read_bytes()[at : at + size]
     plant(target, at=at, value=bytes([old[0] ^ 1]) + old[1:])
     with pytest.raises(FinishError, match=field):
-        verify_nifti(target, store=store, source_path=source, spec=SPEC)
+        verify_nifti(target, store=store, grid=grid_of(source), spec=SPEC)
 
 
 def test_a_truncated_mask_does_not_pass(tmp_path):
     """A full disk that went unnoticed must not yield a product."""
     source, target = phantom(tmp_path / "v.nii"), tmp_path / "mask.nii.gz"
     store = labels_of(source)
-    write_nifti(target, store=store, source_path=source, spec=SPEC)
+    write_nifti(target, store=store, grid=grid_of(source), spec=SPEC)
     target.write_bytes(target.read_bytes()[:-40])
     with pytest.raises(FinishError, match="cannot be read back"):
-        verify_nifti(target, store=store, source_path=source, spec=SPEC)
+        verify_nifti(target, store=store, grid=grid_of(source), spec=SPEC)
 
 
 def test_a_failed_write_leaves_no_file_behind(tmp_path):
@@ -220,7 +224,7 @@ def test_a_failed_write_leaves_no_file_behind(tmp_path):
     folder.mkdir()
     wrong = ArrayInMemory(labels_of(source).array.astype(np.int32))
     with pytest.raises(FinishError):
-        write_nifti(folder / "mask.nii", store=wrong, source_path=source, spec=SPEC)
+        write_nifti(folder / "mask.nii", store=wrong, grid=grid_of(source), spec=SPEC)
     assert not list(folder.iterdir())
     with pytest.raises(FinishError, match="cannot write"):
-        write_nifti(tmp_path / "no" / "m.nii", store=wrong, source_path=source, spec=SPEC)
+        write_nifti(tmp_path / "no" / "m.nii", store=wrong, grid=grid_of(source), spec=SPEC)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.domain import Grid, Halo, Pass, Reach, Tile
+from pipeline.domain import Grid, Halo, Pass, Reach
+from pipeline.execution.feed import FairFeed
 from pipeline.execution.queue import MAX_ATTEMPTS, MAX_DEATHS, TileQueue
-from pipeline.ports import Record
+from pipeline.ports import Job, Record
 
 
 @pytest.fixture
-def tiles() -> list[Tile]:
+def jobs() -> list[Job]:
     sweep = Pass(
         case="scene",
         name="segment",
@@ -18,32 +19,43 @@ def tiles() -> list[Tile]:
         reach=Reach(stride=4, halo=Halo.uniform(4, ndim=2)),
         crf_halo=Halo.uniform(0, ndim=2),
     )
-    return list(sweep.tiles())
+    return [Job(work=None, tile=tile) for tile in sweep.tiles()]  # type: ignore[arg-type]
 
 
-def failed(tile: Tile) -> Record:
-    return Record(key=tile.key, status="failed", error="bad")
+def queue_of(jobs: list[Job]) -> TileQueue:
+    feed = FairFeed()
+    feed.add(jobs)
+    feed.close()
+    return TileQueue(feed)
 
 
-def test_tiles_come_out_once_each_in_order(tiles: list[Tile]) -> None:
+def failed(job: Job) -> Record:
+    return Record(key=job.tile.key, status="failed", error="bad")
+
+
+def done(job: Job) -> Record:
+    return Record(key=job.tile.key, status="done")
+
+
+def test_tiles_come_out_once_each_in_order(jobs: list[Job]) -> None:
     """A queue that repeats or drops a tile would lose or redo work."""
-    queue = TileQueue(iter(tiles))
+    queue = queue_of(jobs)
     taken = []
-    while (tile := queue.take(alone=True)) is not None:
-        taken.append(tile)
-    assert taken == tiles
+    while (job := queue.take(alone=True)) is not None:
+        taken.append(job)
+    assert taken == jobs
     assert queue.empty
 
 
 def test_a_failed_tile_comes_back_after_the_fresh_ones_and_is_then_given_up(
-    tiles: list[Tile],
+    jobs: list[Job],
 ) -> None:
     """Without a last attempt a bad tile would hold the run for ever."""
-    queue = TileQueue(tiles)
+    queue = queue_of(jobs)
     first = queue.take(alone=True)
     assert first is not None
     assert queue.settle(first, failed(first)) is None
-    for _ in tiles[1:]:
+    for _ in jobs[1:]:
         queue.take(alone=True)
     assert queue.take(alone=False) == first
     assert MAX_ATTEMPTS == 2
@@ -51,9 +63,9 @@ def test_a_failed_tile_comes_back_after_the_fresh_ones_and_is_then_given_up(
     assert queue.empty
 
 
-def test_a_suspect_is_handed_only_to_a_worker_that_is_alone(tiles: list[Tile]) -> None:
+def test_a_suspect_is_handed_only_to_a_worker_that_is_alone(jobs: list[Job]) -> None:
     """Two suspects on one worker would convict the innocent one with the killer."""
-    queue = TileQueue(tiles[:2])
+    queue = queue_of(jobs[:2])
     a, b = queue.take(alone=True), queue.take(alone=False)
     assert a is not None
     assert b is not None
@@ -65,15 +77,66 @@ def test_a_suspect_is_handed_only_to_a_worker_that_is_alone(tiles: list[Tile]) -
     assert queue.is_suspect(a)
 
 
-def test_a_tile_that_keeps_killing_is_quarantined_with_its_deaths(tiles: list[Tile]) -> None:
+def test_a_tile_that_keeps_killing_is_quarantined_with_its_deaths(jobs: list[Job]) -> None:
     """A poison tile must end as a failed record, never as an endless loop."""
-    queue = TileQueue(tiles[:1])
+    queue = queue_of(jobs[:1])
     record = None
     for _ in range(MAX_DEATHS):
         assert record is None
-        tile = queue.take(alone=True)
-        assert tile is not None
-        record = queue.died(tile, error="the worker died")
+        job = queue.take(alone=True)
+        assert job is not None
+        record = queue.died(job, error="the worker died")
     assert record is not None
     assert (record.status, record.deaths, record.error) == ("failed", 3, "the worker died")
+    assert queue.empty
+
+
+def test_a_busy_worker_gets_nothing_while_a_suspect_waits(jobs: list[Job]) -> None:
+    """With a long feed no worker would ever be idle, and a lost tile wait for the end of it."""
+    queue = queue_of(jobs)
+    lost, kept = queue.take(alone=True), queue.take(alone=True)
+    assert lost is not None
+    assert kept is not None
+    queue.died(lost, error="x")
+    assert queue.held == 1
+    assert queue.take(alone=False) is None
+    assert queue.take(alone=True) == lost
+    assert queue.take(alone=False) == jobs[2]
+
+
+def test_a_suspect_that_fails_is_tried_again_alone(jobs: list[Job]) -> None:
+    """A tile that raises one time and kills the next would take an innocent one along."""
+    queue = queue_of(jobs[:1])
+    suspect = queue.take(alone=True)
+    assert suspect is not None
+    queue.died(suspect, error="x")
+    assert queue.take(alone=True) == suspect
+    assert queue.settle(suspect, failed(suspect)) is None
+    assert queue.take(alone=False) is None
+    assert queue.take(alone=True) == suspect
+
+
+def test_the_record_of_a_tile_says_how_many_workers_died_on_it(jobs: list[Job]) -> None:
+    """Lost nodes would not show in the ledger."""
+    queue = queue_of(jobs[:1])
+    job = queue.take(alone=True)
+    assert job is not None
+    queue.died(job, error="x")
+    assert queue.take(alone=True) == job
+    record = queue.settle(job, done(job))
+    assert record is not None
+    assert (record.status, record.deaths) == ("done", 1)
+    assert not queue.is_suspect(job)
+
+
+def test_a_queue_is_not_empty_while_more_may_come(jobs: list[Job]) -> None:
+    """A pool would end in the pause between two scenes."""
+    feed = FairFeed()
+    queue = TileQueue(feed)
+    assert queue.take(alone=True) is None
+    assert not queue.empty
+    feed.add(jobs[:1])
+    assert queue.take(alone=True) == jobs[0]
+    feed.close()
+    assert queue.take(alone=True) is None
     assert queue.empty

@@ -1,0 +1,136 @@
+"""The feed decides whose turn it is; these are its rules."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from pipeline.domain import Region, Tile, TileKey
+from pipeline.execution.feed import FairFeed
+from pipeline.ports import Job
+
+
+def jobs(case: str, count: int) -> Iterator[Job]:
+    box = Region.whole((4, 4))
+    for number in range(count):
+        tile = Tile(key=TileKey(case, "segment", number), core=box, scored=box, read=box)
+        yield Job(work=None, tile=tile)  # type: ignore[arg-type]
+
+
+def taken(feed: FairFeed) -> list[tuple[str, int]]:
+    """All that can be taken now, as (case, number)."""
+    keys = []
+    while (job := feed.take()) is not None:
+        keys.append((job.tile.key.case, job.tile.key.number))
+    return keys
+
+
+def test_one_case_comes_in_its_own_order() -> None:
+    """A scene whose tiles are shuffled reads its source blocks again and again."""
+    feed = FairFeed()
+    feed.add(jobs("a", 5))
+    assert taken(feed) == [("a", n) for n in range(5)]
+
+
+def test_a_small_case_does_not_wait_behind_a_giant_one() -> None:
+    """A scan of two tiles would be done a day later because a country came first."""
+    feed = FairFeed()
+    feed.add(jobs("giant", 1000))
+    first = [feed.take() for _ in range(3)]
+    assert all(job is not None for job in first)
+    feed.add(jobs("small", 2))
+    feed.add(jobs("other", 1))
+    order = taken(feed)
+    assert order.index(("small", 1)) <= 5
+    assert order.index(("other", 0)) <= 3
+    assert [n for case, n in order if case == "giant"] == list(range(3, 1000))
+    assert len(order) == 1000
+
+
+def test_jobs_are_made_when_they_are_taken() -> None:
+    """The tiles of a continent would fill the driver's memory."""
+    made: list[Job] = []
+
+    def counted() -> Iterator[Job]:
+        for job in jobs("a", 10**9):
+            made.append(job)
+            yield job
+
+    feed = FairFeed()
+    feed.add(counted())
+    feed.take()
+    assert len(made) == 1
+
+
+def test_the_feed_ends_when_it_is_closed_and_used_up_and_not_before() -> None:
+    """A backend would end early and leave tiles undone, or never end."""
+    feed = FairFeed()
+    assert feed.take() is None
+    assert not feed.ended
+    feed.add(jobs("a", 1))
+    feed.close()
+    assert not feed.ended
+    assert taken(feed) == [("a", 0)]
+    assert feed.ended
+
+
+def test_a_case_that_raises_is_heard_of_and_the_others_go_on() -> None:
+    """One bad plan would silently end, or endlessly break, the feed of a whole archive."""
+
+    def broken() -> Iterator[Job]:
+        yield from jobs("broken", 1)
+        raise ValueError("no plan")
+
+    feed = FairFeed()
+    feed.add(broken())
+    feed.add(jobs("good", 3))
+    feed.close()
+    for _ in range(2):
+        feed.take()
+    with pytest.raises(ValueError, match="no plan"):
+        feed.take()
+    assert taken(feed) == [("good", 1), ("good", 2)]
+    assert feed.ended
+
+
+def test_waiting_ends_when_a_case_comes_or_the_feed_closes() -> None:
+    """A worker would sleep its whole timeout although there is work, or for ever at the end."""
+    feed = FairFeed()
+    for change in (lambda: feed.add(jobs("a", 1)), feed.close):
+        threading.Timer(0.05, change).start()
+        start = time.monotonic()
+        feed.wait(10.0)
+        assert 0.03 < time.monotonic() - start < 5.0
+        taken(feed)
+
+
+def test_waiting_ends_at_its_timeout() -> None:
+    """A backend that waits must ask now and then whether to stop."""
+    start = time.monotonic()
+    FairFeed().wait(0.05)
+    assert 0.04 < time.monotonic() - start < 5.0
+
+
+def test_nothing_is_lost_or_doubled_when_threads_add_and_take() -> None:
+    """Cases are opened in one thread while another feeds the workers."""
+    feed, keys, lock = FairFeed(), [], threading.Lock()
+
+    def take_all() -> None:
+        while not feed.ended:
+            feed.wait(0.01)
+            found = taken(feed)
+            with lock:
+                keys.extend(found)
+
+    takers = [threading.Thread(target=take_all) for _ in range(3)]
+    for taker in takers:
+        taker.start()
+    for case in range(50):
+        feed.add(jobs(str(case), 20))
+    feed.close()
+    for taker in takers:
+        taker.join()
+    assert sorted(keys) == sorted((str(case), n) for case in range(50) for n in range(20))

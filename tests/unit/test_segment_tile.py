@@ -1,0 +1,139 @@
+"""Story 1 on arrays: the recipe of a model, and of the tiles of a case."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from adapters.memory import MemorySource, MemoryStore
+from pipeline.domain import Grid, Halo, Pass
+from pipeline.errors import PlanError
+from pipeline.execution.worker import TileWorker
+from pipeline.inference import precision as precision_module
+from pipeline.inference.precision import Precision
+from pipeline.models.bundle import Bundle, load_bundle
+from pipeline.models.receptive_field import reach_of
+from pipeline.ports import Job
+from pipeline.segment_tile import SegmentModel, SegmentTiles
+
+FP32 = Precision(name="fp32", channels_last=True, why="")
+
+
+class Owned:
+    """A lease that is never lost."""
+
+    def check(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def bundle(slim: Path) -> Bundle:
+    return load_bundle(slim)
+
+
+@pytest.fixture
+def model(bundle: Bundle) -> SegmentModel:
+    return SegmentModel(bundle=bundle, device="cpu", precision=FP32, context="window", threads=1)
+
+
+@pytest.fixture
+def worker() -> Iterator[TileWorker]:
+    with closing(TileWorker()) as worker:
+        yield worker
+
+
+def case_of(model: SegmentModel, *, seed: int = 0) -> tuple[SegmentTiles, Pass, MemoryStore]:
+    """40 x 56 px in tiles of 32, with a hole that covers the last tile's core."""
+    rng = np.random.default_rng(seed)
+    image_CYX = rng.integers(1, 3000, (3, 40, 56), dtype=np.uint16)
+    valid_YX = np.ones((40, 56), dtype=bool)
+    valid_YX[32:, 32:] = False
+    stride = model.bundle.architecture.output_stride
+    grid = Grid(shape=(40, 56), tile=(32, 32), stride=stride)
+    mask = MemoryStore((40, 56), dtype="uint8", fill=7)
+    work = SegmentTiles(
+        key=f"plan {seed}",
+        model=model,
+        source=MemorySource(image_CYX, valid_S=valid_YX),
+        channels=(2, 1, 0),
+        padded_shape=grid.padded_shape,
+        crf=None,
+        mask=mask,
+        scores=None,
+        guard=Owned(),
+    )
+    sweep = Pass(
+        case=str(seed),
+        name="segment",
+        grid=grid,
+        reach=reach_of(model.bundle.network()),
+        crf_halo=Halo.uniform(0, ndim=2),
+    )
+    return work, sweep, mask
+
+
+def test_tiles_of_a_case_fill_its_mask(worker: TileWorker, model: SegmentModel) -> None:
+    """Labels would be another network's, lie elsewhere, or stand where no pixel was valid."""
+    work, sweep, mask = case_of(model)
+    records = [worker.run(Job(work=work, tile=tile)) for tile in sweep.tiles()]
+    assert [(r.status, r.error, r.skipped) for r in records] == [("done", "", False)] * 3 + [
+        ("done", "", True)
+    ]
+    assert set(np.unique(mask.array)) <= {*model.bundle.class_values, 255}
+    assert (mask.array[32:, 32:] == 255).all()
+    assert (mask.array[:32, :32] != 255).all()
+    assert sum(r.counts.get(255, 0) for r in records) == 8 * 24
+
+
+def test_cases_of_one_model_share_a_network_and_others_do_not(
+    worker: TileWorker, model: SegmentModel
+) -> None:
+    """Every scan would load the network, or one be segmented with another's."""
+    recipes = [model, pickle.loads(pickle.dumps(model)), replace(model, context="tile")]
+    loads = []
+    for seed, recipe in enumerate(recipes):
+        work, sweep, _ = case_of(recipe, seed=seed)
+        loads.append(worker.run(Job(work=work, tile=sweep.tile(0))).loads)
+    assert loads == [1, 1, 2]
+
+
+def test_the_key_of_a_model_is_all_that_decides_what_is_loaded(model: SegmentModel) -> None:
+    """Two models of equal keys would be taken for one another."""
+    others = [
+        replace(model, bundle=replace(model.bundle, weights_sha256="0" * 64)),
+        replace(model, device="cuda"),
+        replace(model, precision=replace(FP32, name="bf16")),
+        replace(model, precision=replace(FP32, channels_last=False)),
+        replace(model, context="tile"),
+        replace(model, threads=2),
+    ]
+    assert len({recipe.key for recipe in [model, *others]}) == len(others) + 1
+    assert replace(model, precision=replace(FP32, why="asked")).key == model.key
+
+
+def test_each_model_computes_with_its_own_threads(worker: TileWorker, model: SegmentModel) -> None:
+    """Another number of threads gives other last bits: a retried tile would differ."""
+    two = replace(model, threads=2)
+    seen = []
+    for seed, recipe in enumerate((model, two, model, two)):
+        work, sweep, _ = case_of(recipe, seed=seed)
+        assert worker.run(Job(work=work, tile=sweep.tile(0))).status == "done"
+        seen.append(worker._device.run(torch.get_num_threads)[0])
+    assert seen == [1, 2, 1, 2]
+
+
+def test_a_precision_that_this_machine_emulates_ends_the_run(
+    worker: TileWorker, model: SegmentModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one old node of a cluster every tile would take ten times as long, without a word."""
+    monkeypatch.setattr(precision_module, "processor_flags", lambda: frozenset({"avx2"}))
+    work, sweep, _ = case_of(replace(model, precision=replace(FP32, name="bf16")))
+    with pytest.raises(PlanError, match="no native bfloat16"):
+        worker.run(Job(work=work, tile=sweep.tile(0)))

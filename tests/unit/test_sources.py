@@ -1,0 +1,128 @@
+"""What a batch finds, and what it calls it: an id is a file's name, so it must be a safe one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.domain import check_case_id
+from pipeline.errors import PlanError, SourceError
+from workflows.sources import Candidate, find_sources
+
+
+def touch(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
+    return path
+
+
+def ids(asked: list[str | Path], *, leave_out: list[Path] | None = None) -> list[str]:
+    return [one.id for one in find_sources(asked, leave_out=leave_out or [])]
+
+
+def test_a_folder_is_walked_and_its_folders_are_in_the_ids(tmp_path: Path) -> None:
+    """Two files of one name in two folders must not overwrite each other's mask."""
+    for name in ("scan.nii.gz", "a/scan.nii.gz", "b/c/scan.nii.gz", "b/x.TIF", "b/x.tif.aux.xml"):
+        touch(tmp_path / name)
+    assert ids([tmp_path]) == ["scan", "a__scan", "b__x", "b__c__scan"]
+
+
+def test_hidden_files_runs_and_results_are_no_sources(tmp_path: Path) -> None:
+    """A batch beside its own results would segment its masks the next night."""
+    touch(tmp_path / "in.tif")
+    touch(tmp_path / ".partial-in.tif")
+    touch(tmp_path / ".cache/x.tif")
+    touch(tmp_path / "old.tif.run/scratch/x.nii")
+    touch(tmp_path / "old.tif.run/lease.lock")
+    touch(tmp_path / "masks/in.tif")
+    assert ids([tmp_path], leave_out=[tmp_path / "masks"]) == ["in"]
+    assert ids([f"{tmp_path}/**/*.tif"], leave_out=[tmp_path / "masks"]) == ["in"]
+
+
+def test_globs_files_and_folders_may_be_mixed_and_meet(tmp_path: Path) -> None:
+    """One file asked for twice is one case."""
+    for name in ("a.tif", "b.tif", "c.nii"):
+        touch(tmp_path / name)
+    asked = [tmp_path / "b.tif", f"{tmp_path}/*.tif", tmp_path]
+    assert sorted(ids(asked)) == ["a", "b", "c"]
+
+
+def test_a_file_whose_name_has_glob_characters_is_that_file(tmp_path: Path) -> None:
+    """Brackets are common in names of downloads."""
+    path = touch(tmp_path / "scan [1].tif")
+    assert [one.path for one in find_sources([path], leave_out=[])] == [path]
+    assert ids([path]) == ["scan__1_"]
+
+
+def test_a_file_that_is_not_there_is_a_case_that_fails_not_a_batch(tmp_path: Path) -> None:
+    """One typing error in a list of thousands must not stop the night."""
+    (found,) = find_sources([tmp_path / "none.tif"], leave_out=[])
+    with pytest.raises(SourceError, match=r"none\.tif"):
+        found.stamp()
+
+
+def test_a_list_gives_ids_and_paths_beside_it(tmp_path: Path) -> None:
+    """Paths are relative to the list, so that list and data move together."""
+    touch(tmp_path / "data/x.tif")
+    table = tmp_path / "cases.csv"
+    table.write_text("id,path,note\nparcel-7,data/x.tif,ours\n\n")
+    (found,) = find_sources([table], leave_out=[])
+    assert (found.id, found.path) == ("parcel-7", tmp_path / "data/x.tif")
+
+
+@pytest.mark.parametrize(
+    "text", ["path\nx.tif\n", "id,path\n,x.tif\n", "id,path\na,\n", "\xff,\x00"]
+)
+def test_a_list_that_is_none_is_refused_by_line(tmp_path: Path, text: str) -> None:
+    """A list without ids would name all masks alike."""
+    table = tmp_path / "cases.csv"
+    table.write_bytes(text.encode("latin-1"))
+    with pytest.raises(PlanError, match=r"cases\.csv"):
+        find_sources([table], leave_out=[])
+
+
+@pytest.mark.parametrize(
+    "bad", ["../out", "a/b", "/etc/x", "..", ".hidden", "a..b", "", "a b", "x" * 129]
+)
+def test_an_id_cannot_leave_the_directory(tmp_path: Path, bad: str) -> None:
+    """An id becomes a file's name: ``../`` in it would write anywhere."""
+    with pytest.raises(PlanError):
+        check_case_id(bad)
+    table = tmp_path / "cases.csv"
+    table.write_text(f'id,path\n"{bad or "?"}",x.tif\ngood,y.tif\n')
+    found = find_sources([table], leave_out=[])
+    assert [one.id for one in found if not one.refused] == ["good"]
+    assert len(found) == 2
+
+
+def test_two_sources_of_one_id_are_told_apart_by_refusing_the_second(tmp_path: Path) -> None:
+    """The second mask would replace the first."""
+    touch(tmp_path / "a/x.tif")
+    touch(tmp_path / "b/x.tif")
+    first, second = find_sources([tmp_path / "a/x.tif", tmp_path / "b/x.tif"], leave_out=[])
+    assert not first.refused
+    assert "a/x.tif" in second.refused
+
+
+def test_a_stamp_changes_with_content_time_rights_and_sidecars(tmp_path: Path) -> None:
+    """It stands for the content: what it overlooks is never computed again."""
+    path = touch(tmp_path / "x.tif")
+    one = Candidate(id="x", path=path)
+    seen = [one.stamp()]
+    assert one.stamp() == seen[0]
+    path.write_bytes(b"yy")
+    seen.append(one.stamp())
+    os.utime(path, ns=(0, 12345))
+    seen.append(one.stamp())
+    path.chmod(0o600)
+    seen.append(one.stamp())
+    touch(tmp_path / "x.tif.aux.xml")
+    seen.append(one.stamp())
+    assert len(set(seen)) == len(seen)
+
+
+def test_a_file_that_names_others_has_no_stamp(tmp_path: Path) -> None:
+    """A VRT stays as it is while the images it names are replaced."""
+    assert Candidate(id="x", path=touch(tmp_path / "x.vrt")).stamp() == ""

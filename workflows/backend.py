@@ -1,0 +1,41 @@
+"""Who runs the tiles: this process, or Ray actors here or on a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.ports import Backend
+from workflows.config import SegmentOptions, ray_address
+from workflows.planning import Resolved, workers
+
+
+def make_backend(
+    options: SegmentOptions, resolved: Resolved, *, run_dir: Path, most: int | None = None
+) -> Backend:
+    """The backend asked for.
+
+    Args:
+        options: How many workers, and on which cluster.
+        resolved: Threads and device of each worker.
+        run_dir: Where actors prove that they share storage.
+        most: More workers than that would find nothing to do.
+
+    Raises ExecutionError.
+    """
+    if options.backend == "serial":
+        from pipeline.execution.serial import SerialBackend
+
+        return SerialBackend()
+    address = ray_address(options.ray_address)
+    count: int | None = workers(options, resolved)
+    if address != "local" and options.workers is None:
+        count = None
+    from pipeline.execution.ray_pool import RayBackend
+
+    return RayBackend(
+        run_dir=run_dir,
+        workers=count if count is None or most is None else min(count, most),
+        threads=resolved.threads,
+        gpus_per_worker=1 if resolved.device == "cuda" else 0,
+        address=address,
+    )

@@ -1,0 +1,43 @@
+"""One scene or scan: its name, its pixels, and the identity of its content."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters.uri import open_source
+from pipeline.ports import Source
+from workflows.config import SegmentOptions
+
+_SUFFIX = re.compile(r"(\.nii\.gz|\.[A-Za-z]+)$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What a run is about."""
+
+    name: str
+    """Identifier; the ledger's first key."""
+
+    path: Path
+    """The file, or the folder of a DICOM series."""
+
+    source: Source
+    digest: str
+    """Of the source's content, equal on every machine."""
+
+
+def open_case(path: Path, options: SegmentOptions, *, scratch: Path | None = None) -> Case:
+    """The case at ``path``, named after it. Raises SourceError or SourceReadError."""
+    source = open_source(str(path), volume=options.volume, series=options.series, scratch=scratch)
+    return Case(name=stem(path.name), path=path, source=source, digest=source.digest())
+
+
+def stem(name: str) -> str:
+    """A file's name without the suffix of its format.
+
+    >>> stem("ct.2024.nii.gz"), stem("S2A_33TWN.2024-05-01.tif")
+    ('ct.2024', 'S2A_33TWN.2024-05-01')
+    """
+    return _SUFFIX.sub("", name)
