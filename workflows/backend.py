@@ -6,7 +6,8 @@ from pathlib import Path
 
 from pipeline.ports import Backend
 from workflows.config import SegmentOptions, ray_address
-from workflows.planning import Resolved, workers
+from workflows.planning import Resolved
+from workflows.workplace import workers
 
 
 def make_backend(
@@ -26,10 +27,9 @@ def make_backend(
         from pipeline.execution.serial import SerialBackend
 
         return SerialBackend()
-    address = ray_address(options.ray_address)
-    count: int | None = workers(options, resolved)
-    if address != "local" and options.workers is None:
-        count = None
+    address, count = ray_address(options.ray_address), options.workers
+    if address == "local":
+        count = workers(options, device=resolved.device, threads=resolved.threads)
     from pipeline.execution.ray_pool import RayBackend
 
     return RayBackend(

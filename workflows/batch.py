@@ -33,6 +33,7 @@ from workflows.interrupt import never
 from workflows.planning import Resolved, traced_reach
 from workflows.run_dir import RunDir, canonical_digest, file_digest
 from workflows.sources import Candidate, find_sources
+from workflows.workplace import workplace
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ THREADS = 2
 """That prepare, and that finish; both wait for storage much of the time."""
 
 OPEN_CASES = 8
-"""Cases that share the pool at a time, beside one for each worker."""
+"""Cases that share the pool at a time, beside four for each core there is."""
 
 
 def batch(
@@ -105,7 +106,6 @@ class _Batch:
         self._layout, self._bundles, self._options, self._guard = layout, bundles, options, guard
         self._ledger = CaseLedgerFile(layout.run_dir / "ledger", owner=f"pid{time.time_ns()}")
         self._feed, self._halt, self._first = FairFeed(), threading.Event(), threading.Event()
-        self._room = threading.Semaphore(OPEN_CASES + (options.workers or 1))
         self._open: dict[str, BatchCase] = {}
         self._images: dict[str, ImageTiles] = {}
         self._resolved: Resolved | None = None
@@ -135,8 +135,10 @@ class _Batch:
         todo = self._sift(candidates)
         if not todo:
             return
+        # What patches torch or joins a cluster comes before there are threads.
+        self._room = threading.Semaphore(OPEN_CASES + 4 * workplace(self._options).all_cores)
         for bundle in self._bundles.values():
-            traced_reach(bundle, self._options.context)  # before threads run networks
+            traced_reach(bundle, self._options.context)
 
         def halted() -> bool:
             return stop() or self._halt.is_set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +25,7 @@ from workflows.case import Case
 from workflows.config import SegmentOptions
 from workflows.run_dir import canonical_digest
 from workflows.sizing import AUTO_TILES, asked_tile, modest, peak_bytes, store_bytes, too_large
+from workflows.workplace import Workplace, workers, workplace
 
 SPACING_TOLERANCE = 0.05
 
@@ -156,7 +156,7 @@ def make_plan(
     )
     reach, exact = network_reach(bundle, options)
     if found is not None and found["request_digest"] == request:
-        resolved = _resolved_before(found["resolved"], crf=crf)
+        resolved = _resolved_before(found["resolved"], options, crf=crf)
     else:
         resolved = resolve(info, bundle, options, reach=reach, crf=crf)
     sweep = _sweep(info, resolved.tile, reach=reach, crf=crf, case=case.name)
@@ -171,7 +171,7 @@ def make_plan(
             "scores": options.scores,
         }
     )
-    count = workers(options, resolved)
+    count = workers(options, device=resolved.device, threads=resolved.threads)
     peak = peak_bytes(bundle, sweep, workers=count, with_crf=crf is not None)
     return SegmentPlan(
         tiles=TilePlan(
@@ -311,50 +311,49 @@ def resolve(
     crf: ResolvedCrf | None,
 ) -> Resolved:
     """Turn every ``auto`` into a value. Raises PlanError where a wish cannot be met."""
-    cuda = torch.cuda.is_available()
-    if options.device == "cuda" and not cuda:
+    place = workplace(options)
+    device: Literal["cpu", "cuda"] = "cuda" if options.device == "cuda" else "cpu"
+    if options.device == "auto" and place.gpus:
+        device = "cuda"
+    if device == "cuda" and place.here and not place.gpus:
         raise PlanError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    device: Literal["cpu", "cuda"] = "cuda" if cuda and options.device != "cpu" else "cpu"
-    threads = -(-cores() // 8) if device == "cpu" else 4
+    threads = -(-place.cores // 8) if device == "cpu" else min(4, place.cores)
     sides = AUTO_TILES[info.ndim] if options.tile is None else (options.tile,)
     tiles = [asked_tile(side, shape=info.shape, stride=reach.stride) for side in sides]
     sweeps = (_sweep(info, tile, reach=reach, crf=crf, case="") for tile in tiles)
     return Resolved(
         tile=modest(sweeps, bundle).grid.tile,
         device=device,
-        precision=resolve_precision(options.precision, device=device),
+        precision=_precision(options, device, place),
         threads=threads,
         context=options.context,
         versions=_versions(crf),
     )
 
 
-def _resolved_before(found: Mapping[str, Any], *, crf: ResolvedCrf | None) -> Resolved:
+def _resolved_before(
+    found: Mapping[str, Any], options: SegmentOptions, *, crf: ResolvedCrf | None
+) -> Resolved:
     """The values of an interrupted run, with today's versions: other ones are another run.
 
     Raises PlanError when this machine cannot honour them.
     """
     before = replace(Resolved.from_json(found), versions=_versions(crf))
-    if before.device == "cuda" and not torch.cuda.is_available():
+    place = workplace(options)
+    if before.device == "cuda" and place.here and not place.gpus:
         raise PlanError("the run was begun on CUDA, torch sees no such device here; --fresh")
-    resolve_precision(before.precision.name, device=before.device)
+    if place.here:
+        resolve_precision(before.precision.name, device=before.device)
     return before
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def workers(options: SegmentOptions, resolved: Resolved) -> int:
-    """Number of actors: as asked, else one per CUDA device or per share of the cores."""
-    if options.backend == "serial":
-        return 1
-    if options.workers is not None:
-        return options.workers
-    if resolved.device == "cuda":
-        return torch.cuda.device_count()
-    return max(1, cores() // resolved.threads)
+def _precision(
+    options: SegmentOptions, device: Literal["cpu", "cuda"], place: Workplace
+) -> Precision:
+    if place.here or device == "cpu" or options.precision == "fp32" or torch.cuda.is_available():
+        return resolve_precision(options.precision, device=device)
+    why = f"{options.precision}: taken for granted of the cluster's cards; others refuse"
+    return Precision(name="bf16", channels_last=True, why=why)
 
 
 def _sweep(

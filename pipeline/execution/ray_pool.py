@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray import exceptions as rex
@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 # The last three are not subclasses of RayActorError.
 DEATHS = (rex.RayActorError, rex.NodeDiedError, rex.WorkerCrashedError, rex.OutOfMemoryError)
 IN_FLIGHT = 2
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S, JOIN_TIMEOUT_S = 300.0, 1800.0
+"""How long no worker may live: here, and where a node may have to be made first."""
 CONNECT_TIMEOUT_S = 10.0
 RECOUNT_S = 3.0
 """How often the nodes are counted, in seconds."""
@@ -65,11 +66,6 @@ class RayBackend:
     """``local`` starts a cluster; ``auto`` or host:port joins one."""
 
     def __post_init__(self) -> None:
-        if self.address.startswith("ray://"):
-            raise ExecutionError(
-                f"Ray client address {self.address} is not supported: actors must share storage"
-                " with the driver; run the command on a node of the cluster"
-            )
         if self.threads < 1 or (self.workers is not None and self.workers < 1):
             raise ExecutionError(
                 f"at least one worker of one thread is needed, got {self.workers} of {self.threads}"
@@ -97,6 +93,26 @@ class RayBackend:
                 shares.append(has.get("GPU", 0) // self.gpus_per_worker)
             count += int(min(shares))
         return max(count, 1)
+
+
+class Node(NamedTuple):
+    """What a living node of a cluster has."""
+
+    cores: int
+    gpus: int
+
+
+def cluster_nodes(address: str) -> list[Node]:
+    """The nodes of the cluster at ``address`` that can compute. Raises ExecutionError."""
+    joined = ray.is_initialized()
+    if not joined:
+        _connect(address)
+    try:
+        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    finally:
+        if not joined:
+            ray.shutdown()
+    return [Node(int(has["CPU"]), int(has.get("GPU", 0))) for has in alive if has.get("CPU")]
 
 
 class _Actor:
@@ -270,12 +286,13 @@ class _Pool:
         asked = f"asked for {self._wanted} of {self._backend.threads} threads"
         if self._backend.gpus_per_worker:
             asked += f" and {self._backend.gpus_per_worker} GPU"
-        if now - self._alive > START_TIMEOUT_S:
+        patience = START_TIMEOUT_S if self._backend.address == "local" else JOIN_TIMEOUT_S
+        if now - self._alive > patience:
             raise ExecutionError(
-                f"no worker started within {START_TIMEOUT_S:.0f} s: {asked},"
+                f"no worker started within {patience:.0f} s: {asked},"
                 f" the cluster has {ray.available_resources()} free"
             )
-        if now - self._complete > START_TIMEOUT_S:
+        if now - self._complete > patience:
             log.warning("only %d workers found room, %s; they do all the work", ready, asked)
             self._complete = float("inf")
 
@@ -298,34 +315,41 @@ def _cluster(backend: RayBackend) -> Iterator[None]:
     with _stdout_kept():
         try:
             with _signals_kept():
-                _connect(backend)
+                _connect(backend.address, **_local(backend))
             yield
         finally:
             os.chdir(before)
             ray.shutdown()
 
 
-def _connect(backend: RayBackend) -> None:
+def _local(backend: RayBackend) -> dict[str, Any]:
+    """The cluster to be started; nothing where one is joined."""
+    if backend.address != "local":
+        return {}
+    workers = backend.workers or max(1, len(os.sched_getaffinity(0)) // backend.threads)
+    return {
+        "num_cpus": workers * backend.threads,
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE_BYTES,
+    }
+
+
+def _connect(address: str, **options: Any) -> None:
     """Join or start the cluster. Raises ExecutionError."""
-    options: dict[str, Any] = {}
-    if backend.address == "local":
-        workers = backend.workers or max(1, len(os.sched_getaffinity(0)) // backend.threads)
-        options = {
-            "num_cpus": workers * backend.threads,
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-        }
-    host, _, port = backend.address.rpartition(":")
+    if address.startswith("ray://"):
+        raise ExecutionError(
+            f"Ray client address {address} is not supported: actors must share storage with the"
+            " driver; run the command on a node of the cluster"
+        )
+    host, _, port = address.rpartition(":")
     try:
         if port.isdecimal():
             # Ray would try for minutes.
             socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-        ray.init(
-            address=backend.address, log_to_driver=False, logging_level=logging.ERROR, **options
-        )
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (OSError, ValueError, rex.AuthenticationError) as error:
         raise ExecutionError(
-            f"Ray cluster {backend.address} asked for: {str(error).splitlines()[0]}"
+            f"Ray cluster {address} asked for: {str(error).splitlines()[0]}"
         ) from error
 
 

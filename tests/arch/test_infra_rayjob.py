@@ -75,6 +75,9 @@ def test_the_rayjob_has_its_required_fields():
     assert list(rayjob_faults(yaml.safe_load(RAYJOB.read_text()))) == []
 
 
+GPU_MOST = "        maxReplicas: 4"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "fault"),
     [
@@ -84,7 +87,7 @@ def test_the_rayjob_has_its_required_fields():
         ("ttlSecondsAfterFinished: 300", "deletionStrategy: {}", "cleaning up"),
         ('limits: {cpu: "2", memory: 8Gi}', 'limits: {cpu: "2", memory: 9Gi}', "memory"),
         ("terravox batch", "terravox segment", "entrypoint"),
-        ("minReplicas: 0", "minReplicas: 1", "gpu group from zero"),
+        (f"0\n{GPU_MOST}", f"1\n{GPU_MOST}", "gpu group from zero"),
         ("mode: token", "mode: none", "authOptions"),
         ("terravox:0.1.0-cuda", "terravox:latest", "image"),
     ],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,8 @@ from scenes import fresh, texture, write_raster
 from adapters.ledger_file import CaseLedgerFile, LedgerFile
 
 SCENES, VOLUMES = 36, 18
+SROW_X = 280
+"""Byte of the first row of the sform in a NIfTI-1 header."""
 SCRIPT = str(Path(sys.executable).with_name("terravox"))
 OPTIONS = ["--tile", "256", "--workers", "2", "--tracking-uri", "none"]
 
@@ -42,10 +46,9 @@ def make_archive(folder: Path) -> list[Path]:
         good.append(path)
     (folder / "truncated.tif").write_bytes(good[0].read_bytes()[:100_000])
     write_raster(folder / "wrong_bands.tif", noise[0][np.newaxis, :200, :200])
-    header = nib.Nifti1Image(scan[:20], np.eye(4))
-    header.header["srow_x"] = np.nan
-    header.header["sform_code"] = 1
-    (folder / "nan_affine.nii").write_bytes(header.to_bytes())
+    damaged = bytearray(nib.Nifti1Image(scan[:20], np.eye(4)).to_bytes())
+    struct.pack_into("<4f", damaged, SROW_X, *[math.nan] * 4)
+    (folder / "nan_affine.nii").write_bytes(damaged)
     (folder / "empty.nii.gz").touch()
     (folder / "unreadable.tif").symlink_to(folder / "gone.tif")
 

@@ -56,7 +56,7 @@ def _cut_in_its_header(folder: Path) -> Path:
 
 SOURCES: dict[str, tuple[Make, tuple[str, ...]]] = {
     "missing": (lambda folder: folder / "none.tif", ("none.tif", "does not exist")),
-    "a directory": (lambda folder: folder, ("holds no DICOM image", "give one file", "terravox batch")),
+    "a directory": (lambda folder: folder, ("holds no DICOM image", "terravox batch")),
     "a text": (_file("text.tif", b"hello\n"), ("text.tif", "neither a TIFF nor", "convert")),
     "empty": (_file("empty.tif", b""), ("empty.tif", "neither a TIFF nor")),
     "cut in its header": (_cut_in_its_header, ("cut.tif", "is the file complete?")),
