@@ -33,15 +33,18 @@ def find_series(folder: Path) -> tuple[SeriesFound, ...]:
     """The image series in ``folder`` itself, by UID, from headers alone; empty where none is.
 
     Raises:
-        SourceError: a folder that cannot be read, or a DICOM file in it that is damaged.
+        SourceError: a folder that cannot be read, or that holds damaged DICOM files alone.
     """
+    series, _, damaged = _image_files(folder)
+    if damaged and not series:
+        raise damaged[0]
     return tuple(
         SeriesFound(
             uid=uid,
             modality=files[0].text("Modality"),
             files=tuple(file.path for file in files),
         )
-        for uid, files in sorted(_image_files(folder)[0].items())
+        for uid, files in sorted(series.items())
     )
 
 
@@ -55,7 +58,9 @@ def read_slices(folder: Path, *, uid: str | None) -> tuple[str, int, list[SliceH
     Raises:
         SourceError: no such series, several to choose from, or a header that cannot be used.
     """
-    series, others = _image_files(folder)
+    series, others, damaged = _image_files(folder)
+    if damaged:  # it may be a slice of this series
+        raise damaged[0]
     if not series:
         found = ", ".join(f"{count} x {kind}" for kind, count in sorted(others.items()))
         raise SourceError(
@@ -78,17 +83,24 @@ def read_slices(folder: Path, *, uid: str | None) -> tuple[str, int, list[SliceH
     return chosen, len(series), [slice_header(file) for file in series[chosen]]
 
 
-def _image_files(folder: Path) -> tuple[dict[str, list[DicomFile]], Counter[str]]:
-    """The image files, by series; how many other objects, by kind."""
+def _image_files(
+    folder: Path,
+) -> tuple[dict[str, list[DicomFile]], Counter[str], list[SourceError]]:
+    """The image files, by series; how many other objects, by kind; what is wrong with others."""
     series: dict[str, list[DicomFile]] = defaultdict(list)
     others: Counter[str] = Counter()
+    damaged = []
     for path in _dicom_files(folder):
-        file = DicomFile.open(path)
+        try:
+            file = DicomFile.open(path)
+        except SourceError as error:
+            damaged.append(error)
+            continue
         if file.is_image:
             series[file.text("SeriesInstanceUID")].append(file)
         else:
             others[file.kind] += 1
-    return series, others
+    return series, others, damaged
 
 
 def _dicom_files(folder: Path) -> Iterator[Path]:
@@ -102,7 +114,11 @@ def _dicom_files(folder: Path) -> Iterator[Path]:
 
 
 def _is_dicom(path: Path) -> bool:
-    if path.suffix.lower() == ".dcm":
+    suffix = path.suffix.lower()
+    if suffix == ".dcm":
         return True
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:  # told when it is opened, if it is named as slices often are
+        return suffix in ("", ".ima") or suffix[1:].isdigit()

@@ -7,7 +7,7 @@ slice, row and column.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -43,6 +43,10 @@ class DicomSeries:
 
     scratch: Path | None = None
     """Folder shared by all readers of this run, for the decoded series."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: headers of thousands of slices do not travel with each tile."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
     def info(self) -> ImageInfo:

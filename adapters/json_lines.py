@@ -5,6 +5,7 @@ Works on storage that many hosts mount, where a database does not.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -44,8 +45,9 @@ class JsonLines:
                 if self._segment is None:
                     self._segment = self._open_segment()
                 if os.write(self._segment, data) != len(data):
-                    raise OSError("the line was cut short")
+                    raise OSError(errno.ENOSPC, "the line was cut short")
         except OSError as error:
+            self.close()  # what comes after a torn line goes into another segment
             raise StoreError(
                 f"ledger {self._directory}: {what} could not be noted: {error};"
                 " free the disk and run the same command again"

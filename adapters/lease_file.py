@@ -20,8 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-import psutil
-
 from pipeline.errors import LeaseHeldError, StoreError
 
 log = logging.getLogger(__name__)
@@ -30,6 +28,8 @@ EXPIRY_S = 300.0
 """Longer than pydensecrf, which holds the interpreter lock, takes for a tile."""
 
 RENEW_S = 15.0
+
+KINDS = {"token": str, "host": str, "boot": str, "pid": int, "started": int, "expires": float}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +44,8 @@ class Holder:
 
     pid: int
 
-    started: float
-    """When the process started, seconds since the epoch: process ids are reused."""
+    started: int
+    """When the process started, in the kernel's ticks since boot: process ids are reused."""
 
     expires: float
     """Wall-clock second after which another host may take over."""
@@ -59,7 +59,7 @@ class Holder:
             host=socket.gethostname(),
             boot=_boot_id(),
             pid=pid,
-            started=psutil.Process(pid).create_time(),
+            started=_start_ticks(pid),
             expires=time.time() + EXPIRY_S,
         )
 
@@ -68,8 +68,8 @@ class Holder:
         """False for a dead process of this host, and for another host's when expired."""
         if self.host == socket.gethostname() and self.boot == _boot_id():
             try:
-                return abs(psutil.Process(self.pid).create_time() - self.started) < 1.0
-            except psutil.NoSuchProcess:
+                return _start_ticks(self.pid) == self.started
+            except OSError:
                 return False
         return time.time() < self.expires
 
@@ -157,11 +157,23 @@ class LeaseFile:
 def read_holder(path: Path) -> Holder | None:
     """Who holds the lease at ``path``; None for nobody. Raises StoreError for a damaged file."""
     try:
-        return Holder(**json.loads(path.read_text()))
+        holder = Holder(**json.loads(path.read_text()))
+        if not all(isinstance(getattr(holder, name), kind) for name, kind in KINDS.items()):
+            raise TypeError("a value of another kind")
+        return holder
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
         raise StoreError(f"{path} is damaged ({error}); delete it if no run is alive") from error
+
+
+def _start_ticks(pid: int) -> int:
+    """Field 22 of /proc/PID/stat: unlike a time of day, no clock that is set moves it.
+
+    0 for a process that has ended and waits to be buried. Raises OSError where there is none.
+    """
+    state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return 0 if state == "Z" else int(fields[18])
 
 
 @contextmanager

@@ -40,7 +40,7 @@ ON CONFLICT DO UPDATE SET status = 'running', finished = NULL, reason = ''
 WHERE status NOT IN ('done', 'superseded')
 """
 _SUPERSEDE = """
-WITH latest AS (SELECT max(tick) AS tick FROM ticks WHERE workflow = :workflow)
+WITH latest AS (SELECT max(tick) AS tick FROM ticks WHERE workflow = :workflow AND tick <= :now)
 UPDATE ticks
 SET status = 'superseded', reason = (SELECT tick FROM latest) || ' goes on with its work'
 WHERE workflow = :workflow AND tick < (SELECT tick FROM latest)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from pipeline.ports import Backend
 from workflows.config import SegmentOptions, ray_address
-from workflows.planning import Resolved
+from workflows.planning import Floats, Resolved
 from workflows.workplace import workers
 
 
 def make_backend(
-    options: SegmentOptions, resolved: Resolved, *, run_dir: Path, most: int | None = None
+    options: SegmentOptions, resolved: Resolved | Floats, *, run_dir: Path, most: int | None = None
 ) -> Backend:
     """The backend asked for.
 

@@ -7,6 +7,7 @@ threads finish them (write, verify, report): all beside one another.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import traceback
@@ -19,20 +20,21 @@ from typing import Any
 from adapters.lease_file import LeaseFile
 from adapters.ledger_file import CaseLedgerFile
 from pipeline.domain import CaseRecord
-from pipeline.errors import LeaseHeldError, PipelineError, PlanError, no_space
+from pipeline.errors import LeaseHeldError, PlanError, StoreError, no_space
 from pipeline.execution.feed import FairFeed
+from pipeline.execution.identity import software_digest
 from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.ports import Guard
 from pipeline.segment_image import ImageTiles, segment_images
 from workflows.backend import make_backend
 from workflows.batch_case import BatchCase, Layout, Shared
-from workflows.batch_papers import BatchPapers
+from workflows.batch_papers import BatchPapers, nothing
 from workflows.config import SegmentOptions
 from workflows.image_run import ImageRun
 from workflows.interrupt import never
-from workflows.planning import Resolved, traced_reach
+from workflows.planning import crf_params, resolve_floats, traced_reach
 from workflows.run_dir import RunDir, canonical_digest, file_digest
-from workflows.sources import Candidate, find_sources
+from workflows.sources import Candidate, Made, find_sources
 from workflows.workplace import workplace
 
 log = logging.getLogger(__name__)
@@ -40,8 +42,8 @@ log = logging.getLogger(__name__)
 THREADS = 2
 """That prepare, and that finish; both wait for storage much of the time."""
 
-OPEN_CASES = 8
-"""Cases that share the pool at a time, beside four for each core there is."""
+OPEN_CASES, MOST_CASES = 8, 200
+"""Cases that share the pool at a time, beside four for each core; each keeps a few files open."""
 
 
 def batch(
@@ -68,16 +70,49 @@ def batch(
     Raises:
         PipelineError: what concerns all cases; what concerns one of them is in its row.
     """
-    asked = options or SegmentOptions()
+    asked = _anchored(options or SegmentOptions())
     layout = Layout.of(str(output), run_dir=asked.run_dir)
+    lists = [os.path.realpath(source) for source in sources]
+    if os.path.realpath(layout.tables / "cases.csv") in lists:
+        raise PlanError(f"{layout.tables / 'cases.csv'} is the table of results: list them apart")
     bundles = _by_axes([load_bundle(model) for model in models])
     run = RunDir(layout.run_dir)
-    run.check_ours()
-    candidates = find_sources(sources, leave_out=(layout.results, layout.run_dir))
+    run.check_ours(batch=True)
+    layout.check()
+    known = _known(layout, fresh=asked.fresh)
+    made = Made(
+        results=layout.results,
+        outputs=frozenset(os.path.realpath(r.output) for r in known.values() if r.output),
+        owners={record.case: record.uri for record in known.values()},
+    )
+    candidates = find_sources(sources, made)
+    if not candidates:
+        return nothing(layout)
     with LeaseFile(layout.run_dir) as guard:
         run.sweep()
         layout.tables.mkdir(parents=True, exist_ok=True)
         return _Batch(layout, bundles, asked, guard=guard).go(candidates, stop)
+
+
+def _anchored(options: SegmentOptions) -> SegmentOptions:
+    """Paths made absolute: the process enters the run directory when the pool starts."""
+    if options.crf in ("auto", "off"):
+        return options
+    return options.model_copy(update={"crf": str(Path(options.crf).absolute())})
+
+
+def _known(layout: Layout, *, fresh: bool) -> dict[str, CaseRecord]:
+    """What the ledger says. Raises StoreError for a damaged one; ``fresh`` puts it aside."""
+    ledger = CaseLedgerFile(RunDir(layout.run_dir).ledger, owner="read")
+    try:
+        return ledger.records()
+    except StoreError as error:
+        if not fresh:
+            raise
+        aside = layout.run_dir / f"ledger-damaged-{time.time_ns()}"
+        log.warning("%s; put aside as %s", error, aside.name)
+        RunDir(layout.run_dir).ledger.rename(aside)
+        return {}
 
 
 def _by_axes(bundles: Sequence[Bundle]) -> Mapping[int, Bundle]:
@@ -104,13 +139,12 @@ class _Batch:
         guard: Guard,
     ) -> None:
         self._layout, self._bundles, self._options, self._guard = layout, bundles, options, guard
-        self._ledger = CaseLedgerFile(layout.run_dir / "ledger", owner=f"pid{time.time_ns()}")
+        self._ledger = CaseLedgerFile(RunDir(layout.run_dir).ledger, owner=f"pid{time.time_ns()}")
         self._feed, self._halt, self._first = FairFeed(), threading.Event(), threading.Event()
         self._open: dict[str, BatchCase] = {}
         self._images: dict[str, ImageTiles] = {}
-        self._resolved: Resolved | None = None
-        self._tracking_run: str | None = None
-        self._fatal: Exception | None = None
+        self._todo: list[BatchCase] = []
+        self._fatal: BaseException | None = None
 
     def go(self, candidates: Sequence[Candidate], stop: Callable[[], bool]) -> dict[str, Any]:
         """Every case, and then the table."""
@@ -119,9 +153,12 @@ class _Batch:
         )
         try:
             with self._papers.progress:
-                self._cases(candidates, stop)
-                if self._fatal is not None:
-                    raise self._fatal
+                self._sift(candidates)
+                if self._todo:
+                    self._cases(stop)
+            if self._fatal is not None:
+                raise self._fatal
+            return self._papers.finish([case.record for case in self._todo])
         except BaseException:
             self._papers.fail()
             raise
@@ -129,26 +166,26 @@ class _Batch:
             for case in self._open.values():
                 case.close()
             self._ledger.close()
-        return self._papers.finish()
 
-    def _cases(self, candidates: Sequence[Candidate], stop: Callable[[], bool]) -> None:
-        todo = self._sift(candidates)
-        if not todo:
-            return
-        # What patches torch or joins a cluster comes before there are threads.
-        self._room = threading.Semaphore(OPEN_CASES + 4 * workplace(self._options).all_cores)
+    def _cases(self, stop: Callable[[], bool]) -> None:
+        # What patches torch or joins a cluster comes before there are threads; what is asked of
+        # the machine is no case's fault.
+        self._floats = resolve_floats(self._options)
         for bundle in self._bundles.values():
+            crf_params(self._options.crf, bundle)
             traced_reach(bundle, self._options.context)
+        wide = 4 * workplace(self._options).all_cores + 2 * (self._options.workers or 0)
+        self._room = threading.Semaphore(min(OPEN_CASES + wide, MOST_CASES))
 
         def halted() -> bool:
             return stop() or self._halt.is_set()
 
         with ThreadPoolExecutor(THREADS, "finish") as finishers:
-            filler = threading.Thread(target=self._fill, args=(todo, halted), name="fill")
+            filler = threading.Thread(target=self._fill, args=(halted,), name="fill")
             filler.start()
             try:
                 self._first.wait()
-                if self._resolved is not None:
+                if not self._halt.is_set() and self._images:
                     self._pool(halted, finishers=finishers)
             except BaseException:
                 self._halt.set()
@@ -157,34 +194,28 @@ class _Batch:
                 filler.join()
 
     def _pool(self, stop: Callable[[], bool], *, finishers: ThreadPoolExecutor) -> None:
-        assert self._resolved is not None
-
         def ended(name: str) -> None:
-            finishers.submit(self._finish, name)
+            finishers.submit(self._watched, self._finish, name)
 
         segment_images(
             self._feed,
             self._images,
-            backend=make_backend(self._options, self._resolved, run_dir=self._layout.run_dir),
+            backend=make_backend(self._options, self._floats, run_dir=self._layout.run_dir),
             ended=ended,
             stop=stop,
         )
 
-    def _sift(self, candidates: Sequence[Candidate]) -> list[BatchCase]:
-        """Cases that something is to be done for; the tracker's run is opened if there are any."""
+    def _watched(self, step: Callable[..., None], *args: Any) -> None:
+        """Run a step in a thread; what it raises ends the batch, instead of nobody hearing it."""
+        try:
+            step(*args)
+        except BaseException as error:  # noqa: BLE001  it is raised in the main thread
+            self._give_up(error)
+
+    def _sift(self, candidates: Sequence[Candidate]) -> None:
+        """Settle what is up to date or refused; the rest is to be done."""
         known = self._ledger.records()
-        request = dict(self._options.request())
-        with suppress(OSError):
-            request["crf_file"] = file_digest(Path(self._options.crf))
-        shared = Shared(
-            layout=self._layout,
-            bundles=self._bundles,
-            options=self._options,
-            options_digest=canonical_digest(request),
-            guard=self._guard,
-            ledger=self._ledger,
-        )
-        todo = []
+        shared = self._shared(candidates)
         for one in candidates:
             if one.refused:
                 record = CaseRecord(
@@ -193,40 +224,58 @@ class _Batch:
                 self._papers.settled(record, computed=False)
                 continue
             case = BatchCase(one, known.get(one.id), shared)
-            with self._verdict(case):
-                if case.up_to_date():
-                    self._papers.settled(case.record, computed=False)
-                else:
-                    todo.append(case)
-        for case in todo:
+            with self._verdict(case) as settled:
+                if not case.up_to_date():
+                    settled.clear()
+            if settled:
+                self._papers.settled(case.record, computed=False)
+            else:
+                self._todo.append(case)
+        for case in self._todo:
             case.queue()
-        if todo:
-            self._tracking_run = self._papers.start()
-        return todo
 
-    def _fill(self, todo: Sequence[BatchCase], stop: Callable[[], bool]) -> None:
+    def _shared(self, candidates: Sequence[Candidate]) -> Shared:
+        request = dict(self._options.request())
+        with suppress(OSError):
+            request["crf_file"] = file_digest(Path(self._options.crf))
+        return Shared(
+            layout=self._layout,
+            bundles=self._bundles,
+            options=self._options,
+            options_digest=canonical_digest(request),
+            judge=software_digest(),
+            sources=frozenset(os.path.realpath(one.path) for one in candidates),
+            guard=self._guard,
+            ledger=self._ledger,
+        )
+
+    def _fill(self, stop: Callable[[], bool]) -> None:
         try:
             with ThreadPoolExecutor(THREADS, "prepare") as preparers:
-                for case in todo:
+                for case in self._todo:
                     while not self._room.acquire(timeout=0.2):
                         if stop():
                             return
                     if stop():
                         return
-                    preparers.submit(self._prepare, case)
+                    preparers.submit(self._watched, self._prepare, case, stop)
+        except BaseException as error:  # noqa: BLE001  it is raised in the main thread
+            self._give_up(error)
         finally:
             self._feed.close()
             self._first.set()
 
-    def _prepare(self, case: BatchCase) -> None:
-        with self._verdict(case):
-            case.begin(tracking_run=self._tracking_run)
-            if case.image is None:
-                self._papers.settled(case.record, computed=False)
-            else:
-                self._start(case, case.image)
-                return
-        self._room.release()
+    def _prepare(self, case: BatchCase, stop: Callable[[], bool]) -> None:
+        if stop():
+            return
+        with self._verdict(case) as settled:
+            case.begin(tracking_run=self._papers.tracking_run)
+            if case.image is not None:
+                settled.clear()
+        if case.image is not None and not settled:
+            self._start(case, case.image)
+        else:
+            self._settle(case)
 
     def _start(self, case: BatchCase, image: ImageRun) -> None:
         name = case.candidate.id
@@ -235,36 +284,38 @@ class _Batch:
         if not image.tiles.outcome.interrupted:  # all was done but the finishing
             self._finish(name)
             return
-        self._resolved = self._resolved or image.plan.resolved
         self._feed.add(image.tiles.jobs())
         self._first.set()
 
     def _finish(self, name: str) -> None:
-        case = self._open.pop(name)
+        case = self._open[name]
         with self._verdict(case):
             case.finish()
-            self._papers.settled(case.record, computed=True)
         case.close()
-        del self._images[name]
-        self._room.release()
+        del self._open[name], self._images[name]
+        self._settle(case)
 
-    @contextmanager
-    def _verdict(self, case: BatchCase) -> Iterator[None]:
-        """What goes wrong with one case is noted; what would go wrong with all ends the batch."""
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001  whatever it is, the other cases go on
-            log.info("case %s: %s", case.candidate.id, traceback.format_exc())
-            if isinstance(error, LeaseHeldError) or no_space(error):
-                self._give_up(error)
-                return
-            try:
-                case.give_up(error)
-            except PipelineError as fatal:  # the ledger cannot be written
-                self._give_up(fatal)
-                return
+    def _settle(self, case: BatchCase) -> None:
+        self._room.release()
+        if self._fatal is None:
             self._papers.settled(case.record, computed=case.computed)
 
-    def _give_up(self, error: Exception) -> None:
+    @contextmanager
+    def _verdict(self, case: BatchCase) -> Iterator[list[BatchCase]]:
+        """What goes wrong with one case is noted; what would go wrong with all ends the batch.
+
+        Yields what the block clears where the case is not settled by it.
+        """
+        settled = [case]
+        try:
+            yield settled
+        except Exception as error:
+            log.info("case %s: %s", case.candidate.id, traceback.format_exc())
+            if isinstance(error, LeaseHeldError) or no_space(error):
+                raise
+            case.give_up(error)
+
+    def _give_up(self, error: BaseException) -> None:
         self._fatal = self._fatal or error
         self._halt.set()
+        self._first.set()

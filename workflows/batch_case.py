@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from adapters.ledger_file import CaseLedgerFile
 from adapters.mlflow_tracker import NoTracker
-from adapters.uri import open_source
+from adapters.uri import is_known, open_source
 from pipeline.domain import CaseRecord, CaseState
 from pipeline.errors import (
     CrfError,
@@ -22,11 +23,12 @@ from pipeline.errors import (
     RegionError,
     SourceError,
 )
+from pipeline.execution.queue import MAX_DEATHS
 from pipeline.models.bundle import Bundle
 from pipeline.ports import Guard
 from workflows.case import Case
 from workflows.config import SegmentOptions
-from workflows.finish import Product, check_output
+from workflows.finish import Product, check_output, finishing_mark
 from workflows.image_run import ImageRun
 from workflows.manifest import default_run_dir
 from workflows.planning import SegmentPlan, make_plan
@@ -42,8 +44,16 @@ VERDICTS = (SourceError, PlanError, CrfError, RegionError)
 SUFFIX = {2: ".tif", 3: ".nii.gz"}
 
 
-class PoisonError(ExecutionError):
-    """A case that kills workers."""
+MAX_TRIES = 3
+"""Runs in which tiles of one input may fail before it is no longer tried."""
+
+
+class TilesFailedError(ExecutionError):
+    """Tiles that could not be done; ``poison`` where they kill workers."""
+
+    def __init__(self, text: str, *, poison: bool) -> None:
+        super().__init__(text)
+        self.poison = poison
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,22 +69,34 @@ class Layout:
 
     @classmethod
     def of(cls, output: str, *, run_dir: Path | None) -> Layout:
-        """A directory, or a pattern. Raises PlanError for a pattern without a run directory."""
-        path = Path(output).absolute()
+        """A directory, or a pattern. Raises PlanError for what cannot be either."""
+        path = Path(os.path.realpath(output))
         if "{id}" not in output:
-            return cls(
-                pattern=str(path / "{id}"),
-                run_dir=(run_dir or default_run_dir(path)).resolve(),
-                tables=path,
-            )
+            if not output or (path.exists() and not path.is_dir()):
+                raise PlanError(f"-o {output!r}: give a directory, or a path with {{id}} in it")
+            place = Path(os.path.realpath(run_dir or default_run_dir(path)))
+            return cls(pattern=str(path / "{id}"), run_dir=place, tables=path)
         if run_dir is None:
             raise PlanError(f"-o {output}: a pattern needs --run-dir, for state and tables")
-        return cls(pattern=str(path), run_dir=run_dir.resolve(), tables=run_dir.resolve())
+        if set("{}") & set(output.replace("{id}", "")) or is_known(output):
+            raise PlanError(f"-o {output}: a pattern takes {{id}} alone, and no suffix of a format")
+        place = Path(os.path.realpath(run_dir))
+        return cls(pattern=str(path), run_dir=place, tables=place)
 
     @property
     def results(self) -> Path:
-        """The folder that holds all masks, and nothing that is a source."""
+        """The folder that holds all masks."""
         return Path(self.pattern.partition("{id}")[0] + "x").parent
+
+    def check(self) -> None:
+        """Refuse places that cannot be written to. Raises PlanError."""
+        for folder in (self.tables, self.results, self.run_dir):
+            there = next(place for place in (folder, *folder.parents) if place.exists())
+            if not os.access(there, os.W_OK) or not there.is_dir():
+                raise PlanError(f"{folder}: {there} cannot be written to; choose another place")
+        for table in ("cases.csv", "cases.json"):
+            if (self.tables / table).is_dir():
+                raise PlanError(f"{self.tables / table} is a directory; the table goes there")
 
     def output(self, case: str, ndim: int) -> Path:
         """The mask of a case."""
@@ -95,6 +117,12 @@ class Shared:
 
     options: SegmentOptions
     options_digest: str
+    judge: str
+    """Digest of the software that gives verdicts."""
+
+    sources: frozenset[str]
+    """Real paths of all sources: no mask may take the place of one."""
+
     guard: Guard
     ledger: CaseLedgerFile
 
@@ -114,11 +142,11 @@ class BatchCase:
     """From a candidate to a line of the table; used by one thread at a time."""
 
     def __init__(self, candidate: Candidate, known: CaseRecord | None, shared: Shared) -> None:
-        self.candidate, self._shared = candidate, shared
+        self.candidate, self._shared, self._before = candidate, shared, known
         self._known = None if shared.options.fresh else known
-        self._ours = known.output if known else ""
+        output = known.output if known else ""
         self.record = CaseRecord(
-            case=candidate.id, state="queued", uri=str(candidate.path), output=self._ours
+            case=candidate.id, state="queued", uri=str(candidate.path), output=output
         )
         self.image: ImageRun | None = None
         self.computed = False
@@ -135,16 +163,14 @@ class BatchCase:
             return False
         shared, content = self._shared, known.content or known.stamp
         models = [*(bundle.digest for bundle in shared.bundles.values()), shared.all_models]
-        if known.key not in [shared.key(content, model) for model in models] or not _stands(known):
-            return False
-        self.record = known
-        return True
+        keys = [shared.key(content, model) for model in models]
+        return known.key in keys and self._keep(known)
 
     def queue(self) -> None:
         """Note that something is to be done; what was known of the case stays known."""
-        self._shared.ledger.append(replace(self._known or self.record, state="queued", reason=""))
+        self._shared.ledger.append(replace(self._before or self.record, state="queued"))
 
-    def begin(self, *, tracking_run: str | None) -> None:
+    def begin(self, *, tracking_run: Callable[[], str | None]) -> None:
         """Open, plan, and ``image``; None where nothing is to be done after all.
 
         Raises what ``segment`` raises for this source.
@@ -154,34 +180,37 @@ class BatchCase:
         run = shared.layout.run(self.candidate.id)
         case, bundle = self._open(run)
         begun = known if known is not None and known.key == self.record.key else None
-        if begun is not None and _stands(begun):
-            self.record = replace(begun, stamp=self.record.stamp, uri=str(case.path))
-            shared.ledger.append(self.record)
+        if begun is not None and self._keep(begun):
             return
-        plan = self._plan(case, bundle, run)
-        self._judging = False
         output = shared.layout.output(case.name, case.source.info.ndim)
         if begun is not None and begun.output:
             output = Path(begun.output)  # of a pattern that has changed since
+        ours = self._ours(output, run)
+        plan = self._plan(case, bundle, run)
+        self._judging = False
         product = Product(case=case, bundle=bundle, plan=plan, output=output, run=run)
         if self._adopt(product):
             return
-        self._claim(product)
+        self._claim(product, ours=ours)
         self.note("running", output=str(output), tiles=len(plan.tiles))
-        publisher = Publisher(product, NoTracker(tracking_run))
+        publisher = Publisher(product, NoTracker(tracking_run()))
         self.image = ImageRun(product, shared.options, guard=shared.guard, publisher=publisher)
         self.computed = True
 
     def finish(self) -> None:
-        """Write the product and note it. Raises ExecutionError when tiles have failed."""
+        """Write the product and note it. Raises TilesFailedError, and what finishing raises."""
         assert self.image is not None
-        values, outcome = self.image.finish(), self.image.tiles.outcome
+        values, failed = self.image.finish(), self.image.tiles.outcome.failed
+        said = ""
+        if failed:
+            total = self.image.tiles.outcome.total
+            said = f"{len(failed)} of {total} tiles failed; the first: {failed[0].error}"
         if not values["output"]:
-            first, count = outcome.failed[0], len(outcome.failed)
-            kind = PoisonError if any(r.deaths for r in outcome.failed) else ExecutionError
-            raise kind(f"{count} of {outcome.total} tiles failed; the first: {first.error}")
-        self._done(values, self.image.product.output)
-        shutil.rmtree(self.image.run.mask, ignore_errors=True)  # the mask is its own proof now
+            poison = any(record.deaths >= MAX_DEATHS for record in failed)
+            raise TilesFailedError(said, poison=poison)
+        self._done(values, self.image.product.output, reason=said)
+        if not failed:  # else they are tried again
+            shutil.rmtree(self.image.run.mask, ignore_errors=True)  # the mask is its own proof now
 
     def close(self) -> None:
         """Let go of what is open."""
@@ -194,10 +223,30 @@ class BatchCase:
         text = " ".join(str(error).split())
         if not isinstance(error, PipelineError):
             text = f"{type(error).__name__}: {text}"
-        verdict = self._judging and bool(self.record.key) and isinstance(error, VERDICTS)
-        state: CaseState = "quarantined" if verdict or isinstance(error, PoisonError) else "failed"
-        self.note(state, reason=text)
+        before, tries, state = self._before, 0, "failed"
+        if isinstance(error, TilesFailedError):
+            same = before is not None and before.key == self.record.key
+            tries = (before.tries if before and same else 0) + 1
+            if error.poison or tries >= MAX_TRIES:
+                state = "quarantined"
+        elif self._is_verdict(error):
+            state = "quarantined"
+        self.note(cast("CaseState", state), reason=text, tries=tries, judge=self._shared.judge)
         shutil.rmtree(self._shared.layout.run(self.candidate.id).scratch, ignore_errors=True)
+
+    def _is_verdict(self, error: Exception) -> bool:
+        """Whether the input is at fault: not the machine, nor a share that is away."""
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, OSError) and cause.errno is not None:
+                return False
+            cause = cause.__cause__
+        if not (self._judging and self.record.key and isinstance(error, VERDICTS)):
+            return False
+        try:
+            return self.candidate.stamp() == self.record.stamp
+        except SourceError:
+            return False
 
     def note(self, state: CaseState, **changes: Any) -> None:
         """Into the ledger."""
@@ -205,7 +254,7 @@ class BatchCase:
         self.record = replace(self.record, state=state, seconds=seconds, **changes)
         self._shared.ledger.append(self.record)
 
-    def _done(self, manifest: Mapping[str, Any], output: Path) -> None:
+    def _done(self, manifest: Mapping[str, Any], output: Path, *, reason: str = "") -> None:
         self.note(
             "done",
             output=str(output),
@@ -213,21 +262,52 @@ class BatchCase:
             output_sha256=manifest["output_sha256"],
             tiles=manifest["tiles"]["total"],
             classes=tuple(manifest["classes"]),
+            reason=reason,
         )
+
+    def _keep(self, known: CaseRecord) -> bool:
+        """Take over a record whose verdict, or whose mask, still stands; whether it does."""
+        if known.state == "quarantined":
+            if known.judge != self._shared.judge:
+                return False
+            self.record = known
+            return True
+        if not known.output_sha256 or known.reason:
+            return False
+        try:
+            mark = stamp([Path(known.output)])
+            if (
+                mark != known.output_stamp
+                and file_digest(Path(known.output)) != known.output_sha256
+            ):
+                return False
+        except (SourceError, OSError):
+            return False
+        found = {"state": "done", "output_stamp": mark, "stamp": self.record.stamp}
+        self.record = replace(known, uri=str(self.candidate.path), **cast("Any", found))
+        if self.record != known:
+            self._shared.ledger.append(self.record)
+        return True
 
     def _adopt(self, product: Product) -> bool:
         """Note as done what was finished but not noted: the driver was killed in between.
 
         What else an earlier run finished here is deleted: its input or output has changed.
         """
-        run, found = product.run, read_json(product.run.manifest)
-        if found is None:
-            return False
-        output, same = product.output, found["fingerprint"] == product.plan.tiles.fingerprint
-        here = output.exists() and found["output"] == str(output.resolve())
-        if same and here and file_digest(output) == found["output_sha256"]:
-            self._done(found, output)
-            return True
+        run, output = product.run, product.output
+        try:
+            found = read_json(run.manifest)
+            if found is None:
+                return False
+            same = found["fingerprint"] == product.plan.tiles.fingerprint
+            if same and found["status"] == "partial":
+                return False  # its failed tiles are tried again
+            here = output.exists() and found["output"] == str(output.resolve())
+            if same and here and file_digest(output) == found["output_sha256"]:
+                self._done(found, output)
+                return True
+        except (PlanError, KeyError) as error:
+            log.warning("%s is damaged (%s); begun anew", run.manifest, error)
         run.clear()
         return False
 
@@ -272,23 +352,29 @@ class BatchCase:
             run.clear()
         return plan
 
-    def _claim(self, product: Product) -> None:
-        """Refuse to replace what this batch did not make. Raises ExecutionError, SourceError."""
+    def _ours(self, output: Path, run: RunDir) -> bool:
+        """Whether the batch may replace what is there: it made that, and nobody changed it."""
+        known = self._before
+        if self._shared.options.fresh or not output.exists():
+            return True
+        if known is None or known.output != str(output):
+            return False
+        if known.output_sha256:
+            return file_digest(output) == known.output_sha256
+        return finishing_mark(run).exists()  # killed after it had its name
+
+    def _claim(self, product: Product, *, ours: bool) -> None:
+        """Refuse to destroy anything. Raises ExecutionError."""
         output, case = product.output, product.case
-        if output.exists() and self._ours != str(output) and not self._shared.options.fresh:
+        if os.path.realpath(output) in self._shared.sources:
+            raise ExecutionError(f"{output} is a source of this batch: choose another output")
+        if not ours:
             raise ExecutionError(
-                f"{output} exists and was not made by this batch: move it away, or add --fresh"
+                f"{output} was not made by this batch, or was changed since: move it away, or add"
+                " --fresh"
             )
         output.parent.mkdir(parents=True, exist_ok=True)
-        check_output(output, source=case.path, info=case.source.info, run=product.run)
-
-
-def _stands(known: CaseRecord) -> bool:
-    """Whether a settled record's verdict, or its mask, is still what it was."""
-    if known.state != "done":
-        return known.state == "quarantined"
-    output = Path(known.output)
-    try:
-        return stamp([output]) == known.output_stamp or file_digest(output) == known.output_sha256
-    except (SourceError, OSError):
-        return False
+        try:
+            check_output(output, source=case.path, info=case.source.info, run=product.run)
+        except SourceError as error:
+            raise ExecutionError(str(error)) from error

@@ -6,7 +6,7 @@ import csv
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,21 @@ class BatchPapers:
         self._rows: list[dict[str, Any]] = []
         self._counts: Counter[str] = Counter()
         self._tiles = 0
-        self._lock = threading.Lock()
+        self._lock, self._opening, self._opened = threading.Lock(), threading.Lock(), False
         self._start = self._logged = time.monotonic()
         self.progress = RunProgress(
             "cases", total=total, done=0, file=run.progress, console=stderr_console()
         )
 
-    def start(self) -> str | None:
-        """Open the tracker's run; only once it is known that something is to be computed."""
+    def tracking_run(self) -> str | None:
+        """The tracker's run, opened when the first case is computed; None where there is none."""
+        with self._opening:
+            if not self._opened:
+                self._opened = True
+                self._open()
+        return self._tracker.run_id
+
+    def _open(self) -> None:
         params = {f"options.{k}": str(v) for k, v in self._options.request().items()}
         params["sources"] = str(self._total)
         tags = {
@@ -54,7 +61,6 @@ class BatchPapers:
         self._tracker.start(params=params, tags=tags | {"terravox.batch": str(self._layout.tables)})
         if self._tracker.run_id:
             write_json(self._tracking, {"run_id": self._tracker.run_id})
-        return self._tracker.run_id
 
     def tile_done(self, record: Record) -> None:
         """Figures over time."""
@@ -74,32 +80,29 @@ class BatchPapers:
             said = f"{record.case} {record.state}: {record.reason}" if bad else ""
             self.progress.add(complaint=said)
 
-    def finish(self) -> dict[str, Any]:
-        """Write the tables, close the tracker's run; returns what ``cases.json`` holds."""
-        counts, interrupted = self._counts, len(self._rows) < self._total
-        bad = counts["failed"] + counts["quarantined"]
-        status = "interrupted" if interrupted else "partial" if bad else "done"
-        values: dict[str, Any] = {
-            "status": status,
-            "output": str(self._layout.tables),
-            "run_dir": str(self._layout.run_dir),
-            "counts": {
-                "total": self._total,
-                "done": counts["done"],
-                "failed": counts["failed"],
-                "quarantined": counts["quarantined"],
-                "computed": counts["computed"],
-            },
+    def finish(self, todo: Iterable[CaseRecord]) -> dict[str, Any]:
+        """Write the tables, close the tracker's run; returns what ``cases.json`` holds.
+
+        Args:
+            todo: What was not up to date; those that are not settled are rows, too.
+        """
+        settled = {row["id"] for row in self._rows}
+        waiting = [record for record in todo if record.case not in settled]
+        rows = self._rows + [_row(record, computed=False) for record in waiting]
+        counts, bad = self._counts, self._counts["failed"] + self._counts["quarantined"]
+        status = "interrupted" if waiting else "partial" if bad else "done"
+        values = _values(self._layout, status, counts) | {
             "seconds": round(time.monotonic() - self._start, 3),
             "mlflow_run_id": self._tracker.run_id,
-            "cases": sorted(self._rows, key=lambda row: str(row["id"])),
+            "cases": sorted(rows, key=lambda row: str(row["id"])),
         }
+        values["counts"]["total"] = self._total
         tables = (self._layout.tables / "cases.json", self._layout.tables / "cases.csv")
         write_json(tables[0], values)
         _write_csv(tables[1], values["cases"])
         self._log()
         self._tracker.finish(status, artifacts=tables)
-        if not interrupted:
+        if status != "interrupted":
             self._tracking.unlink(missing_ok=True)  # the next batch is another run
         return values
 
@@ -119,6 +122,21 @@ class BatchPapers:
             },
             step=settled,
         )
+
+
+def nothing(layout: Layout) -> dict[str, Any]:
+    """The answer where no source was found; tables of earlier runs stay."""
+    return _values(layout, "done", Counter()) | {"seconds": 0.0, "mlflow_run_id": None, "cases": []}
+
+
+def _values(layout: Layout, status: str, counts: Counter[str]) -> dict[str, Any]:
+    names = ("total", "done", "failed", "quarantined", "computed")
+    return {
+        "status": status,
+        "output": str(layout.tables),
+        "run_dir": str(layout.run_dir),
+        "counts": {name: counts[name] for name in names},
+    }
 
 
 def _row(record: CaseRecord, *, computed: bool) -> dict[str, Any]:
@@ -142,7 +160,7 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     names = dict.fromkeys((*COLUMNS, *(name for row in flat for name in row)))
     draft = path.with_name(f".{path.name}.tmp")
     try:
-        with draft.open("w", newline="") as file:
+        with draft.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             table = csv.DictWriter(file, list(names), restval="")
             table.writeheader()
             table.writerows(flat)
@@ -156,6 +174,7 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def _sizes(classes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     sizes = {}
     for row in classes:
-        unit = next(name for name in SIZES if name in row)
-        sizes[f"{row['name']} {unit}"] = row[unit]
+        unit = next((name for name in SIZES if name in row), None)
+        if unit:
+            sizes[f"{row['name']} {unit}"] = row[unit]
     return sizes

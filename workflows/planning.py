@@ -15,7 +15,7 @@ import yaml
 from pipeline.crf.dense import require_engine
 from pipeline.crf.params import CrfParams, ResolvedCrf
 from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, Shape, TilePlan
-from pipeline.errors import CrfError, PlanError, SourceError
+from pipeline.errors import CrfError, ExecutionError, PlanError, SourceError
 from pipeline.execution.identity import package_digest
 from pipeline.inference.precision import Precision, resolve_precision
 from pipeline.models.bundle import WEIGHTS_FILE, Bundle
@@ -25,7 +25,7 @@ from workflows.case import Case
 from workflows.config import SegmentOptions
 from workflows.run_dir import canonical_digest
 from workflows.sizing import AUTO_TILES, asked_tile, modest, peak_bytes, store_bytes, too_large
-from workflows.workplace import Workplace, workers, workplace
+from workflows.workplace import workers, workplace
 
 SPACING_TOLERANCE = 0.05
 
@@ -254,6 +254,18 @@ def check_spacing(info: ImageInfo, bundle: Bundle, *, any_resolution: bool) -> t
 
 def resolve_crf(asked: str, bundle: Bundle, info: ImageInfo) -> ResolvedCrf | None:
     """The CRF on this image's grid; None for none. Raises CrfError."""
+    params = crf_params(asked, bundle)
+    if params is None:
+        return None
+    bands = bundle.input.bands
+    names = tuple(str(i + 1) for i in range(bands)) if isinstance(bands, int) else bands
+    crf = params.resolve(info.spacing, unit=info.unit, channels=names)
+    crf.check_extent(info.shape)
+    return crf
+
+
+def crf_params(asked: str, bundle: Bundle) -> CrfParams | None:
+    """What is asked of the CRF, whatever the image; None for none. Raises CrfError."""
     mapping: object = bundle.crf
     if asked == "off" or (asked == "auto" and bundle.crf is None):
         return None
@@ -269,12 +281,8 @@ def resolve_crf(asked: str, bundle: Bundle, info: ImageInfo) -> ResolvedCrf | No
             mapping = mapping["crf"]
     if not isinstance(mapping, Mapping):
         raise CrfError(f"--crf {asked}: a mapping of CRF parameters is needed, found {mapping!r}")
-    bands = bundle.input.bands
-    names = tuple(str(i + 1) for i in range(bands)) if isinstance(bands, int) else bands
-    crf = CrfParams.from_mapping(mapping).resolve(info.spacing, unit=info.unit, channels=names)
     require_engine()
-    crf.check_extent(info.shape)
-    return crf
+    return CrfParams.from_mapping(mapping)
 
 
 def traced_reach(bundle: Bundle, context: Context) -> Reach:
@@ -302,6 +310,33 @@ def network_reach(bundle: Bundle, options: SegmentOptions) -> tuple[Reach, bool]
     return replace(reach, halo=short, window=window), exact and enough
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Floats:
+    """What computes, and how; the same for every case."""
+
+    device: Literal["cpu", "cuda"]
+    precision: Precision
+    threads: int
+
+
+def resolve_floats(options: SegmentOptions) -> Floats:
+    """Device, precision and threads of a worker. Raises PlanError where a wish cannot be met."""
+    place = workplace(options)
+    device: Literal["cpu", "cuda"] = "cuda" if options.device == "cuda" else "cpu"
+    if options.device == "auto" and place.gpus:
+        device = "cuda"
+    if device == "cuda" and place.here and not place.gpus:
+        raise PlanError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    threads = -(-place.cores // 8) if device == "cpu" else min(4, place.cores)
+    seen = place.here or device == "cpu" or torch.cuda.is_available()
+    if seen or options.precision == "fp32":
+        precision = resolve_precision(options.precision, device=device)
+    else:
+        why = f"{options.precision}: taken for granted of the cluster's cards; others refuse"
+        precision = Precision(name="bf16", channels_last=True, why=why)
+    return Floats(device=device, precision=precision, threads=threads)
+
+
 def resolve(
     info: ImageInfo,
     bundle: Bundle,
@@ -311,21 +346,15 @@ def resolve(
     crf: ResolvedCrf | None,
 ) -> Resolved:
     """Turn every ``auto`` into a value. Raises PlanError where a wish cannot be met."""
-    place = workplace(options)
-    device: Literal["cpu", "cuda"] = "cuda" if options.device == "cuda" else "cpu"
-    if options.device == "auto" and place.gpus:
-        device = "cuda"
-    if device == "cuda" and place.here and not place.gpus:
-        raise PlanError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    threads = -(-place.cores // 8) if device == "cpu" else min(4, place.cores)
+    floats = resolve_floats(options)
     sides = AUTO_TILES[info.ndim] if options.tile is None else (options.tile,)
     tiles = [asked_tile(side, shape=info.shape, stride=reach.stride) for side in sides]
     sweeps = (_sweep(info, tile, reach=reach, crf=crf, case="") for tile in tiles)
     return Resolved(
         tile=modest(sweeps, bundle).grid.tile,
-        device=device,
-        precision=_precision(options, device, place),
-        threads=threads,
+        device=floats.device,
+        precision=floats.precision,
+        threads=floats.threads,
         context=options.context,
         versions=_versions(crf),
     )
@@ -336,24 +365,15 @@ def _resolved_before(
 ) -> Resolved:
     """The values of an interrupted run, with today's versions: other ones are another run.
 
-    Raises PlanError when this machine cannot honour them.
+    Raises PlanError or ExecutionError when this machine cannot honour them.
     """
     before = replace(Resolved.from_json(found), versions=_versions(crf))
     place = workplace(options)
     if before.device == "cuda" and place.here and not place.gpus:
-        raise PlanError("the run was begun on CUDA, torch sees no such device here; --fresh")
+        raise ExecutionError("the run was begun on CUDA, torch sees no such device here; --fresh")
     if place.here:
         resolve_precision(before.precision.name, device=before.device)
     return before
-
-
-def _precision(
-    options: SegmentOptions, device: Literal["cpu", "cuda"], place: Workplace
-) -> Precision:
-    if place.here or device == "cpu" or options.precision == "fp32" or torch.cuda.is_available():
-        return resolve_precision(options.precision, device=device)
-    why = f"{options.precision}: taken for granted of the cluster's cards; others refuse"
-    return Precision(name="bf16", channels_last=True, why=why)
 
 
 def _sweep(

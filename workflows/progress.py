@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from pathlib import Path
@@ -18,7 +19,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from pipeline.errors import StoreError
 from workflows.run_dir import write_json
+
+log = logging.getLogger(__name__)
 
 LINE_EVERY_S = 10.0
 FILE_EVERY_S = 1.0
@@ -99,6 +103,12 @@ class RunProgress:
         )
 
     def _write(self, state: str) -> None:
+        try:
+            self._write_file(state)
+        except StoreError as error:  # a look at the run, not a part of it
+            log.warning("%s", error)
+
+    def _write_file(self, state: str) -> None:
         now = time.monotonic()
         left = self._left_s(now)
         write_json(

@@ -77,8 +77,21 @@ class RunDir:
         folders = (self.ledger, self.mask, self.scores, self.scratch)
         return (*folders, *files, *(self.path / name for name in names))
 
-    def check_ours(self) -> None:
-        """Refuse a directory that holds something and never held a run. Raises PlanError."""
+    @property
+    def cases(self) -> Path:
+        """Of a batch: a run directory for each case."""
+        return self.path / "cases"
+
+    def check_ours(self, *, batch: bool) -> None:
+        """Refuse a directory that holds something else than a run of this kind. Raises PlanError.
+
+        Args:
+            batch: whether it is a batch's or one image's.
+        """
+        other = self.plan if batch else self.cases
+        if other.exists():
+            kind = "one image" if batch else "a batch"
+            raise PlanError(f"--run-dir {self.path} is that of {kind}: name another directory")
         if not self.path.is_dir() or (self.path / "lease.lock").exists() or self.plan.exists():
             return
         found = sorted(entry.name for entry in self.path.iterdir())

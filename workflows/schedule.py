@@ -48,10 +48,14 @@ def tick(
     plan = read_workflow(workflow)
     if now is not None and now.tzinfo is None:
         raise PlanError(f"the time {now.isoformat()} has no offset: add Z, or one such as +02:00")
-    scheduled = plan.last_tick(now or _present())
+    present = max(now or _present(), _present())
+    try:
+        scheduled = plan.last_tick(now or present)
+    except (OverflowError, ValueError) as error:
+        raise PlanError(f"no time before {now} is scheduled by {plan.cron!r}") from error
     with LeaseFile(plan.state) as guard:
         store = TickStore(plan.state / TICKS_FILE, workflow=plan.name)
-        row = store.begin(scheduled, now=_present())
+        row = store.begin(scheduled, now=present)
         if row.settled:
             return _told(plan, row, ran=False)
         return _told(plan, _Run(plan, store, scheduled, guard=guard).go(row.models, stop), ran=True)

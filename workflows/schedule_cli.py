@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -54,6 +54,10 @@ def run(
 
 def _moment(text: str) -> datetime:
     try:
-        return datetime.fromisoformat(text)
-    except ValueError as error:
+        moment = datetime.fromisoformat(text)
+        later = moment.tzinfo is not None and moment > datetime.now(UTC)
+    except (ValueError, OverflowError) as error:
         raise PlanError(f"--at {text} is no ISO time, such as 2026-10-25T02:30+02:00") from error
+    if later:
+        raise PlanError(f"--at {text} is still to come: its tick runs then")
+    return moment

@@ -56,7 +56,7 @@ def segment(
     target = Path(output).absolute()
     run = RunDir((asked.run_dir or default_run_dir(target)).resolve())
     case = open_case(Path(source).absolute(), asked, scratch=run.scratch)
-    run.check_ours()
+    run.check_ours(batch=False)
     check_output(target, source=case.path, info=case.source.info, run=run)
     # A request that cannot be planned leaves no directory behind, and --fresh deletes nothing.
     known = None if asked.fresh else read_plan(run)

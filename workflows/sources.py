@@ -7,8 +7,8 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapters.uri import is_known
@@ -18,6 +18,12 @@ from workflows.case import stem
 
 SEPARATOR = "__"
 """Between the folders in an id: they keep two files of one name apart."""
+
+SIDECARS = (".aux.xml", ".msk")
+"""Added to a raster's name: what it says of the pixels may lie beside it."""
+
+POINTERS = (".vrt", ".mhd")
+"""Files that name others: their own time says nothing about those."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,15 +43,18 @@ class Candidate:
     def stamp(self) -> str:
         """What changes when the content may have changed: sizes and times of its files, hashed.
 
-        Empty for a file that names others (.vrt, .mhd): its own time says nothing about them.
-        Raises SourceError for a source that is not there.
+        Empty for a file that names others. Raises SourceError for a source that is not there.
         """
         path = self.path
-        if path.name.lower().endswith((".vrt", ".mhd")):
+        if path.name.lower().endswith(POINTERS):
             return ""
-        if path.is_dir():
-            return stamp(sorted(file for file in path.iterdir() if file.is_file()))
-        return stamp(sorted(path.parent.glob(f"{glob.escape(path.name)}*")) or [path])
+        try:
+            if path.is_dir():
+                return stamp(sorted(file for file in path.iterdir() if file.is_file()))
+        except OSError as error:
+            raise SourceError(f"{path} cannot be read: {error.strerror}") from error
+        sidecars = [path.with_name(path.name + suffix) for suffix in SIDECARS]
+        return stamp([path, *(file for file in sidecars if file.exists())])
 
 
 def stamp(files: Sequence[Path]) -> str:
@@ -56,71 +65,122 @@ def stamp(files: Sequence[Path]) -> str:
             facts = file.stat()
         except OSError as error:
             raise SourceError(f"{file} cannot be read: {error.strerror}") from error
-        values = (str(file.resolve()), facts.st_size, facts.st_mtime_ns, facts.st_mode)
+        values = (os.path.realpath(file), facts.st_size, facts.st_mtime_ns, facts.st_mode)
         digest.update(repr(values).encode())
     return digest.hexdigest()
 
 
-def find_sources(asked: Sequence[str | Path], *, leave_out: Iterable[Path]) -> list[Candidate]:
-    """Everything that is asked for, by id.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """What is known of earlier runs, so that results are not taken for sources."""
+
+    results: Path
+    """Where masks go: left out where a folder above it is walked."""
+
+    outputs: frozenset[str]
+    """Real paths of masks made so far."""
+
+    owners: Mapping[str, str]
+    """Path of the source that each id stands for."""
+
+
+def find_sources(asked: Sequence[str | Path], made: Made) -> list[Candidate]:
+    """Everything that is asked for; what cannot be a case is refused in a row of its own.
 
     Args:
         asked: Files, folders (walked; hidden ones and run directories passed over), globs, and
-            ``.csv`` lists with the columns ``id`` and ``path``, paths relative to the list.
-        leave_out: Where results go: what lies there is no source.
+            ``.csv`` lists with the columns ``id`` and ``path`` (and ``series``, if wanted), paths
+            relative to the list.
+        made: What is no source.
 
     Raises:
-        PlanError: a list that cannot be read.
+        PlanError: a list that cannot be read, a glob below a folder that is not there, or a URL.
     """
-    outside = [folder.resolve() for folder in leave_out]
-    found: dict[str, Candidate] = {}
-    refused: list[Candidate] = []
-    for candidate in _all(asked, outside):
-        first = found.setdefault(candidate.id, candidate)
-        if first.path != candidate.path or first.series != candidate.series:
-            reason = f"the id is taken by {first.path}: give ids of your own in a CSV list"
-            refused.append(Candidate(id=candidate.id, path=candidate.path, refused=reason))
-    return [*found.values(), *refused]
+    found: dict[str, list[Candidate]] = {}
+    seen: set[tuple[str, str | None]] = set()
+    for candidate, listed in _all(asked, made):
+        real = (os.path.realpath(candidate.path), candidate.series)
+        if real[0] in made.outputs or (real in seen and not listed):
+            continue
+        seen.add(real)
+        found.setdefault(candidate.id, []).append(candidate)
+    return [one for id_, several in found.items() for one in _told_apart(id_, several, made)]
 
 
-def _all(asked: Sequence[str | Path], outside: list[Path]) -> Iterator[Candidate]:
+def _told_apart(id_: str, several: list[Candidate], made: Made) -> list[Candidate]:
+    """One source for an id: the one that had it before, else the first; the others are refused."""
+    owner = next((c for c in several if str(c.path) == made.owners.get(id_)), several[0])
+    reason = f"the id is taken by {owner.path}: give ids of your own in a CSV list"
+    return [c if c is owner or c.refused else replace(c, refused=reason) for c in several]
+
+
+def _all(asked: Sequence[str | Path], made: Made) -> Iterator[tuple[Candidate, bool]]:
     for source in asked:
         text, path = str(source), Path(source).absolute()
+        if "://" in text:
+            raise PlanError(f"{text}: only local files are read; copy it to this machine")
         if path.is_dir():
-            yield from _walk(path, outside)
+            found = _walk(path, made)
         elif text.lower().endswith(".csv"):
-            yield from _listed(path)
-        elif path.exists() or not glob.has_magic(text):
-            yield Candidate(id=_id([stem(path.name)]), path=path)
+            yield from ((one, True) for one in _listed(path))
+            continue
+        elif os.path.lexists(path) or not glob.has_magic(text):
+            found = iter([_file(path, [path.name])])
         else:
-            for hit in sorted(glob.glob(str(path), recursive=True)):
-                inside = Path(hit)
-                if inside.is_dir():
-                    yield from _walk(inside, outside)
-                elif is_known(inside.name) and not _within(inside, outside):
-                    yield Candidate(id=_id([stem(inside.name)]), path=inside)
+            found = _matched(path, made)
+        yield from ((one, False) for one in found)
 
 
-def _walk(top: Path, outside: list[Path]) -> Iterator[Candidate]:
-    for here, folders, names in os.walk(top):
+def _matched(pattern: Path, made: Made) -> Iterator[Candidate]:
+    parts = pattern.parts
+    fixed = Path(*parts[: next(n for n, part in enumerate(parts) if glob.has_magic(part))])
+    if not fixed.is_dir():
+        raise PlanError(f"{pattern}: there is no folder {fixed}")
+    for hit in sorted(glob.glob(str(pattern), recursive=True)):
+        path = Path(hit)
+        if _below(made.results, fixed) and _within(path, made.results):
+            continue
+        if path.is_dir():
+            yield from _walk(path, made)
+        elif is_known(path.name):
+            yield _file(path, [path.name])
+
+
+def _walk(top: Path, made: Made) -> Iterator[Candidate]:
+    leave_out = os.path.realpath(made.results) if _below(made.results, top) else None
+    troubles: list[OSError] = []
+    visited = {os.path.realpath(top)}
+    for here, folders, names in os.walk(top, onerror=troubles.append, followlinks=True):
         folder = Path(here)
-        folders[:] = sorted(n for n in folders if not n.startswith(".") and _is_source(folder / n))
-        folders[:] = [n for n in folders if not _within(folder / n, outside)]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in list(folders):  # a link may lead back here
+            real = os.path.realpath(folder / name)
+            if real in visited or real == leave_out or _is_run(folder / name):
+                folders.remove(name)
+            visited.add(real)
         parts = list(folder.relative_to(top).parts)
         for name in sorted(names):
             if is_known(name) and not name.startswith("."):
-                yield Candidate(id=_id([*parts, stem(name)]), path=folder / name)
+                yield _file(folder / name, [*parts, name])
         yield from _series(folder, parts or [top.name])
+    for error in troubles:
+        path = Path(os.fsdecode(error.filename or top))
+        reason = f"{path} cannot be read: {error.strerror}"
+        yield Candidate(id=_id([path.name]), path=path, refused=reason)
+
+
+def _file(path: Path, parts: Sequence[str]) -> Candidate:
+    """A file by its name; what is no file (a pipe, a device) would be waited for for ever."""
+    refused = f"{path} is no file" if path.exists() and not path.is_file() else ""
+    return Candidate(id=_id([*parts[:-1], stem(parts[-1])]), path=path, refused=refused)
 
 
 def _series(folder: Path, parts: list[str]) -> Iterator[Candidate]:
     from adapters.dicom_folder import find_series, is_dicom_folder
 
-    if not is_dicom_folder(folder):
-        return
     try:
-        series = find_series(folder)
-    except SourceError as error:
+        series = find_series(folder) if is_dicom_folder(folder) else ()
+    except (SourceError, OSError) as error:
         yield Candidate(id=_id(parts), path=folder, refused=str(error))
         return
     for one in series:
@@ -135,37 +195,53 @@ def _series(folder: Path, parts: list[str]) -> Iterator[Candidate]:
 def _listed(path: Path) -> Iterator[Candidate]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            table = csv.DictReader(file)
+            rows, columns = list(table), ", ".join(table.fieldnames or ["none"])
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise PlanError(f"the list {path} cannot be read: {error}") from error
     for number, row in enumerate(rows, start=2):
         case, source = (row.get("id") or "").strip(), (row.get("path") or "").strip()
         if not case or not source:
             raise PlanError(
-                f"the list {path}, line {number}: needs the columns id and path, filled"
+                f"the list {path}, line {number}: needs the columns id and path, filled;"
+                f" found the columns {columns}"
             )
-        absolute = Path(os.path.abspath(path.parent / source))
+        place = Path(os.path.normpath(path.parent / source))
+        series = (row.get("series") or "").strip() or None
         try:
-            yield Candidate(id=check_case_id(case), path=absolute)
+            yield Candidate(id=check_case_id(case), path=place, series=series)
         except PlanError as error:
-            yield Candidate(id=case, path=absolute, refused=str(error))
+            yield Candidate(id=case, path=place, refused=str(error))
 
 
 def _id(parts: Sequence[str]) -> str:
     """Names of folders and file as one id; what cannot stand in it becomes an underscore.
 
+    Letters that are lost, and what is cut, leave a hash behind, so that ids stay apart.
+
     >>> _id(["patient 7", "ct"])
     'patient_7__ct'
+    >>> _id(["北京"])
+    '68c77e15'
     """
-    text = SEPARATOR.join(re.sub(r"[^A-Za-z0-9._-]", "_", part) for part in parts)
-    return re.sub(r"\.{2,}", ".", text.lstrip("._-"))[:128] or "case"
+    text = SEPARATOR.join(parts)
+    plain = re.sub(r"[^A-Za-z0-9._-]", "_", text).lstrip("._-")
+    plain = re.sub(r"\.{2,}", ".", plain)
+    if text.isascii() and 0 < len(plain) <= 128:
+        return plain
+    mark = hashlib.sha256(os.fsencode(text)).hexdigest()[:8]
+    return f"{plain[:119]}_{mark}".lstrip("_")
 
 
-def _is_source(folder: Path) -> bool:
-    """False for the run directory of a segmentation, and for a Zarr store."""
-    return not (folder / "lease.lock").exists() and not (folder / "zarr.json").exists()
+def _is_run(folder: Path) -> bool:
+    """Whether it is the run directory of a segmentation, or a Zarr store."""
+    return os.path.exists(folder / "lease.lock") or os.path.exists(folder / "zarr.json")
 
 
-def _within(path: Path, outside: list[Path]) -> bool:
-    real = path.resolve()
-    return any(real == folder or folder in real.parents for folder in outside)
+def _below(folder: Path, top: Path) -> bool:
+    """Whether ``folder`` lies in ``top``, and is not ``top`` itself."""
+    return _within(folder, top) and os.path.realpath(folder) != os.path.realpath(top)
+
+
+def _within(path: Path, folder: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))

@@ -24,7 +24,7 @@ def run_status(path: Path) -> dict[str, Any]:
     progress = (read_json(run.progress) or {}) if alive else {}
     left = {"seconds_left": progress.get("seconds_left"), "owner": owner}
     plan = read_plan(run)
-    if plan is None and (run.path / "cases").is_dir():
+    if plan is None and run.ledger.is_dir():
         return _batch(run, alive=alive) | {"cases_per_s": progress.get("cases_per_s")} | left
     if plan is None:
         raise PlanError(f"{path} holds no run: it has no plan.json; give an OUT.run")

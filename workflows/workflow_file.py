@@ -97,7 +97,14 @@ class Workflow(BaseModel):
 
     def output_at(self, tick: datetime) -> str:
         """The output pattern of ``tick``, in the workflow's time zone; ``{id}`` stays."""
-        return self.output.format(id="{id}", tick=tick.astimezone(ZoneInfo(self.timezone)))
+        local = tick.astimezone(ZoneInfo(self.timezone))
+
+        def filled(field: re.Match[str]) -> str:
+            text = field[1]
+            is_tick = text.startswith("tick:")  # a folder may have braces in its name
+            return local.strftime(text.removeprefix("tick:")) if is_tick else field[0]
+
+        return FIELDS.sub(filled, self.output)
 
     def _from(self, moment: datetime) -> Any:
         return croniter(self.cron, moment.astimezone(ZoneInfo(self.timezone)))

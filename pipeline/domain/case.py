@@ -45,8 +45,14 @@ class CaseRecord:
 
     output_sha256: str = ""
 
+    judge: str = ""
+    """Digest of the software that gave a verdict: other software judges again."""
+
+    tries: int = 0
+    """How often tiles of this key have failed in a row."""
+
     reason: str = ""
-    """One line; empty unless failed or quarantined."""
+    """One line; empty unless failed, quarantined, or done but for some tiles."""
 
     seconds: float = 0.0
     """From begin to end, in seconds; other cases ran beside it."""

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 PACKAGES = ("pipeline", "adapters", "workflows")
+
+
+def software_digest() -> str:
+    """SHA-256 over this program and every package that is installed: decoders come as plugins."""
+    found = sorted(f"{d.name} {d.version}" for d in distributions())
+    return hashlib.sha256("\n".join([package_digest(), *found]).encode()).hexdigest()
 
 
 def package_digest() -> str:

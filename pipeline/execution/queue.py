@@ -24,6 +24,7 @@ class TileQueue:
         self._feed = feed
         self._next: Job | None = None
         self._again: deque[Job] = deque()
+        self._turn = False
         self._suspects: deque[Job] = deque()
         self._attempts: dict[TileKey, int] = {}
         self._deaths: dict[TileKey, int] = {}
@@ -35,6 +36,9 @@ class TileQueue:
         """
         if self._suspects:
             return self._suspects.popleft() if alone else None
+        self._turn = not self._turn
+        if self._turn and self._again:  # or failed tiles would wait for the end of a giant case
+            return self._again.popleft()
         job, self._next = self._next or self._feed.take(), None
         if job is None and self._again:
             return self._again.popleft()

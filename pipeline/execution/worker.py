@@ -28,7 +28,7 @@ Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 
 _M_MMAP_THRESHOLD = -3  # from malloc.h
 
-OPEN_CASES = 32
+OPEN_CASES = 256
 """Cases whose files a worker keeps open: more than take turns, or each turn would open them."""
 
 

@@ -148,7 +148,7 @@ def load_bundle(path: str | Path) -> Bundle:
             raise BundleError(f"{path} is no model bundle: it has no file {name}")
     document = read_yaml(path / MODEL_FILE)
     try:
-        bundle = replace(from_document(Bundle, document), path=path)
+        bundle = replace(from_document(Bundle, document), path=path.absolute())
         if not bundle.weights_sha256:
             raise BundleError("key weights_sha256 is missing")
     except BundleError as error:

@@ -18,7 +18,7 @@ from scenes import fresh, texture, write_raster
 
 from adapters.lease_file import LeaseFile
 from adapters.ledger_file import CaseLedgerFile, LedgerFile
-from pipeline.errors import LeaseHeldError, PlanError
+from pipeline.errors import CrfError, LeaseHeldError, PlanError, StoreError
 from workflows.batch import batch
 from workflows.config import SegmentOptions
 from workflows.run_dir import file_digest
@@ -134,8 +134,6 @@ def test_a_rerun_does_only_what_is_missing_or_changed(
     result = run(archive, out)
     assert computed(result) == {"a", "c", "new"}
     assert set(states(result).values()) == {"done"}
-    (out / "new.tif").write_bytes(b"spoilt")
-    assert computed(run(archive, out)) == {"new"}
     scenes = {"a", "more__b", "new"}  # the scan is one tile with either side: the same plan
     assert computed(run(archive, out, crf="off", tile=32)) == scenes
     other = fresh(tmp_path / "other", classes=3).path
@@ -172,6 +170,112 @@ def test_a_file_that_this_batch_did_not_make_is_not_replaced(
     assert states(result) == {"a": "failed"}
     assert (out / "a.tif").read_bytes() == b"drawn by hand"
     assert states(run(archive / "a.tif", out, fresh=True)) == {"a": "done"}
+
+
+def test_a_mask_that_a_person_has_corrected_is_not_replaced(
+    archive: Path, tmp_path: Path, run: Callable[..., dict[str, Any]]
+) -> None:
+    """Hours of correction by hand must not end with the next night."""
+    out = tmp_path / "out"
+    run(archive / "a.tif", out)
+    (out / "a.tif").write_bytes(b"corrected")
+    assert states(run(archive / "a.tif", out)) == {"a": "failed"}
+    write_scene(archive / "a.tif", (50, 60), seed=8)
+    assert states(run(archive / "a.tif", out)) == {"a": "failed"}
+    assert (out / "a.tif").read_bytes() == b"corrected"
+
+
+def test_no_mask_takes_the_place_of_a_source(
+    tmp_path: Path, run: Callable[..., dict[str, Any]]
+) -> None:
+    """Not even with --fresh, which is what the refusal of a foreign file advises."""
+    for number, name in enumerate(("a.tif", "b.tif")):
+        write_scene(tmp_path / name, (64, 64), seed=number)
+    before = [file_digest(tmp_path / name) for name in ("a.tif", "b.tif")]
+    (tmp_path / "crossed.csv").write_text("id,path\na,b.tif\nb,a.tif\n")
+    result = run(tmp_path / "crossed.csv", tmp_path, fresh=True, run_dir=tmp_path / "state")
+    assert states(result) == {"a": "failed", "b": "failed"}
+    assert [file_digest(tmp_path / name) for name in ("a.tif", "b.tif")] == before
+
+
+def test_what_is_wrong_with_the_machine_or_the_request_is_no_verdict_on_a_case(
+    archive: Path, tmp_path: Path, run: Callable[..., dict[str, Any]]
+) -> None:
+    """A verdict stands: it would keep a good scan out for ever."""
+    out = tmp_path / "out"
+    with pytest.raises(PlanError, match="cuda"):
+        run(archive, out, device="cuda")
+    with pytest.raises(CrfError, match=r"none\.yaml"):
+        run(archive, out, crf="none.yaml")
+    assert states(run(archive, out))["a"] == "done"
+
+
+def test_tiles_that_were_allowed_to_fail_are_told_and_tried_again(
+    archive: Path, tmp_path: Path, run: Callable[..., dict[str, Any]]
+) -> None:
+    """A mask with holes that is called done would never be filled."""
+    out = tmp_path / "out"
+    first = run(archive / "cut.tif", out, allow_failed=99)
+    assert states(first) == {"cut": "done"}
+    assert "tiles failed" in first["cases"][0]["reason"]
+    assert computed(run(archive / "cut.tif", out, allow_failed=99)) == {"cut"}
+    assert states(run(archive / "cut.tif", out)) == {"cut": "failed"}
+
+
+def test_a_file_that_fails_three_nights_is_quarantined(
+    archive: Path, tmp_path: Path, run: Callable[..., dict[str, Any]]
+) -> None:
+    """Else each night pays for it again."""
+    found = [states(run(archive / "cut.tif", tmp_path / "out"))["cut"] for _ in range(4)]
+    assert found == ["failed", "failed", "quarantined", "quarantined"]
+
+
+def test_a_stopped_batch_has_every_case_in_its_table(
+    archive: Path, tmp_path: Path, slim: Path, command: Command
+) -> None:
+    """The table of the night before must not shrink to what a stopped one got through."""
+    result = batch([archive], tmp_path / "out", models=[slim], options=OPTIONS, stop=lambda: True)
+    assert result["status"] == "interrupted"
+    assert result["counts"]["total"] == len(result["cases"]) == 6
+    assert states(result)["a"] == "queued"
+
+
+def test_a_damaged_ledger_is_put_aside_by_fresh(
+    archive: Path, tmp_path: Path, run: Callable[..., dict[str, Any]]
+) -> None:
+    """The message says that --fresh helps."""
+    out = tmp_path / "out"
+    run(archive / "a.tif", out)
+    (ledger,) = (tmp_path / "out.run/ledger").glob("*.jsonl")
+    ledger.write_bytes(b"garbage\n" + ledger.read_bytes())
+    with pytest.raises(StoreError, match="--fresh"):
+        run(archive / "a.tif", out)
+    assert states(run(archive / "a.tif", out, fresh=True)) == {"a": "done"}
+    assert list((tmp_path / "out.run").glob("ledger-damaged-*"))
+
+
+def test_run_directories_of_an_image_and_of_a_batch_do_not_mix(
+    archive: Path, tmp_path: Path, run: Callable[..., dict[str, Any]], slim: Path
+) -> None:
+    """--fresh of the one would delete the ledger of the other."""
+    run(archive / "a.tif", tmp_path / "out")
+    taken = OPTIONS.model_copy(update={"run_dir": tmp_path / "out.run", "fresh": True})
+    with pytest.raises(PlanError, match="a batch"):
+        segment(archive / "a.tif", tmp_path / "m.tif", model=slim, options=taken)
+    segment(archive / "a.tif", tmp_path / "m.tif", model=slim, options=OPTIONS)
+    with pytest.raises(PlanError, match="one image"):
+        run(archive / "a.tif", tmp_path / "o2", run_dir=tmp_path / "m.tif.run")
+
+
+def test_a_name_that_is_no_text_is_a_row_like_any_other(
+    archive: Path, tmp_path: Path, run: Callable[..., dict[str, Any]]
+) -> None:
+    """Old archives have names in Latin-1, which GDAL cannot open."""
+    good = archive / "a.tif"
+    os.rename(os.fsencode(good), os.fsencode(archive) + b"/M\xfcller.tif")
+    result = run(archive, tmp_path / "out")
+    assert result["counts"]["done"] == 2
+    assert "UnicodeEncodeError" in (tmp_path / "out/cases.csv").read_text()
 
 
 def test_a_small_case_does_not_wait_behind_a_giant_one(

@@ -342,5 +342,6 @@ def test_the_command_tells_its_outcome_by_exit_code_and_json(region):
     assert again.exit_code == 0
     assert "nothing to do" in again.stderr
     assert isinstance(ask("--at", "monday").exception, PlanError)
+    assert isinstance(ask("--at", "9999-12-31T23:59+14:00").exception, PlanError)
     with LeaseFile(region.state):
         assert isinstance(ask().exception, LeaseHeldError)

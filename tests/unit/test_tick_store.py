@@ -79,14 +79,21 @@ def test_a_done_tick_stays_done(store):
 def test_a_later_tick_supersedes_what_is_not_done_and_nothing_else(store):
     """Two ticks that both think the work is theirs would do it twice."""
     for week, status in enumerate(["done", "failed", "partial"]):
-        store.begin(MONDAY + week * WEEK, now=NOW)
-        store.finish(MONDAY + week * WEEK, status, now=NOW)
-    store.begin(MONDAY + 3 * WEEK, now=NOW)  # killed
-    store.begin(MONDAY + 4 * WEEK, now=NOW)
+        tick = MONDAY + week * WEEK
+        store.begin(tick, now=tick)
+        store.finish(tick, status, now=tick)
+    store.begin(MONDAY + 3 * WEEK, now=MONDAY + 3 * WEEK)  # killed
+    store.begin(MONDAY + 4 * WEEK, now=MONDAY + 4 * WEEK)
     assert [row.status for row in store.history()] == [
         "done", "superseded", "superseded", "superseded", "running",
     ]  # fmt: skip
     assert "2026-12-14T03:00:00+00:00" in store.history()[3].reason
+
+
+def test_a_tick_that_is_still_to_come_does_not_stop_those_of_today(store):
+    """A clock that once ran ahead would end the workflow for good, and call that done."""
+    store.begin(MONDAY + 50 * WEEK, now=MONDAY)
+    assert store.begin(MONDAY, now=MONDAY).status == "running"
 
 
 def test_a_tick_older_than_the_latest_is_superseded_from_the_start(store):
