@@ -35,15 +35,16 @@ from workflows.interrupt import never
 from workflows.planning import crf_params, resolve_floats, traced_reach
 from workflows.run_dir import RunDir, canonical_digest, file_digest
 from workflows.sources import Candidate, Made, find_sources
-from workflows.workplace import workplace
+from workflows.workplace import workers
 
 log = logging.getLogger(__name__)
 
 THREADS = 2
 """That prepare, and that finish; both wait for storage much of the time."""
 
-OPEN_CASES, MOST_CASES = 8, 200
-"""Cases that share the pool at a time, beside four for each core; each keeps a few files open."""
+OPEN_CASES, MOST_CASES = 4, 200
+"""Cases that share the pool at a time: these, and three for each worker, which holds two tiles.
+More would all be half done at the same time, and each keeps a few files open."""
 
 
 def batch(
@@ -174,8 +175,9 @@ class _Batch:
         for bundle in self._bundles.values():
             crf_params(self._options.crf, bundle)
             traced_reach(bundle, self._options.context)
-        wide = 4 * workplace(self._options).all_cores + 2 * (self._options.workers or 0)
-        self._room = threading.Semaphore(min(OPEN_CASES + wide, MOST_CASES))
+        floats = self._floats
+        actors = workers(self._options, device=floats.device, threads=floats.threads)
+        self._room = threading.Semaphore(min(OPEN_CASES + 3 * actors, MOST_CASES))
 
         def halted() -> bool:
             return stop() or self._halt.is_set()
