@@ -244,6 +244,22 @@ def model_show(bundle: Path, as_json: Json = False) -> None:
         print(f"{key:20} {_plain(value)}")
 
 
+@model_app.command("probe")
+def model_probe(bundle: Path, as_json: Json = False) -> None:
+    """Say how far a network reaches: by arithmetic, and as NaN in its input shows it."""
+    from workflows.model import probe_bundle
+
+    values = probe_bundle(bundle)
+    problem = values.pop("problem")
+    if as_json:
+        print(json.dumps(values))
+    else:
+        for key, value in values.items():
+            print(f"{key:20} {_plain(value) or 'none'}")
+    if problem:
+        raise PipelineError(problem)
+
+
 @model_app.command("new")
 def model_new(
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the bundle.")],

@@ -1,4 +1,4 @@
-"""``model show`` and ``model new``."""
+"""``model show``, ``model new`` and ``model probe``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipeline.domain import Halo, Reach
 from pipeline.models.architecture import STRIDES, Architecture
 from pipeline.models.bundle import Bundle, load_bundle
+from pipeline.models.deeplab import DeepLab
 from pipeline.models.fresh import new_bundle
-from pipeline.models.receptive_field import reach_of
+from pipeline.models.nan_probe import Probe, probe_network
+from pipeline.models.receptive_field import local_span, reach_of
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -61,3 +64,55 @@ def create(
         image_pooling=resnet,
     )
     return new_bundle(output, architecture=architecture, bands=bands, classes=classes, seed=seed)
+
+
+def probe_bundle(path: Path) -> dict[str, Any]:
+    """How far a bundle's network reaches: by arithmetic over its layers, and as NaN shows it.
+
+    ``problem`` is a line where the arithmetic, which the halo comes from, says too little; else
+    None. Raises BundleError, also for a network that one of the two cannot follow.
+    """
+    network = load_bundle(path).network()
+    reach = reach_of(network)
+    interval, halo = _interval(network, reach), reach.halo_with_window
+    # Half a window is in the halo; near the strip's ends windows are shifted by up to the rest.
+    window = max(reach.window.size, default=0) if reach.window else 0
+    found = probe_network(network, most_px=2 * halo.largest + window + 64 * reach.stride)
+    return {
+        "output_stride": reach.stride,
+        "interval_before": interval.before,
+        "interval_after": interval.after,
+        "probe_before": found.before,
+        "probe_after": found.after,
+        "verdict": "LOCAL" if found.halo else "GLOBAL",
+        "layers_at_fault": found.layers,
+        "halo_before": halo.before,
+        "halo_after": halo.after,
+        "problem": _problem(found, interval),
+    }
+
+
+def _interval(network: DeepLab, reach: Reach) -> Halo:
+    """The reach that the arithmetic finds far from the scene's border, not rounded to strides."""
+    halo = local_span(network).halo_upsampled(reach.stride)
+    if reach.window is None:
+        return halo
+    half = tuple(side // reach.stride // 2 * reach.stride for side in reach.window.size)
+    pooled = reach.window.inner.round_up(reach.stride)  # whole features are pooled
+    return halo | (pooled + Halo(half, half) + reach.window.outer)
+
+
+def _problem(found: Probe, interval: Halo) -> str | None:
+    if found.halo is None:
+        layers = ", ".join(found.layers) or "no single layer"
+        return (
+            f"the network is GLOBAL ({layers} at fault), the arithmetic says it is local:"
+            " do not tile it"
+        )
+    if found.halo | interval == interval:
+        return None
+    return (
+        f"a NaN reaches {found.before} px before and {found.after} px after a region, the"
+        f" arithmetic says {interval.before} and {interval.after} px: the halo is too short, do"
+        " not tile this network"
+    )

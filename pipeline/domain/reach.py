@@ -67,5 +67,5 @@ class Reach:
         if self.window is None:
             return self.halo
         half = tuple(s // self.stride // 2 * self.stride for s in self.window.size)
-        pooled = self.window.inner + Halo(half, half) + self.window.outer
+        pooled = self.window.inner.round_up(self.stride) + Halo(half, half) + self.window.outer
         return self.halo | pooled.round_up(self.stride)
