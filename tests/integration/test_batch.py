@@ -13,41 +13,20 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from batches import OPTIONS, computed, states, write_archive, write_scene
 from command import Command
-from scenes import fresh, texture, write_raster
+from scenes import fresh
 
-from adapters.lease_file import LeaseFile
 from adapters.ledger_file import CaseLedgerFile, LedgerFile
-from pipeline.errors import CrfError, LeaseHeldError, PlanError, StoreError
+from pipeline.errors import PlanError
 from workflows.batch import batch
-from workflows.config import SegmentOptions
 from workflows.run_dir import file_digest
 from workflows.segment import segment
-
-OPTIONS = SegmentOptions(backend="serial", tracking_uri="none", precision="fp32", tile=64)
-
-
-def write_volume(path: Path, shape: tuple[int, int, int], *, seed: int) -> Path:
-    nib.save(nib.Nifti1Image(texture(shape, seed=seed).astype(np.int16), np.eye(4)), path)
-    return path
-
-
-def write_scene(path: Path, shape: tuple[int, int], *, seed: int) -> Path:
-    return write_raster(path, np.stack([texture(shape, seed=seed + band) for band in range(3)]))
 
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
-    """Two scenes, a scan, and what goes wrong with files."""
-    folder = tmp_path / "in"
-    (folder / "more").mkdir(parents=True)
-    scene = write_scene(folder / "a.tif", (100, 130), seed=1)
-    write_scene(folder / "more/b.tif", (70, 64), seed=5)
-    write_volume(folder / "c.nii.gz", (30, 31, 32), seed=2)
-    (folder / "cut.tif").write_bytes(scene.read_bytes()[:20_000])
-    (folder / "empty.nii").write_bytes(b"")
-    write_raster(folder / "gray.tif", texture((40, 40), seed=1)[np.newaxis])
-    return folder
+    return write_archive(tmp_path / "in")
 
 
 @pytest.fixture
@@ -66,14 +45,6 @@ def command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], slim: Path
 ) -> Command:
     return Command(monkeypatch, capsys, slim)
-
-
-def states(result: dict[str, Any]) -> dict[str, str]:
-    return {row["id"]: row["status"] for row in result["cases"]}
-
-
-def computed(result: dict[str, Any]) -> set[str]:
-    return {row["id"] for row in result["cases"] if row["computed"]}
 
 
 def test_the_good_are_done_and_the_bad_are_in_the_table(
@@ -141,95 +112,6 @@ def test_a_rerun_does_only_what_is_missing_or_changed(
     assert computed(again) == scenes
 
 
-def test_a_quarantined_input_is_judged_again_only_when_it_changes(
-    archive: Path, tmp_path: Path, run: Callable[..., dict[str, Any]]
-) -> None:
-    """A verdict on the same bytes would be the same; the repaired file must get through."""
-    out = tmp_path / "out"
-    run(archive, out)
-    ledger = tmp_path / "out.run/ledger"
-    before = len(list(CaseLedgerFile(ledger, owner="t").history()))
-    assert states(run(archive, out))["gray"] == "quarantined"
-    again = list(CaseLedgerFile(ledger, owner="t").history())[before:]
-    assert {record.case for record in again} == {"cut"}, "only what failed is tried again"
-    write_scene(archive / "gray.tif", (40, 40), seed=3)
-    write_scene(archive / "cut.tif", (40, 40), seed=4)
-    result = run(archive, out)
-    assert computed(result) == {"gray", "cut"}
-    assert states(result)["gray"] == states(result)["cut"] == "done"
-
-
-def test_a_file_that_this_batch_did_not_make_is_not_replaced(
-    archive: Path, tmp_path: Path, run: Callable[..., dict[str, Any]]
-) -> None:
-    """Somebody's hand-drawn mask may lie where ours would go."""
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "a.tif").write_bytes(b"drawn by hand")
-    result = run(archive / "a.tif", out)
-    assert states(result) == {"a": "failed"}
-    assert (out / "a.tif").read_bytes() == b"drawn by hand"
-    assert states(run(archive / "a.tif", out, fresh=True)) == {"a": "done"}
-
-
-def test_a_mask_that_a_person_has_corrected_is_not_replaced(
-    archive: Path, tmp_path: Path, run: Callable[..., dict[str, Any]]
-) -> None:
-    """Hours of correction by hand must not end with the next night."""
-    out = tmp_path / "out"
-    run(archive / "a.tif", out)
-    (out / "a.tif").write_bytes(b"corrected")
-    assert states(run(archive / "a.tif", out)) == {"a": "failed"}
-    write_scene(archive / "a.tif", (50, 60), seed=8)
-    assert states(run(archive / "a.tif", out)) == {"a": "failed"}
-    assert (out / "a.tif").read_bytes() == b"corrected"
-
-
-def test_no_mask_takes_the_place_of_a_source(
-    tmp_path: Path, run: Callable[..., dict[str, Any]]
-) -> None:
-    """Not even with --fresh, which is what the refusal of a foreign file advises."""
-    for number, name in enumerate(("a.tif", "b.tif")):
-        write_scene(tmp_path / name, (64, 64), seed=number)
-    before = [file_digest(tmp_path / name) for name in ("a.tif", "b.tif")]
-    (tmp_path / "crossed.csv").write_text("id,path\na,b.tif\nb,a.tif\n")
-    result = run(tmp_path / "crossed.csv", tmp_path, fresh=True, run_dir=tmp_path / "state")
-    assert states(result) == {"a": "failed", "b": "failed"}
-    assert [file_digest(tmp_path / name) for name in ("a.tif", "b.tif")] == before
-
-
-def test_what_is_wrong_with_the_machine_or_the_request_is_no_verdict_on_a_case(
-    archive: Path, tmp_path: Path, run: Callable[..., dict[str, Any]]
-) -> None:
-    """A verdict stands: it would keep a good scan out for ever."""
-    out = tmp_path / "out"
-    with pytest.raises(PlanError, match="cuda"):
-        run(archive, out, device="cuda")
-    with pytest.raises(CrfError, match=r"none\.yaml"):
-        run(archive, out, crf="none.yaml")
-    assert states(run(archive, out))["a"] == "done"
-
-
-def test_tiles_that_were_allowed_to_fail_are_told_and_tried_again(
-    archive: Path, tmp_path: Path, run: Callable[..., dict[str, Any]]
-) -> None:
-    """A mask with holes that is called done would never be filled."""
-    out = tmp_path / "out"
-    first = run(archive / "cut.tif", out, allow_failed=99)
-    assert states(first) == {"cut": "done"}
-    assert "tiles failed" in first["cases"][0]["reason"]
-    assert computed(run(archive / "cut.tif", out, allow_failed=99)) == {"cut"}
-    assert states(run(archive / "cut.tif", out)) == {"cut": "failed"}
-
-
-def test_a_file_that_fails_three_nights_is_quarantined(
-    archive: Path, tmp_path: Path, run: Callable[..., dict[str, Any]]
-) -> None:
-    """Else each night pays for it again."""
-    found = [states(run(archive / "cut.tif", tmp_path / "out"))["cut"] for _ in range(4)]
-    assert found == ["failed", "failed", "quarantined", "quarantined"]
-
-
 def test_a_stopped_batch_has_every_case_in_its_table(
     archive: Path, tmp_path: Path, slim: Path, command: Command
 ) -> None:
@@ -238,44 +120,6 @@ def test_a_stopped_batch_has_every_case_in_its_table(
     assert result["status"] == "interrupted"
     assert result["counts"]["total"] == len(result["cases"]) == 6
     assert states(result)["a"] == "queued"
-
-
-def test_a_damaged_ledger_is_put_aside_by_fresh(
-    archive: Path, tmp_path: Path, run: Callable[..., dict[str, Any]]
-) -> None:
-    """The message says that --fresh helps."""
-    out = tmp_path / "out"
-    run(archive / "a.tif", out)
-    (ledger,) = (tmp_path / "out.run/ledger").glob("*.jsonl")
-    ledger.write_bytes(b"garbage\n" + ledger.read_bytes())
-    with pytest.raises(StoreError, match="--fresh"):
-        run(archive / "a.tif", out)
-    assert states(run(archive / "a.tif", out, fresh=True)) == {"a": "done"}
-    assert list((tmp_path / "out.run").glob("ledger-damaged-*"))
-
-
-def test_run_directories_of_an_image_and_of_a_batch_do_not_mix(
-    archive: Path, tmp_path: Path, run: Callable[..., dict[str, Any]], slim: Path
-) -> None:
-    """--fresh of the one would delete the ledger of the other."""
-    run(archive / "a.tif", tmp_path / "out")
-    taken = OPTIONS.model_copy(update={"run_dir": tmp_path / "out.run", "fresh": True})
-    with pytest.raises(PlanError, match="a batch"):
-        segment(archive / "a.tif", tmp_path / "m.tif", model=slim, options=taken)
-    segment(archive / "a.tif", tmp_path / "m.tif", model=slim, options=OPTIONS)
-    with pytest.raises(PlanError, match="one image"):
-        run(archive / "a.tif", tmp_path / "o2", run_dir=tmp_path / "m.tif.run")
-
-
-def test_a_name_that_is_no_text_is_a_row_like_any_other(
-    archive: Path, tmp_path: Path, run: Callable[..., dict[str, Any]]
-) -> None:
-    """Old archives have names in Latin-1, which GDAL cannot open."""
-    good = archive / "a.tif"
-    os.rename(os.fsencode(good), os.fsencode(archive) + b"/M\xfcller.tif")
-    result = run(archive, tmp_path / "out")
-    assert result["counts"]["done"] == 2
-    assert "UnicodeEncodeError" in (tmp_path / "out/cases.csv").read_text()
 
 
 def test_a_small_case_does_not_wait_behind_a_giant_one(
@@ -310,14 +154,6 @@ def test_a_stopped_batch_goes_on_where_it_was(
         assert len(history) == len({record.key for record in history}) == 4
 
 
-def test_a_second_batch_is_turned_away_while_the_first_runs(
-    archive: Path, tmp_path: Path, run: Callable[..., dict[str, Any]]
-) -> None:
-    """Two drivers would do everything twice."""
-    with LeaseFile(tmp_path / "out.run"), pytest.raises(LeaseHeldError):
-        run(archive, tmp_path / "out")
-
-
 def test_a_pattern_puts_masks_where_it_says(
     archive: Path, tmp_path: Path, run: Callable[..., dict[str, Any]]
 ) -> None:
@@ -331,15 +167,6 @@ def test_a_pattern_puts_masks_where_it_says(
     assert (state / "cases.csv").exists()
     later = Path(str(pattern).replace("w1", "w2"))
     assert computed(run(archive / "a.tif", later, run_dir=state)) == set()
-
-
-def test_two_models_for_one_kind_are_refused(
-    archive: Path, tmp_path: Path, run: Callable[..., dict[str, Any]], slim: Path
-) -> None:
-    """Which of them a scene gets would be chance."""
-    with pytest.raises(PlanError, match="2 axes"):
-        run(archive, tmp_path / "out", models=[slim, fresh(tmp_path / "twin").path])
-    assert not (tmp_path / "out").exists()
 
 
 def test_ray_gives_the_same_bytes_and_loads_each_model_once(
@@ -415,18 +242,3 @@ def test_a_mask_finished_but_not_noted_is_not_computed_again(
     assert states(result) == {"a": "done"}
     assert computed(result) == set()
     assert result["cases"][0]["classes"]
-
-
-def test_a_replaced_input_whose_batch_was_killed_early_may_replace_its_old_mask(
-    tmp_path: Path, run: Callable[..., dict[str, Any]]
-) -> None:
-    """A case that is queued again still owns the mask of its last run."""
-    source, out = write_scene(tmp_path / "a.tif", (64, 64), seed=1), tmp_path / "out"
-    run(source, out)
-    before = file_digest(out / "a.tif")
-    write_scene(source, (64, 64), seed=2)
-    result = batch([source], out, models=[fresh(tmp_path / "b").path], options=OPTIONS,
-                   stop=lambda: True)  # fmt: skip
-    assert result["status"] == "interrupted"
-    assert states(run(source, out)) == {"a": "done"}
-    assert file_digest(out / "a.tif") != before

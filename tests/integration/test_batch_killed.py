@@ -30,17 +30,18 @@ class Batch:
     """``terravox batch`` over one folder in processes of their own, two actors each."""
 
     def __init__(self, folder: Path, bundle: Path, output: Path) -> None:
-        self.run = Path(f"{output}.run")
+        self.run, self.folder = Path(f"{output}.run"), output.parent
         self.line = [
             str(Path(sys.executable).with_name("terravox")), "batch", str(folder),
             "-o", str(output),
-            "--model", str(bundle), "--tile", "64", "--precision", "fp32", "--workers", "2",
+            "--model", os.path.relpath(bundle, self.folder), "--tile", "64", "--precision", "fp32", "--workers", "2",
             "--tracking-uri", "none",
         ]  # fmt: skip
         self.env = os.environ | {"HOME": str(output.parent)}
 
     def start(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(self.line, env=self.env, stderr=subprocess.PIPE)
+        # The model's path is relative, and the pool enters the run directory.
+        return subprocess.Popen(self.line, cwd=self.folder, env=self.env, stderr=subprocess.PIPE)
 
     def cases(self) -> list[CaseRecord]:
         return list(CaseLedgerFile(self.run / "ledger", owner="t").history())
