@@ -34,8 +34,8 @@ class Batch:
         self.line = [
             str(Path(sys.executable).with_name("terravox")), "batch", str(folder),
             "-o", str(output),
-            "--model", os.path.relpath(bundle, self.folder), "--tile", "64", "--precision", "fp32", "--workers", "2",
-            "--tracking-uri", "none",
+            "--model", os.path.relpath(bundle, self.folder), "--tile", "64",
+            "--precision", "fp32", "--workers", "2", "--tracking-uri", "none",
         ]  # fmt: skip
         self.env = os.environ | {"HOME": str(output.parent)}
 
