@@ -1,0 +1,186 @@
+"""A network run stage by stage over one tile, each stage window by window.
+
+Zeros are added at the border of what is read, and only there: that is the scene's border wherever
+the tile reads what ``Reach.read`` asks for. Maps keep channels innermost in memory, and a window
+is a run of whole rows (or planes), so that most are read without a copy.
+
+Axes in array names: B batch, C channel, K class, S space, (y, x) or (z, y, x).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.domain import Region, Shape
+from pipeline.inference.stage_plan import Needs
+from pipeline.models.context_pool import WindowMean
+from pipeline.models.deeplab import DeepLab
+from pipeline.models.frame import Frame
+from pipeline.models.stages import Chain, Convolution, MaxPool, Slide, Stage, Step
+
+_CONVOLVE: Mapping[int, Callable[..., Tensor]] = MappingProxyType({2: F.conv2d, 3: F.conv3d})
+_MAX_POOL: Mapping[int, Callable[..., Tensor]] = MappingProxyType(
+    {2: F.max_pool2d, 3: F.max_pool3d}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureMap:
+    """Features of a region, all of them computed."""
+
+    array_SC: Tensor
+    """(*S, C), contiguous."""
+
+    region: Region
+
+    @classmethod
+    def empty(cls, region: Region, channels: int, *, like: Tensor) -> FeatureMap:
+        """A new map of ``region``, not filled."""
+        return cls(like.new_empty((*region.shape, channels)), region)
+
+    def reused(self, region: Region) -> FeatureMap:
+        """A map of ``region``, inside this one, in this one's memory, packed to its front.
+
+        In row-major order a place is never written before it has been read: the smaller map's
+        offset of a place is nowhere greater than this one's.
+        """
+        channels = self.array_SC.shape[-1]
+        front = self.array_SC.flatten()[: region.size * channels]
+        return FeatureMap(front.view(*region.shape, channels), region)
+
+    def view(self, region: Region) -> Tensor:
+        """``region``, which lies inside, as (1, C, *S)."""
+        return self.array_SC[region.slices(within=self.region)].movedim(-1, 0).unsqueeze(0)
+
+
+class StagedNetwork:
+    """The stages of a network, ready to run."""
+
+    def __init__(self, chain: Chain, *, window: int) -> None:
+        """Run ``chain`` over windows of as many features as a box of side ``window`` has."""
+        self.chain, self.window = chain, window
+
+    def coarse_logits(self, image_BCS: Tensor, frame: Frame, coarse: Region) -> Tensor:
+        """Return (1, K, *S) logits of ``coarse``, in features of this input; a new tensor.
+
+        ``image_BCS`` (1, C, *S) lies at ``frame``. Raises RegionError.
+        """
+        image_SC = image_BCS[0].movedim(0, -1).contiguous()
+        size = tuple(image_SC.shape[:-1])
+        needs = Needs.of(self.chain, size, frame=frame, coarse=coarse)
+        maps = {self.chain.image: FeatureMap(image_SC, Region.whole(size))}
+        for stage in self.chain.stages:
+            maps[stage.name] = self._run(stage, maps, needs)
+            for name in stage.frees:
+                del maps[name]
+        return maps[self.chain.logits].view(coarse)
+
+    def _run(self, stage: Stage, maps: Mapping[str, FeatureMap], needs: Needs) -> FeatureMap:
+        region = needs.regions[stage.name]
+        if stage.overwrites is None:
+            _, first = next(stage.reads())
+            result = FeatureMap.empty(region, stage.channels, like=maps[first].array_SC)
+        else:
+            result = maps[stage.overwrites].reused(region)
+        most = region.size if stage.whole else self.window**region.ndim
+        for window in region.blocks(row_block(region.shape, most)):
+            values: dict[str, Tensor] = {}
+            for step in stage.steps[:-1]:
+                values[step.name] = _apply(step, window, values=values, maps=maps, needs=needs)
+            last = stage.steps[-1]
+            target_BCS = result.view(window)
+            if last.layer == "relu":  # and the copy, in one
+                torch.clamp_min(values[last.inputs[0]], 0, out=target_BCS)
+            else:
+                target_BCS.copy_(_apply(last, window, values=values, maps=maps, needs=needs))
+        return result
+
+
+class WholeNetwork:
+    """A network that runs as one over all that is read."""
+
+    def __init__(self, network: DeepLab) -> None:
+        self.network = network
+
+    def coarse_logits(self, image_BCS: Tensor, frame: Frame, coarse: Region) -> Tensor:
+        """As ``StagedNetwork.coarse_logits``; a view."""
+        logits_BKS = self.network.coarse_logits(image_BCS, frame)
+        whole = Region.whole(tuple(logits_BKS.shape[2:]))
+        index: tuple[Any, ...] = (..., *coarse.slices(within=whole))
+        return logits_BKS[index]
+
+
+def row_block(shape: Shape, most: int) -> Shape:
+    """The box of at most ``most`` places that cuts ``shape`` into runs of whole rows or planes.
+
+    >>> row_block((100, 50), 120), row_block((100, 50), 30), row_block((9, 5, 4), 45)
+    ((2, 50), (1, 30), (2, 5, 4))
+    """
+    return tuple(
+        max(1, min(side, most // math.prod(shape[axis + 1 :]))) for axis, side in enumerate(shape)
+    )
+
+
+def _apply(
+    step: Step,
+    window: Region,
+    *,
+    values: Mapping[str, Tensor],
+    maps: Mapping[str, FeatureMap],
+    needs: Needs,
+) -> Tensor:
+    """The step's value in ``window`` of the stage's output."""
+    if isinstance(step.layer, WindowMean):
+        means = step.layer.windows(window, size=needs.shapes[step.inputs[0]], frame=needs.frame)
+        mean_BCS = means.mean(maps[step.inputs[0]].view(means.reads), within=means.reads)
+        return mean_BCS.expand(-1, -1, *window.shape)
+    if isinstance(step.layer, (Convolution, MaxPool)):
+        name = step.inputs[0]
+        if name in values:
+            return _slide(step.layer, values[name], padding=(0,) * window.ndim)
+        reads = step.layer.slide.reads(window)
+        return _slide_over(step.layer, maps[name], reads, shape=needs.shapes[name])
+    inputs = [values[n] if n in values else maps[n].view(window) for n in step.inputs]
+    if step.layer == "cat":
+        return torch.cat(inputs, dim=1)
+    if step.layer == "relu":
+        return inputs[0].relu_() if step.scratch else inputs[0].relu()
+    first, second = inputs
+    return first.add_(second) if step.scratch else first + second
+
+
+def _slide_over(
+    layer: Convolution | MaxPool, source: FeatureMap, reads: Region, *, shape: Shape
+) -> Tensor:
+    """The layer over ``reads`` of a map whose border is that of ``shape``, padded there alone."""
+    inside = reads.clip(shape)
+    before = [b - a for a, b in zip(reads.start, inside.start, strict=True)]
+    after = [b - a for a, b in zip(inside.stop, reads.stop, strict=True)]
+    # What both ends of an axis lack the layer pads itself, without a copy.
+    both = tuple(map(min, before, after))
+    ends = [(a - n, b - n) for a, b, n in zip(before, after, both, strict=True)]
+    part_BCS = source.view(inside)
+    if any(map(any, ends)):
+        edge = 0.0 if isinstance(layer, Convolution) else -math.inf
+        flat = [side for pair in reversed(ends) for side in pair]
+        part_BCS = F.pad(part_BCS, flat, value=edge)
+    return _slide(layer, part_BCS, padding=both)
+
+
+def _slide(layer: Convolution | MaxPool, part_BCS: Tensor, *, padding: Sequence[int]) -> Tensor:
+    slide: Slide = layer.slide
+    if isinstance(layer, MaxPool):
+        return _MAX_POOL[len(padding)](
+            part_BCS, slide.kernel, slide.stride, padding, slide.dilation
+        )
+    return _CONVOLVE[len(padding)](
+        part_BCS, layer.weight, layer.bias, slide.stride, padding, slide.dilation, layer.groups
+    )
