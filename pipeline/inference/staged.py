@@ -24,7 +24,7 @@ from pipeline.inference.stage_plan import Needs
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.deeplab import DeepLab
 from pipeline.models.frame import Frame
-from pipeline.models.stages import Chain, Convolution, MaxPool, Slide, Stage, Step
+from pipeline.models.stages import Chain, Convolution, MaxPool, Norm, Slide, Stage, Step
 
 _CONVOLVE: Mapping[int, Callable[..., Tensor]] = MappingProxyType({2: F.conv2d, 3: F.conv3d})
 _MAX_POOL: Mapping[int, Callable[..., Tensor]] = MappingProxyType(
@@ -36,15 +36,15 @@ _MAX_POOL: Mapping[int, Callable[..., Tensor]] = MappingProxyType(
 class FeatureMap:
     """Features of a region, all of them computed."""
 
-    array_SC: Tensor
-    """(*S, C), contiguous."""
+    array_BSC: Tensor
+    """(1, *S, C), contiguous."""
 
     region: Region
 
     @classmethod
     def empty(cls, region: Region, channels: int, *, like: Tensor) -> FeatureMap:
         """A new map of ``region``, not filled."""
-        return cls(like.new_empty((*region.shape, channels)), region)
+        return cls(like.new_empty((1, *region.shape, channels)), region)
 
     def reused(self, region: Region) -> FeatureMap:
         """A map of ``region``, inside this one, in this one's memory, packed to its front.
@@ -52,13 +52,14 @@ class FeatureMap:
         In row-major order a place is never written before it has been read: the smaller map's
         offset of a place is nowhere greater than this one's.
         """
-        channels = self.array_SC.shape[-1]
-        front = self.array_SC.flatten()[: region.size * channels]
-        return FeatureMap(front.view(*region.shape, channels), region)
+        channels = self.array_BSC.shape[-1]
+        front = self.array_BSC.flatten()[: region.size * channels]
+        return FeatureMap(front.view(1, *region.shape, channels), region)
 
     def view(self, region: Region) -> Tensor:
         """``region``, which lies inside, as (1, C, *S)."""
-        return self.array_SC[region.slices(within=self.region)].movedim(-1, 0).unsqueeze(0)
+        index: tuple[slice, ...] = (slice(None), *region.slices(within=self.region))
+        return self.array_BSC[index].movedim(-1, 1)
 
 
 class StagedNetwork:
@@ -73,10 +74,10 @@ class StagedNetwork:
 
         ``image_BCS`` (1, C, *S) lies at ``frame``. Raises RegionError.
         """
-        image_SC = image_BCS[0].movedim(0, -1).contiguous()
-        size = tuple(image_SC.shape[:-1])
+        image_BSC = image_BCS.movedim(1, -1).contiguous()
+        size = tuple(image_BSC.shape[1:-1])
         needs = Needs.of(self.chain, size, frame=frame, coarse=coarse)
-        maps = {self.chain.image: FeatureMap(image_SC, Region.whole(size))}
+        maps = {self.chain.image: FeatureMap(image_BSC, Region.whole(size))}
         for stage in self.chain.stages:
             maps[stage.name] = self._run(stage, maps, needs)
             for name in stage.frees:
@@ -87,7 +88,7 @@ class StagedNetwork:
         region = needs.regions[stage.name]
         if stage.overwrites is None:
             _, first = next(stage.reads())
-            result = FeatureMap.empty(region, stage.channels, like=maps[first].array_SC)
+            result = FeatureMap.empty(region, stage.channels, like=maps[first].array_BSC)
         else:
             result = maps[stage.overwrites].reused(region)
         most = region.size if stage.whole else self.window**region.ndim
@@ -151,6 +152,8 @@ def _apply(
     inputs = [values[n] if n in values else maps[n].view(window) for n in step.inputs]
     if step.layer == "cat":
         return torch.cat(inputs, dim=1)
+    if isinstance(step.layer, Norm):
+        return _normalise(step.layer, inputs[0], scratch=step.scratch)
     if step.layer == "relu":
         return inputs[0].relu_() if step.scratch else inputs[0].relu()
     first, second = inputs
@@ -184,3 +187,21 @@ def _slide(layer: Convolution | MaxPool, part_BCS: Tensor, *, padding: Sequence[
     return _CONVOLVE[len(padding)](
         part_BCS, layer.weight, layer.bias, slide.stride, padding, slide.dilation, layer.groups
     )
+
+
+def _normalise(norm: Norm, features_BCS: Tensor, *, scratch: bool) -> Tensor:
+    result_BCS = features_BCS if scratch else torch.empty_like(features_BCS)
+    unused = norm.mean.new_empty(0), norm.mean.new_empty(0)  # statistics of training
+    # What F.batch_norm calls, which cannot write over its input.
+    torch.native_batch_norm(
+        features_BCS,
+        norm.weight,
+        norm.bias,
+        norm.mean,
+        norm.variance,
+        False,  # noqa: FBT003
+        0.0,
+        norm.epsilon,
+        out=(result_BCS, *unused),
+    )
+    return result_BCS

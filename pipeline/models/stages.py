@@ -2,8 +2,9 @@
 
 A value that a layer reads beyond its own place (a convolution wider than 1, a stride, image
 pooling) is a feature map and kept whole; everything between two maps is a stage, in which a window
-of the output needs, besides the maps, only its own places. Batch norm is folded into the
-convolution before it.
+of the output needs, besides the maps, only its own places. Every layer does the arithmetic that it
+does in the whole network: batch norm folded into the convolution before it would move the logits
+of a deep network by more than their rounding.
 
 Axes in array names: B batch, C channel, S space, (y, x) or (z, y, x). Regions are in features of
 their own map, from the first that the network's input gives.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -86,22 +87,30 @@ class Convolution:
         """Multiply-adds per place of the output."""
         return self.weight.numel()
 
-    def folded(self, norm: nn.Module) -> Convolution:
-        """This convolution and batch norm, in eval mode, as one; folded in double precision."""
-        assert isinstance(norm, _NORMS)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        scale_C = (norm.running_var.double() + norm.eps).rsqrt()
-        if norm.affine:
-            scale_C = scale_C * norm.weight.double()
-        shift_C = -norm.running_mean.double() * scale_C
-        if self.bias is not None:
-            shift_C = shift_C + self.bias.double() * scale_C
-        if norm.affine:
-            shift_C = shift_C + norm.bias.double()
-        weight = self.weight.double() * scale_C.reshape(-1, *(1,) * (self.weight.ndim - 1))
-        dtype = self.weight.dtype
-        return replace(self, weight=weight.to(dtype).detach(), bias=shift_C.to(dtype).detach())
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Norm:
+    """Batch norm with fixed statistics."""
+
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    epsilon: float
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Norm:
+        """Of a batch norm in eval mode that keeps statistics."""
+        assert isinstance(layer, _NORMS)
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        return cls(
+            mean=layer.running_mean,
+            variance=layer.running_var,
+            weight=layer.weight,
+            bias=layer.bias,
+            epsilon=layer.eps,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +120,7 @@ class MaxPool:
     slide: Slide
 
 
-Layer = Convolution | MaxPool | WindowMean | Literal["relu", "add", "cat"]
+Layer = Convolution | Norm | MaxPool | WindowMean | Literal["relu", "add", "cat"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -298,11 +307,6 @@ def _trace(network: DeepLab) -> _Trace:
         alias[node.name] = node.name
         if isinstance(layer, _NOTHING):
             alias[node.name] = inputs[0]
-        elif isinstance(layer, _NORMS) and _folds(node, steps.get(inputs[0])):
-            before = steps[inputs[0]]
-            assert isinstance(before.layer, Convolution)
-            steps[before.name] = replace(before, layer=before.layer.folded(layer))
-            alias[node.name] = before.name
         elif isinstance(layer, ContextPool):
             added = _pooling(layer, name=node.name, read=inputs[0])
             steps |= {step.name: step for step in added}
@@ -314,17 +318,11 @@ def _trace(network: DeepLab) -> _Trace:
     raise BundleError("the network does not end with its upsampling layer")
 
 
-def _folds(node: fx.Node, before: Step | None) -> bool:
-    """Whether a batch norm is all that reads the convolution before it."""
-    lone = len(node.all_input_nodes[0].users) == 1
-    return lone and before is not None and isinstance(before.layer, Convolution)
-
-
 def _layer(node: fx.Node, layer: nn.Module | None, ndim: int) -> Layer:
     if isinstance(layer, _CONVOLUTIONS) and layer.padding_mode == "zeros":
-        bias = None if layer.bias is None else layer.bias.detach()
-        slide, weight = Slide.of(layer, ndim), layer.weight.detach()
-        return Convolution(slide=slide, weight=weight, bias=bias, groups=layer.groups)
+        return _convolution(layer, ndim)
+    if isinstance(layer, _NORMS) and layer.track_running_stats:
+        return Norm.of(layer)
     if isinstance(layer, _POOLS) and not layer.ceil_mode:
         return MaxPool(Slide.of(layer, ndim))
     if isinstance(layer, nn.ReLU):
@@ -342,18 +340,21 @@ def _pooling(pool: ContextPool, *, name: str, read: str) -> Iterable[Step]:
     mean, layer, norm, _ = pool
     assert isinstance(mean, WindowMean)
     assert isinstance(layer, _CONVOLUTIONS)
-    made = Convolution(
-        slide=Slide.of(layer, layer.weight.ndim - 2),
-        weight=layer.weight.detach(),
-        bias=None,
-        groups=1,
-    ).folded(norm)
-    width = layer.out_channels
-    parts: tuple[tuple[str, Layer], ...] = (("point", made), ("mean", mean), ("", "relu"))
-    for part, operation in parts:
-        label = f"{name}_{part}" if part else name
-        yield Step(name=label, inputs=(read,), layer=operation, channels=width)
+    made = _convolution(layer, layer.weight.ndim - 2)
+    parts: tuple[tuple[str, Layer], ...] = (
+        (f"{name}_point", made),
+        (f"{name}_norm", Norm.of(norm)),
+        (f"{name}_mean", mean),
+        (name, "relu"),
+    )
+    for label, operation in parts:
+        yield Step(name=label, inputs=(read,), layer=operation, channels=layer.out_channels)
         read = label
+
+
+def _convolution(layer: nn.Conv2d | nn.Conv3d, ndim: int) -> Convolution:
+    slide = Slide.of(layer, ndim)
+    return Convolution(slide=slide, weight=layer.weight, bias=layer.bias, groups=layer.groups)
 
 
 def _channels(layer: Layer, inputs: list[int]) -> int:
@@ -364,10 +365,11 @@ def _channels(layer: Layer, inputs: list[int]) -> int:
 
 def _moved(step: Step, move: Callable[[Tensor], Tensor]) -> Step:
     layer = step.layer
-    if not isinstance(layer, Convolution):
+    if not isinstance(layer, (Convolution, Norm)):
         return step
-    bias = None if layer.bias is None else move(layer.bias)
-    return replace(step, layer=replace(layer, weight=move(layer.weight), bias=bias))
+    values = {field.name: getattr(layer, field.name) for field in fields(layer)}
+    moved = {k: move(v.detach()) for k, v in values.items() if isinstance(v, Tensor)}
+    return replace(step, layer=replace(layer, **moved))
 
 
 def _per_axis(value: Any, ndim: int) -> tuple[int, ...]:
