@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -20,16 +20,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.domain import Region, Shape
-from pipeline.inference.stage_plan import Needs
+from pipeline.inference.stage_plan import Needs, row_block
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.deeplab import DeepLab
 from pipeline.models.frame import Frame
-from pipeline.models.stages import Chain, Convolution, MaxPool, Norm, Slide, Stage, Step
+from pipeline.models.stages import Chain, Convolution, MaxPool, Norm, Stage, Step
 
 _CONVOLVE: Mapping[int, Callable[..., Tensor]] = MappingProxyType({2: F.conv2d, 3: F.conv3d})
 _MAX_POOL: Mapping[int, Callable[..., Tensor]] = MappingProxyType(
     {2: F.max_pool2d, 3: F.max_pool3d}
 )
+_FORMAT = MappingProxyType({2: torch.channels_last, 3: torch.channels_last_3d})
+
+_FEW = 8
+"""A window's side over what it may compute in vain at its end, rather than copy what it reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,17 +123,6 @@ class WholeNetwork:
         return logits_BKS[index]
 
 
-def row_block(shape: Shape, most: int) -> Shape:
-    """The box of at most ``most`` places that cuts ``shape`` into runs of whole rows or planes.
-
-    >>> row_block((100, 50), 120), row_block((100, 50), 30), row_block((9, 5, 4), 45)
-    ((2, 50), (1, 30), (2, 5, 4))
-    """
-    return tuple(
-        max(1, min(side, most // math.prod(shape[axis + 1 :]))) for axis, side in enumerate(shape)
-    )
-
-
 def _apply(
     step: Step,
     window: Region,
@@ -143,15 +136,14 @@ def _apply(
         means = step.layer.windows(window, size=needs.shapes[step.inputs[0]], frame=needs.frame)
         mean_BCS = means.mean(maps[step.inputs[0]].view(means.reads), within=means.reads)
         return mean_BCS.expand(-1, -1, *window.shape)
-    if isinstance(step.layer, (Convolution, MaxPool)):
+    if isinstance(step.layer, (Convolution, MaxPool)) and step.spreads:
         name = step.inputs[0]
-        if name in values:
-            return _slide(step.layer, values[name], padding=(0,) * window.ndim)
-        reads = step.layer.slide.reads(window)
-        return _slide_over(step.layer, maps[name], reads, shape=needs.shapes[name])
+        return _slide(step.layer, maps[name], window, shape=needs.shapes[name])
     inputs = [values[n] if n in values else maps[n].view(window) for n in step.inputs]
     if step.layer == "cat":
         return torch.cat(inputs, dim=1)
+    if isinstance(step.layer, Convolution):
+        return _convolve(step.layer, inputs[0], padding=(0,) * window.ndim)
     if isinstance(step.layer, Norm):
         return _normalise(step.layer, inputs[0], scratch=step.scratch)
     if step.layer == "relu":
@@ -160,33 +152,82 @@ def _apply(
     return first.add_(second) if step.scratch else first + second
 
 
-def _slide_over(
-    layer: Convolution | MaxPool, source: FeatureMap, reads: Region, *, shape: Shape
+def _slide(
+    layer: Convolution | MaxPool, source: FeatureMap, window: Region, *, shape: Shape
 ) -> Tensor:
-    """The layer over ``reads`` of a map whose border is that of ``shape``, padded there alone."""
+    """The layer's output in ``window``, padded at the border of ``shape``, the map's own in all."""
+    if isinstance(layer, Convolution):
+        layer = without_idle_taps(layer, window, shape)
+    reads = layer.slide.reads(window)
     inside = reads.clip(shape)
-    before = [b - a for a, b in zip(reads.start, inside.start, strict=True)]
-    after = [b - a for a, b in zip(inside.stop, reads.stop, strict=True)]
-    # What both ends of an axis lack the layer pads itself, without a copy.
-    both = tuple(map(min, before, after))
-    ends = [(a - n, b - n) for a, b, n in zip(before, after, both, strict=True)]
-    part_BCS = source.view(inside)
-    if any(map(any, ends)):
-        edge = 0.0 if isinstance(layer, Convolution) else -math.inf
-        flat = [side for pair in reversed(ends) for side in pair]
-        part_BCS = F.pad(part_BCS, flat, value=edge)
-    return _slide(layer, part_BCS, padding=both)
-
-
-def _slide(layer: Convolution | MaxPool, part_BCS: Tensor, *, padding: Sequence[int]) -> Tensor:
-    slide: Slide = layer.slide
-    if isinstance(layer, MaxPool):
-        return _MAX_POOL[len(padding)](
-            part_BCS, slide.kernel, slide.stride, padding, slide.dilation
-        )
-    return _CONVOLVE[len(padding)](
-        part_BCS, layer.weight, layer.bias, slide.stride, padding, slide.dilation, layer.groups
+    lacks = [
+        (b - a, c - d)
+        for a, b, c, d in zip(reads.start, inside.start, reads.stop, inside.stop, strict=True)
+    ]
+    padding = tuple(
+        _own_padding(ends, side, stride)
+        for ends, side, stride in zip(lacks, window.shape, layer.slide.stride, strict=True)
     )
+    part_BCS = source.view(inside)
+    fill = [
+        max(0, side - own)
+        for ends, own in zip(reversed(lacks), reversed(padding), strict=True)
+        for side in ends
+    ]
+    if any(fill):
+        edge = 0.0 if isinstance(layer, Convolution) else -math.inf
+        part_BCS = F.pad(part_BCS, fill, value=edge)
+    if isinstance(layer, Convolution):
+        result_BCS = _convolve(layer, part_BCS, padding=padding)
+    else:
+        slide, pool = layer.slide, _MAX_POOL[window.ndim]
+        result_BCS = pool(part_BCS, slide.kernel, slide.stride, padding, slide.dilation)
+    kept: tuple[Any, ...] = (
+        ...,
+        *(
+            slice(max(0, own - ends[0]), max(0, own - ends[0]) + side)
+            for ends, own, side in zip(lacks, padding, window.shape, strict=True)
+        ),
+    )
+    return result_BCS[kept]
+
+
+def _own_padding(lacks: tuple[int, int], side: int, stride: int) -> int:
+    """What a layer pads itself, without a copy, at both ends of an axis that lacks so much.
+
+    At an end that lacks less it computes places that are cut off again, where those are few.
+    """
+    few = stride == 1 and _FEW * max(lacks) <= side
+    return max(lacks) if few else min(lacks)
+
+
+def without_idle_taps(layer: Convolution, window: Region, shape: Shape) -> Convolution:
+    """The layer without the outer taps that meet nothing but padding all over ``window``.
+
+    ``shape`` is that of the whole input.
+    """
+    slide, weight = layer.slide, layer.weight
+    kernel, padding = list(slide.kernel), list(slide.padding)
+    for axis, (first, stop) in enumerate(zip(window.start, window.stop, strict=True)):
+        step, rate = slide.stride[axis], slide.dilation[axis]
+        start, end = first * step - padding[axis], (stop - 1) * step - padding[axis]
+        taps = range(kernel[axis])
+        used = [t for t in taps if end + t * rate >= 0 and start + t * rate < shape[axis]]
+        if len(used) < len(taps):
+            weight = weight.narrow(axis + 2, used[0], len(used))
+            kernel[axis], padding[axis] = len(used), padding[axis] - used[0] * rate
+    if weight is layer.weight:
+        return layer
+    weight = weight.contiguous(memory_format=_FORMAT[len(kernel)])
+    cut = replace(slide, kernel=tuple(kernel), padding=tuple(padding))
+    return replace(layer, slide=cut, weight=weight)
+
+
+def _convolve(layer: Convolution, part_BCS: Tensor, *, padding: Sequence[int]) -> Tensor:
+    slide = layer.slide
+    convolve = _CONVOLVE[len(padding)]
+    weight, bias = layer.weight, layer.bias
+    return convolve(part_BCS, weight, bias, slide.stride, padding, slide.dilation, layer.groups)
 
 
 def _normalise(norm: Norm, features_BCS: Tensor, *, scratch: bool) -> Tensor:
@@ -199,7 +240,7 @@ def _normalise(norm: Norm, features_BCS: Tensor, *, scratch: bool) -> Tensor:
         norm.bias,
         norm.mean,
         norm.variance,
-        False,  # noqa: FBT003
+        False,
         0.0,
         norm.epsilon,
         out=(result_BCS, *unused),

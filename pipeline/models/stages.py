@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -210,6 +210,11 @@ class Chain:
         """Name of the coarse logits among the maps."""
         return self.stages[-1].name
 
+    @property
+    def channels(self) -> dict[str, int]:
+        """Of every map."""
+        return {self.image: self.bands} | {stage.name: stage.channels for stage in self.stages}
+
     def moved(self, move: Callable[[Tensor], Tensor]) -> Chain:
         """The same chain with ``move`` applied to every weight and bias."""
         stages = (
@@ -365,11 +370,21 @@ def _channels(layer: Layer, inputs: list[int]) -> int:
 
 def _moved(step: Step, move: Callable[[Tensor], Tensor]) -> Step:
     layer = step.layer
-    if not isinstance(layer, (Convolution, Norm)):
-        return step
-    values = {field.name: getattr(layer, field.name) for field in fields(layer)}
-    moved = {k: move(v.detach()) for k, v in values.items() if isinstance(v, Tensor)}
-    return replace(step, layer=replace(layer, **moved))
+    if isinstance(layer, Convolution):
+        layer = replace(layer, weight=move(layer.weight), bias=_moved_or_none(layer.bias, move))
+    elif isinstance(layer, Norm):
+        layer = replace(
+            layer,
+            mean=move(layer.mean),
+            variance=move(layer.variance),
+            weight=_moved_or_none(layer.weight, move),
+            bias=_moved_or_none(layer.bias, move),
+        )
+    return replace(step, layer=layer)
+
+
+def _moved_or_none(tensor: Tensor | None, move: Callable[[Tensor], Tensor]) -> Tensor | None:
+    return None if tensor is None else move(tensor)
 
 
 def _per_axis(value: Any, ndim: int) -> tuple[int, ...]:
