@@ -100,8 +100,8 @@ class SegmentTiles:
             empty_S = np.full(valid_S.shape, bundle.mask_nodata, dtype=values.dtype)
             return TileResult(labels_S=empty_S, valid_S=valid_S, score_KS=None)
         image_CS = normalise(data, bundle.input.scaling)
-        logit_KS = model.logits(image_CS, Frame(tile.read.start, self.padded_shape)).cpu().numpy()
-        score_KS = keep_core(logit_KS, core=tile.scored, within=tile.read)
+        frame = Frame.of(tile.read, shape=self.padded_shape)
+        score_KS = model.logits(image_CS, frame, scored=tile.scored).cpu().numpy()
         if self.crf is not None:
             score_KS = self.refine(tile, data, score_KS)
         core_KS = keep_core(score_KS, core=tile.core, within=tile.scored)

@@ -6,12 +6,14 @@ Axes in array names: B batch, C channel, S space, (y, x) or (z, y, x).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.domain import Region, Shape
 from pipeline.errors import RegionError
 from pipeline.models.frame import Frame
 
@@ -19,6 +21,36 @@ _AVERAGE: dict[int, Callable[..., Tensor]] = {2: F.avg_pool2d, 3: F.avg_pool3d}
 
 Context = Literal["window", "tile"]
 """``window``: mean over the training crop around each place. ``tile``: mean over what is read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Windows:
+    """Where the windows of some places start, per axis, and how long they are, in features."""
+
+    starts: tuple[Tensor, ...]
+    span: Shape
+
+    @property
+    def reads(self) -> Region:
+        """All that the windows cover."""
+        start = tuple(int(first.min()) for first in self.starts)
+        last = tuple(int(first.max()) for first in self.starts)
+        return Region(start, tuple(a + n for a, n in zip(last, self.span, strict=True)))
+
+    def mean(self, features_BCS: Tensor, *, within: Region) -> Tensor:
+        """Mean of each window: (B, C, *starts), a new array; the features lie ``within``."""
+        kept = features_BCS.dtype
+        # A sum over a window in bfloat16 would lose what lies beyond its 8 bits.
+        mean_BCS = features_BCS.float() if kept in (torch.bfloat16, torch.float16) else features_BCS
+        for axis, starts in enumerate(self.starts):
+            # One axis at a time, each sum in the order of its window: a running sum would depend
+            # on where the input starts.
+            kernel = [span if other == axis else 1 for other, span in enumerate(self.span)]
+            mean_BCS = _AVERAGE[len(kernel)](mean_BCS, kernel, stride=1)
+            # Channels stay innermost in memory, as the convolutions want them.
+            picked = (starts - within.start[axis]).to(mean_BCS.device)
+            mean_BCS = mean_BCS.movedim(1, -1).index_select(axis + 1, picked).movedim(-1, 1)
+        return mean_BCS.to(kept)
 
 
 class WindowMean(nn.Module):
@@ -41,26 +73,27 @@ class WindowMean(nn.Module):
         Raises:
             RegionError: the input does not hold one whole window.
         """
-        axes = range(2, features_BCS.ndim)
+        size = tuple(features_BCS.shape[2:])
+        windows = self.windows(Region.whole(size), size=size, frame=frame)
+        return windows.mean(features_BCS, within=Region.whole(size))
+
+    def windows(self, places: Region, *, size: Shape, frame: Frame) -> Windows:
+        """The windows of ``places`` of an input of ``size`` features, all in features of it.
+
+        Raises:
+            RegionError: the input does not hold one whole window.
+        """
         if self.window is None:
-            return features_BCS.mean(dim=tuple(axes), keepdim=True)
-        kept = features_BCS.dtype
-        # A sum over a window in bfloat16 would lose what lies beyond its 8 bits.
-        mean_BCS = features_BCS.float() if kept in (torch.bfloat16, torch.float16) else features_BCS
-        for axis, origin, length, window in zip(
-            axes, frame.origin, frame.shape, self.window, strict=True
-        ):
-            first, side = origin // self.stride, length // self.stride
-            span = min(window, side)
-            starts = _window_starts(first, mean_BCS.shape[axis], side=side, window=window)
-            # One axis at a time, each sum in the order of its window: a running sum would depend
-            # on where the input starts.
-            kernel = [span if other == axis else 1 for other in axes]
-            mean_BCS = _AVERAGE[len(kernel)](mean_BCS, kernel, stride=1)
-            # Channels stay innermost in memory, as the convolutions want them.
-            mean_BSC = mean_BCS.movedim(1, -1).index_select(axis - 1, starts.to(mean_BCS.device))
-            mean_BCS = mean_BSC.movedim(-1, 1)
-        return mean_BCS.to(kept)
+            return Windows(starts=tuple(torch.zeros(1, dtype=torch.int64) for _ in size), span=size)
+        starts, spans = [], []
+        for axis, window in enumerate(self.window):
+            side = frame.shape[axis] // self.stride
+            spans.append(min(window, side))
+            first = _window_starts(
+                frame.origin[axis] // self.stride, size[axis], side=side, window=window
+            )
+            starts.append(first[places.start[axis] : places.stop[axis]])
+        return Windows(starts=tuple(starts), span=tuple(spans))
 
 
 class ContextPool(nn.Sequential):

@@ -107,10 +107,11 @@ class _Paths:
         return _Paths(_union(self.image, other.image), _union(self.pooled, other.pooled))
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     """Leaves image pooling whole: what it needs is not a span."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether to look no further into ``m``."""
         return isinstance(m, ContextPool) or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -164,7 +165,7 @@ class _Walk:
 
 
 def _walk(network: DeepLab) -> _Walk:
-    graph = _Tracer().trace(network)
+    graph = Tracer().trace(network)
     parts = dict(network.named_modules())
     ndim, stride = network.architecture.dims, network.architecture.output_stride
     image = Span.start(ndim, stride=1)

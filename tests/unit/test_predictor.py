@@ -8,6 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from pipeline.domain import Region
 from pipeline.errors import PlanError, RegionError, SourceError
 from pipeline.inference import precision as precision_module
 from pipeline.inference.precision import Precision, processor_flags, resolve_precision
@@ -20,6 +21,7 @@ from pipeline.models.fresh import new_bundle
 FP32 = Precision(name="fp32", channels_last=True, why="")
 BF16 = Precision(name="bf16", channels_last=True, why="")
 FRAME = Frame((0, 0), (96, 128))
+WHOLE = Region((0, 0), (96, 128))
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +48,9 @@ def image_of(shape: tuple[int, ...] = (96, 128)) -> NDArray[np.float32]:
 def test_the_same_input_gives_the_same_bytes(bundle: Bundle, precision: Precision) -> None:
     """A retried tile would differ from the one that was lost."""
     first, second = predictor_of(bundle, precision), predictor_of(bundle, precision)
-    logits_KS = first.logits(image_of(), FRAME)
+    logits_KS = first.logits(image_of(), FRAME, scored=WHOLE)
     for again in (first, second):
-        assert torch.equal(again.logits(image_of(), FRAME), logits_KS)
+        assert torch.equal(again.logits(image_of(), FRAME, scored=WHOLE), logits_KS)
     assert (first.loads, logits_KS.dtype, tuple(logits_KS.shape)) == (
         1,
         torch.float32,
@@ -62,14 +64,14 @@ def test_the_predictor_gives_the_networks_own_logits(bundle: Bundle) -> None:
         want_KS = bundle.network()(torch.from_numpy(image_of())[None], FRAME)[0]
     for channels_last in (True, False):
         precision = replace(FP32, channels_last=channels_last)
-        got_KS = predictor_of(bundle, precision).logits(image_of(), FRAME)
+        got_KS = predictor_of(bundle, precision).logits(image_of(), FRAME, scored=WHOLE)
         assert (got_KS - want_KS).abs().max() <= 1e-4 * want_KS.std()
 
 
 def test_bf16_is_near_fp32_but_not_equal(bundle: Bundle) -> None:
     """The precision asked for would not be the one used, or its error be more than rounding."""
-    full_KS = predictor_of(bundle).logits(image_of(), FRAME)
-    half_KS = predictor_of(bundle, BF16).logits(image_of(), FRAME)
+    full_KS = predictor_of(bundle).logits(image_of(), FRAME, scored=WHOLE)
+    half_KS = predictor_of(bundle, BF16).logits(image_of(), FRAME, scored=WHOLE)
     error = (full_KS - half_KS).abs().max() / full_KS.std()
     assert 1e-4 < error < 0.2
     assert (full_KS.argmax(0) == half_KS.argmax(0)).float().mean() > 0.97
@@ -77,11 +79,11 @@ def test_bf16_is_near_fp32_but_not_equal(bundle: Bundle) -> None:
 
 def test_context_is_the_one_asked_for(bundle: Bundle) -> None:
     """``tile`` would silently be ``window``, or the crop be ignored."""
-    window_KS = predictor_of(bundle).logits(image_of(), FRAME)
-    tile_KS = predictor_of(bundle, context="tile").logits(image_of(), FRAME)
+    window_KS = predictor_of(bundle).logits(image_of(), FRAME, scored=WHOLE)
+    tile_KS = predictor_of(bundle, context="tile").logits(image_of(), FRAME, scored=WHOLE)
     whole = replace(bundle, crop=(512, 512))
     assert not torch.allclose(window_KS, tile_KS, atol=1e-3)
-    wide_KS = predictor_of(whole).logits(image_of(), FRAME)
+    wide_KS = predictor_of(whole).logits(image_of(), FRAME, scored=WHOLE)
     assert torch.allclose(wide_KS, tile_KS, atol=1e-4)
 
 
@@ -89,13 +91,13 @@ def test_an_input_off_the_stride_or_the_scene_is_refused(bundle: Bundle) -> None
     """Tiles would be sampled on another grid than the scene, which no halo mends."""
     predictor = predictor_of(bundle)
     with pytest.raises(RegionError, match="multiple of the output stride 8 px"):
-        predictor.logits(image_of((96, 124)), FRAME)
+        predictor.logits(image_of((96, 124)), FRAME, scored=WHOLE)
     with pytest.raises(RegionError, match="multiple of the output stride 8 px"):
-        predictor.logits(image_of((96, 64)), Frame((0, 4), (96, 128)))
+        predictor.logits(image_of((96, 64)), Frame((0, 4), (96, 128)), scored=WHOLE)
     with pytest.raises(RegionError, match="outside the padded scene"):
-        predictor.logits(image_of((96, 128)), Frame((0, 8), (96, 128)))
+        predictor.logits(image_of((96, 128)), Frame((0, 8), (96, 128)), scored=WHOLE)
     with pytest.raises(SourceError, match="takes 2 bands, the input has 1"):
-        predictor.logits(image_of()[:1], FRAME)
+        predictor.logits(image_of()[:1], FRAME, scored=WHOLE)
 
 
 def test_auto_takes_bf16_only_where_the_processor_has_it(
