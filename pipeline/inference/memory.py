@@ -11,6 +11,7 @@ from pipeline.domain import Shape
 from pipeline.models.bundle import Bundle
 from pipeline.models.deeplab import build_network
 from pipeline.models.frame import Frame
+from pipeline.models.receptive_field import TRACING
 
 _HELD = 3.0
 """Bytes held over those of the widest module: its neighbours, logits at full resolution, scratch,
@@ -30,7 +31,7 @@ def activation_bytes(bundle: Bundle, shape: Shape) -> int:
         held = [t for t in (*inputs, output) if isinstance(t, torch.Tensor)]
         peak = max(peak, sum(t.numel() * t.element_size() for t in held))
 
-    with torch.device("meta"), torch.inference_mode():
+    with TRACING, torch.device("meta"), torch.inference_mode():
         network = build_network(
             bundle.architecture, bands=bundle.input.band_count, classes=len(bundle.classes)
         ).eval()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +108,11 @@ class _Paths:
         return _Paths(_union(self.image, other.image), _union(self.pooled, other.pooled))
 
 
+TRACING = threading.Lock()
+"""Held while a network is traced, which patches every module of this process, and while one is
+called beside threads that may trace."""
+
+
 class Tracer(fx.Tracer):
     """Leaves image pooling whole: what it needs is not a span."""
 
@@ -165,7 +171,8 @@ class _Walk:
 
 
 def _walk(network: DeepLab) -> _Walk:
-    graph = Tracer().trace(network)
+    with TRACING:
+        graph = Tracer().trace(network)
     parts = dict(network.named_modules())
     ndim, stride = network.architecture.dims, network.architecture.output_stride
     image = Span.start(ndim, stride=1)

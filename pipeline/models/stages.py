@@ -24,7 +24,7 @@ from pipeline.domain import Region, Shape
 from pipeline.errors import BundleError
 from pipeline.models.context_pool import ContextPool, WindowMean
 from pipeline.models.deeplab import DeepLab
-from pipeline.models.receptive_field import Tracer
+from pipeline.models.receptive_field import TRACING, Tracer
 
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 _POOLS = (nn.MaxPool2d, nn.MaxPool3d)
@@ -291,7 +291,8 @@ def _stages(groups: list[tuple[Step, ...]], trace: _Trace) -> Iterator[Stage]:
 
 
 def _trace(network: DeepLab) -> _Trace:
-    graph = Tracer().trace(network)
+    with TRACING:
+        graph = Tracer().trace(network)
     parts = dict(network.named_modules())
     ndim = network.architecture.dims
     steps: dict[str, Step] = {}
