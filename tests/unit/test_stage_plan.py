@@ -116,7 +116,7 @@ slim = Architecture(
     family="v3", backbone="slim", dims=2, output_stride=4, rates=(2, 4, 6), image_pooling=True
 )
 network = build_network(slim, bands=3, classes=6).eval().pool_over((256, 256))
-chain, shape = stages_of(network), (1536, 1536)
+chain, shape = stages_of(network), (1024, 1024)
 whole = Region.whole(shape)
 needs = needs_of(chain, whole, scored=whole, shape=shape)
 staged = StagedNetwork(chain, window=64)
