@@ -102,7 +102,7 @@ class StagedNetwork:
                 values[step.name] = _apply(step, window, values=values, maps=maps, needs=needs)
             last = stage.steps[-1]
             target_BCS = result.view(window)
-            if last.layer == "relu":  # and the copy, in one
+            if last.layer == "relu" and last.scratch:  # with the copy, in one
                 torch.clamp_min(values[last.inputs[0]], 0, out=target_BCS)
             else:
                 target_BCS.copy_(_apply(last, window, values=values, maps=maps, needs=needs))
@@ -189,7 +189,8 @@ def _slide(
             for ends, own, side in zip(lacks, padding, window.shape, strict=True)
         ),
     )
-    return result_BCS[kept]
+    # Batch norm computes in another way, and rounds otherwise, where memory has gaps.
+    return result_BCS[kept].contiguous(memory_format=_FORMAT[window.ndim])
 
 
 def _own_padding(lacks: tuple[int, int], side: int, stride: int) -> int:

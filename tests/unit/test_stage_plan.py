@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.domain import Grid, Halo, Pass, Region, Tile
+from pipeline.errors import BundleError
+from pipeline.inference.stage_plan import needs_of, row_block, stage_work
+from pipeline.inference.staged import without_idle_taps
+from pipeline.models.architecture import Architecture
+from pipeline.models.deeplab import DeepLab, build_network
+from pipeline.models.frame import Frame
+from pipeline.models.receptive_field import reach_of
+from pipeline.models.stages import Convolution, Slide, stages_of
+
+
+def network_of(backbone: str, *, dims: int = 2, pooled: bool = False) -> DeepLab:
+    """As published: stride 8 and rates 12, 24, 36 of the ResNets; weights not filled."""
+    slim = backbone == "slim"
+    architecture = Architecture(
+        family="v3",
+        backbone=backbone,
+        dims=dims,
+        output_stride=(4 if dims == 2 else 2) if slim else 8,
+        rates=(2, 4, 6) if slim else (12, 24, 36),
+        image_pooling=pooled,
+    )
+    with torch.device("meta"):
+        network = build_network(architecture, bands=3, classes=6).eval()
+    return network.pool_over((512,) * dims)
+
+
+def tiles_of(network: DeepLab, scene: int, side: int) -> list[Tile]:
+    grid = Grid(shape=(scene, scene), tile=(side, side), stride=network.architecture.output_stride)
+    halo = Halo.uniform(0, ndim=2)
+    sweep = Pass(case="", name="", grid=grid, reach=reach_of(network), crf_halo=halo)
+    return list(sweep.tiles())
+
+
+def work_ratio(network: DeepLab, scene: int, tiles: list[Tile]) -> float:
+    """Work of the tiles over that of one pass, by the share of the scene that they are."""
+    chain, shape = stages_of(network), (scene, scene)
+    whole = Region.whole(shape)
+    one = stage_work(chain, needs_of(chain, whole, scored=whole, shape=shape))
+    works = (
+        stage_work(chain, needs_of(chain, tile.read, scored=tile.scored, shape=shape))
+        for tile in tiles
+    )
+    return sum(works) / one * whole.size / sum(tile.core.size for tile in tiles)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "dims", "pooled"),
+    [("resnet50", 2, True), ("resnet18", 2, False), ("slim", 2, True), ("slim", 3, False)],
+)
+def test_the_work_of_a_scene_is_what_torch_counts_for_one_pass(
+    backbone: str, dims: int, pooled: bool
+) -> None:
+    """A layer would be left out of the cost, or counted at another place's size."""
+    network, shape = network_of(backbone, dims=dims, pooled=pooled), (96, 64, 48)[:dims]
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network.coarse_logits(torch.empty(1, 3, *shape), Frame((0,) * dims, shape))
+    chain, whole = stages_of(network), Region.whole(shape)
+    work = stage_work(chain, needs_of(chain, whole, scored=whole, shape=shape))
+    assert 2 * work == counter.get_total_flops()
+
+
+def test_a_tile_that_is_the_scene_does_the_work_of_one_pass() -> None:
+    """Windows would pay for their halos again and again."""
+    network = network_of("resnet50", pooled=True)
+    assert work_ratio(network, 4096, tiles_of(network, 4096, 4096)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("scene", "side", "number", "limit"),
+    [(8192, 4096, None, 1.20), (5 * 4096, 4096, 12, 1.35), (5 * 8192, 8192, 12, 1.20)],
+    ids=["8192 in four 4096", "interior 4096", "interior 8192"],
+)
+@pytest.mark.parametrize("pooled", [False, True])
+def test_halo_work_of_a_deep_network_is_a_small_share(
+    scene: int, side: int, number: int | None, limit: float, *, pooled: bool
+) -> None:
+    """Every layer would be computed over the halo of all layers, as one pass over a tile does."""
+    network = network_of("resnet50", pooled=pooled)
+    tiles = tiles_of(network, scene, side)
+    if number is not None:
+        tiles = [tiles[number]]
+    ratio = work_ratio(network, scene, tiles)
+    share = sum(tile.core.size for tile in tiles)
+    naive = sum(tile.read.size for tile in tiles) / share
+    assert 1.0 < ratio <= limit
+    assert ratio < 1 + 0.5 * (naive - 1)
+
+
+MEASURE = """
+import sys, torch
+from pipeline.domain import Region
+from pipeline.inference.stage_plan import needs_of, stage_bytes
+from pipeline.inference.staged import StagedNetwork
+from pipeline.models.architecture import Architecture
+from pipeline.models.deeplab import build_network
+from pipeline.models.frame import Frame
+from pipeline.models.stages import stages_of
+
+def held(key):
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+torch.set_num_threads(1)
+slim = Architecture(
+    family="v3", backbone="slim", dims=2, output_stride=4, rates=(2, 4, 6), image_pooling=True
+)
+network = build_network(slim, bands=3, classes=6).eval().pool_over((256, 256))
+chain, shape = stages_of(network), (1024, 1024)
+whole = Region.whole(shape)
+needs = needs_of(chain, whole, scored=whole, shape=shape)
+staged = StagedNetwork(chain, window=64)
+image = torch.zeros(1, 3, *shape).contiguous(memory_format=torch.channels_last)
+with torch.inference_mode():
+    small = torch.zeros(1, 3, 256, 256).contiguous(memory_format=torch.channels_last)
+    staged.coarse_logits(small, Frame((0, 0), (256, 256)), Region((0, 0), (64, 64)))
+    before = held("VmRSS") - image.numel() * image.element_size()
+    open("/proc/self/clear_refs", "w").write("5")
+    staged.coarse_logits(image, Frame((0, 0), shape), needs.regions[chain.logits])
+print((held("VmHWM") - before) / stage_bytes(chain, needs, window=64, itemsize=4))
+"""
+
+
+def test_a_tile_takes_the_memory_that_was_predicted() -> None:
+    """A plan would be refused that fits, or a worker killed that was told it fits."""
+    command = [sys.executable, "-c", MEASURE]
+    ratio = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert 0.6 < ratio < 1.05
+
+
+def test_runs_of_rows_cover_a_map_in_order() -> None:
+    """A map that takes another's memory would overwrite places that are still to be read."""
+    region = Region((3, 5, 7), (12, 10, 11))
+    blocks = list(region.blocks(row_block(region.shape, 45)))
+    assert sum(block.size for block in blocks) == region.size
+    places = [block.start for block in blocks]
+    assert places == sorted(places)
+    assert all(block.shape[1:] == (5, 4) for block in blocks)
+
+
+def test_taps_that_meet_only_padding_are_left_out() -> None:
+    """At the scene's border a wide dilation would multiply zeros, and copy them in."""
+    slide = Slide(kernel=(3, 3), stride=(1, 1), padding=(6, 6), dilation=(6, 6))
+    layer = Convolution(slide=slide, weight=torch.randn(4, 2, 3, 3), bias=None, groups=1)
+    top = without_idle_taps(layer, Region((0, 0), (6, 40)), (30, 40))
+    assert (top.slide.kernel, top.slide.padding) == ((2, 3), (0, 6))
+    assert torch.equal(top.weight, layer.weight[:, :, 1:])
+    bottom = without_idle_taps(layer, Region((24, 0), (30, 40)), (30, 40))
+    assert (bottom.slide.kernel, bottom.slide.padding) == ((2, 3), (6, 6))
+    assert without_idle_taps(layer, Region((5, 0), (7, 40)), (30, 40)) is layer
+
+
+def test_a_layer_that_cannot_run_in_windows_is_named() -> None:
+    """A network someone brings would run in windows, and its output depend on them."""
+    network = network_of("slim")
+    network.classifier[1] = nn.Sequential(nn.AdaptiveAvgPool2d(1), network.classifier[1])
+    with pytest.raises(BundleError, match=r"AdaptiveAvgPool2d.* cannot run in windows"):
+        stages_of(network)
