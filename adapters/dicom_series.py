@@ -15,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.dicom_folder import SeriesFound, find_series, is_dicom_folder, read_slices
+from adapters.dicom_folder import read_slices
 from adapters.dicom_geometry import SliceStack, stack_slices
 from adapters.dicom_slice import read_pixels
 from adapters.nifti_header import Orientation, VolumeGrid
@@ -23,8 +23,6 @@ from adapters.scratch_file import content_name, make_once
 from pipeline.domain import ImageInfo, Region, Shape
 from pipeline.errors import SourceReadError
 from pipeline.ports import Block
-
-__all__ = ["DicomSeries", "SeriesFound", "find_series", "is_dicom_folder"]
 
 
 @dataclass(frozen=True)

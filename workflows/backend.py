@@ -6,18 +6,23 @@ from pathlib import Path
 
 from pipeline.ports import Backend
 from workflows.config import SegmentOptions, ray_address
-from workflows.planning import Floats, Resolved
 from workflows.workplace import workers
 
 
 def make_backend(
-    options: SegmentOptions, resolved: Resolved | Floats, *, run_dir: Path, most: int | None = None
+    options: SegmentOptions,
+    *,
+    device: str,
+    threads: int,
+    run_dir: Path,
+    most: int | None = None,
 ) -> Backend:
     """The backend asked for.
 
     Args:
         options: How many workers, and on which cluster.
-        resolved: Threads and device of each worker.
+        device: ``cpu`` or ``cuda``, of each worker.
+        threads: Of each worker.
         run_dir: Where actors prove that they share storage.
         most: More workers than that would find nothing to do.
 
@@ -29,13 +34,13 @@ def make_backend(
         return SerialBackend()
     address, count = ray_address(options.ray_address), options.workers
     if address == "local":
-        count = workers(options, device=resolved.device, threads=resolved.threads)
+        count = workers(options, device=device, threads=threads)
     from pipeline.execution.ray_pool import RayBackend
 
     return RayBackend(
         run_dir=run_dir,
         workers=count if count is None or most is None else min(count, most),
-        threads=resolved.threads,
-        gpus_per_worker=1 if resolved.device == "cuda" else 0,
+        threads=threads,
+        gpus_per_worker=1 if device == "cuda" else 0,
         address=address,
     )

@@ -199,10 +199,17 @@ class _Batch:
         def ended(name: str) -> None:
             finishers.submit(self._watched, self._finish, name)
 
+        floats = self._floats
+        backend = make_backend(
+            self._options,
+            device=floats.device,
+            threads=floats.threads,
+            run_dir=self._layout.run_dir,
+        )
         segment_images(
             self._feed,
             self._images,
-            backend=make_backend(self._options, self._floats, run_dir=self._layout.run_dir),
+            backend=backend,
             ended=ended,
             stop=stop,
         )

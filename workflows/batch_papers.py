@@ -86,8 +86,9 @@ class BatchPapers:
         Args:
             todo: What was not up to date; those that are not settled are rows, too.
         """
-        settled = {row["id"] for row in self._rows}
-        waiting = [record for record in todo if record.case not in settled]
+        # By source as well: one that was refused has the id of the one that took it.
+        settled = {(row["id"], row["source"]) for row in self._rows}
+        waiting = [record for record in todo if (record.case, record.uri) not in settled]
         rows = self._rows + [_row(record, computed=False) for record in waiting]
         counts, bad = self._counts, self._counts["failed"] + self._counts["quarantined"]
         status = "interrupted" if waiting else "partial" if bad else "done"

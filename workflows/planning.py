@@ -30,7 +30,7 @@ from workflows.workplace import workers, workplace
 SPACING_TOLERANCE = 0.05
 
 _REACHES: dict[tuple[str, Context, int], Reach] = {}
-_TRACING = threading.Lock()
+_REACHES_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,7 +292,7 @@ def traced_reach(bundle: Bundle, context: Context) -> Reach:
     """
     # With the time of the file: tracing reads the weights, and finds those that are damaged.
     key = (bundle.digest, context, (bundle.path / WEIGHTS_FILE).stat().st_mtime_ns)
-    with _TRACING:
+    with _REACHES_LOCK:
         if key not in _REACHES:
             _REACHES[key] = reach_of(bundle.network(), context=context)
         return _REACHES[key]

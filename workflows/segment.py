@@ -143,7 +143,11 @@ def _tiles_and_papers(
     with closing(image), progress:
         if image.tiles.outcome.interrupted:
             backend = make_backend(
-                options, plan.resolved, run_dir=product.run.path, most=len(plan.tiles)
+                options,
+                device=plan.resolved.device,
+                threads=plan.resolved.threads,
+                run_dir=product.run.path,
+                most=len(plan.tiles),
             )
             segment_images(
                 feed,

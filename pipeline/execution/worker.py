@@ -28,7 +28,7 @@ Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 
 _M_MMAP_THRESHOLD = -3  # from malloc.h
 
-OPEN_CASES = 256
+KEPT_CASES = 256
 """Cases whose files a worker keeps open: more than take turns, or each turn would open them."""
 
 
@@ -139,7 +139,7 @@ class TileWorker:
         with self._lock:
             work = self._works.setdefault(key, job.work)
             self._works.move_to_end(key)
-            if len(self._works) > OPEN_CASES:
+            if len(self._works) > KEPT_CASES:
                 self._works.popitem(last=False)
             return work
 

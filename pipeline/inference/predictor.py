@@ -31,9 +31,6 @@ WINDOW = 64
 class Predictor:
     """A bundle's network, ready to predict."""
 
-    loads: int
-    """How often the weights were read; 1."""
-
     def __init__(
         self,
         bundle: Bundle,
@@ -59,7 +56,6 @@ class Predictor:
         self._format = _FORMAT[self._dims] if precision.channels_last else torch.contiguous_format
         self._stride, self._threads = bundle.architecture.output_stride, threads
         network = bundle.network()
-        self.loads = 1
         if context == "tile":
             network.pool_over(None)
         self._bands, self._upsample = network.bands, network.upsample

@@ -13,7 +13,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from batches import OPTIONS, computed, states, write_archive, write_scene
+from batches import OPTIONS, computed, states, write_scene
 from command import Command
 from scenes import fresh
 
@@ -22,22 +22,6 @@ from pipeline.errors import PlanError
 from workflows.batch import batch
 from workflows.run_dir import file_digest
 from workflows.segment import segment
-
-
-@pytest.fixture
-def archive(tmp_path: Path) -> Path:
-    return write_archive(tmp_path / "in")
-
-
-@pytest.fixture
-def run(slim: Path, slim3d: Path) -> Callable[..., dict[str, Any]]:
-    def go(sources: Any, output: Path, **changes: Any) -> dict[str, Any]:
-        asked = sources if isinstance(sources, list) else [sources]
-        models = changes.pop("models", [slim, slim3d])
-        options = OPTIONS.model_copy(update=changes)
-        return batch(asked, output, models=models, options=options)
-
-    return go
 
 
 @pytest.fixture

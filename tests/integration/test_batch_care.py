@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batches import OPTIONS, computed, states, write_archive, write_scene
+from batches import OPTIONS, computed, states, write_scene
 from scenes import fresh
 
 from adapters.lease_file import LeaseFile
@@ -17,22 +17,6 @@ from pipeline.errors import CrfError, LeaseHeldError, PlanError, StoreError
 from workflows.batch import batch
 from workflows.run_dir import file_digest
 from workflows.segment import segment
-
-
-@pytest.fixture
-def archive(tmp_path: Path) -> Path:
-    return write_archive(tmp_path / "in")
-
-
-@pytest.fixture
-def run(slim: Path, slim3d: Path) -> Callable[..., dict[str, Any]]:
-    def go(sources: Any, output: Path, **changes: Any) -> dict[str, Any]:
-        asked = sources if isinstance(sources, list) else [sources]
-        models = changes.pop("models", [slim, slim3d])
-        options = OPTIONS.model_copy(update=changes)
-        return batch(asked, output, models=models, options=options)
-
-    return go
 
 
 def test_a_quarantined_input_is_judged_again_only_when_it_changes(
@@ -192,3 +176,16 @@ def test_a_replaced_input_whose_batch_was_killed_early_may_replace_its_old_mask(
     assert result["status"] == "interrupted"
     assert states(run(source, out)) == {"a": "done"}
     assert file_digest(out / "a.tif") != before
+
+
+def test_a_refused_namesake_does_not_hide_a_case_that_is_still_to_do(
+    tmp_path: Path, slim: Path
+) -> None:
+    """Both have one id: the one that waits would be missing from the table, and called done."""
+    for folder in ("p", "q"):
+        (tmp_path / folder).mkdir()
+        write_scene(tmp_path / folder / "a.tif", (40, 40), seed=1)
+    sources = [tmp_path / "p/a.tif", tmp_path / "q/a.tif"]
+    result = batch(sources, tmp_path / "out", models=[slim], options=OPTIONS, stop=lambda: True)
+    assert result["status"] == "interrupted"
+    assert sorted(row["status"] for row in result["cases"]) == ["failed", "queued"]

@@ -9,7 +9,8 @@ import pytest
 import SimpleITK
 from dicom_files import affine_of, canonical_of, read_by_itk
 
-from adapters.dicom_series import DicomSeries, find_series
+from adapters.dicom_folder import find_series
+from adapters.dicom_series import DicomSeries
 from adapters.itk_image import ItkImage
 from adapters.nifti_writer import NiftiSpec, write_nifti
 from pipeline.domain import Region

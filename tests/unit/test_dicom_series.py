@@ -23,7 +23,8 @@ from dicom_files import (
 from pydicom.dataset import Dataset
 from pydicom.uid import ImplicitVRLittleEndian, RLELossless, SegmentationStorage
 
-from adapters.dicom_series import DicomSeries, find_series, is_dicom_folder
+from adapters.dicom_folder import find_series, is_dicom_folder
+from adapters.dicom_series import DicomSeries
 from adapters.nifti_writer import NiftiSpec, write_nifti
 from pipeline.domain import Region
 from pipeline.errors import RegionError, SourceError, SourceReadError

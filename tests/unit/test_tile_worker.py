@@ -14,7 +14,7 @@ from pipeline.domain import Region, Tile, TileKey
 from pipeline.errors import BundleError, ExecutionError, LeaseHeldError, StoreError
 from pipeline.execution.feed import FairFeed
 from pipeline.execution.serial import SerialBackend
-from pipeline.execution.worker import OPEN_CASES, Stage, TileWorker
+from pipeline.execution.worker import KEPT_CASES, Stage, TileWorker
 from pipeline.ports import Job, Record
 
 
@@ -113,7 +113,7 @@ def test_a_worker_keeps_the_instance_of_a_case_and_not_of_all_cases(worker: Tile
     worker.run(job(first))
     worker.run(job(equal))
     assert (first.reads, equal.reads) == (2, 0)
-    for n in range(OPEN_CASES):
+    for n in range(KEPT_CASES):
         worker.run(job(Watched(key=f"other {n}"), case=str(n)))
     worker.run(job(equal))
     assert equal.reads == 1
