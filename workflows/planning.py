@@ -76,7 +76,7 @@ class SegmentPlan:
     @property
     def sweep(self) -> Pass:
         """The pass that writes the mask."""
-        return self.tiles.passes[-1]
+        return next(sweep for sweep in self.tiles.passes if sweep.name == "segment")
 
     @property
     def summary(self) -> str:
