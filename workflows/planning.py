@@ -17,6 +17,7 @@ from pipeline.domain import Halo, ImageInfo, Pass, Reach, Shape, TilePlan
 from pipeline.errors import CrfError, ExecutionError, PlanError, SourceError
 from pipeline.execution.identity import package_digest
 from pipeline.inference.precision import Precision, resolve_precision
+from pipeline.inference.predictor import WINDOW
 from pipeline.models.bundle import Bundle
 from pipeline.models.context_pool import Context
 from workflows.case import Case
@@ -69,6 +70,9 @@ class SegmentPlan:
     receptive_field: Shape
     """Of a coarse logit, in pixels; image pooling left out."""
 
+    stages: int
+    """That the network was taken apart into."""
+
     costs: Costs
     workers: int
 
@@ -105,6 +109,8 @@ class SegmentPlan:
             "output_stride": sweep.grid.stride,
             "tile": sweep.grid.tile,
             "tiles": len(sweep),
+            "window": WINDOW,
+            "stages": self.stages,
             "halo": halo_json(sweep.reach),
             "crf_halo": sweep.crf_halo.before,
             "exact": self.exact,
@@ -208,6 +214,7 @@ def make_plan(
         crf=crf,
         exact=exact and crf is None,
         receptive_field=known.receptive_field,
+        stages=len(known.chain.stages),
         costs=costs,
         workers=count,
         notes=notes,
