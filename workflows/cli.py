@@ -42,7 +42,9 @@ Model = Annotated[Path, typer.Option(help="Model bundle: a directory with model.
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, last, on stdout.")]
 Crf = Annotated[str, typer.Option(help="auto (on if the bundle has a crf part), off, or a file.")]
 TileSide = Annotated[int | None, typer.Option("--tile", help="Side of a tile, px.")]
-HaloAsked = Annotated[str, typer.Option("--halo", help="exact, or a number of px.")]
+HaloAsked = Annotated[
+    str, typer.Option("--halo", help="exact, a number of px, or auto:1e-4 (measured).")
+]
 Context = Annotated[str, typer.Option(help="Image pooling over a window, or the tile (not exact).")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Floats = Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")]

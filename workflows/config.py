@@ -22,7 +22,7 @@ class SegmentOptions(BaseModel):
     """auto, off, or a YAML file that holds a ``crf`` part."""
     tile: int | None = Field(default=None, ge=1)
     halo: str = "exact"
-    """exact, or a number of pixels."""
+    """exact, a number of pixels, or auto:TOL, the share of labels that may differ."""
     context: Literal["window", "tile"] = "window"
     backend: Literal["ray", "serial"] = "ray"
     workers: int | None = Field(default=None, ge=1)
@@ -45,9 +45,14 @@ class SegmentOptions(BaseModel):
     @field_validator("halo")
     @classmethod
     def _halo(cls, value: str) -> str:
-        if value != "exact" and not value.isdecimal():
-            raise ValueError("must be 'exact' or a number of pixels")
+        if value != "exact" and not value.isdecimal() and _tolerance(value) is None:
+            raise ValueError("must be 'exact', a number of pixels, or 'auto:TOL' such as auto:1e-4")
         return value
+
+    @property
+    def halo_tolerance(self) -> float | None:
+        """Of ``auto:TOL``; None where the halo is asked for otherwise."""
+        return _tolerance(self.halo)
 
     def request(self) -> dict[str, object]:
         """The options that decide the bytes of the result, as asked (``auto`` stays ``auto``)."""
@@ -57,6 +62,15 @@ class SegmentOptions(BaseModel):
                 "any_resolution", "scores", "volume", "series",
             }
         )  # fmt: skip
+
+
+def _tolerance(halo: str) -> float | None:
+    name, _, text = halo.partition(":")
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if name == "auto" and 0 < value < 1 else None
 
 
 def options(**asked: object) -> SegmentOptions:

@@ -13,17 +13,18 @@ import yaml
 
 from pipeline.crf.dense import require_engine
 from pipeline.crf.params import CrfParams, ResolvedCrf
-from pipeline.domain import Halo, ImageInfo, Pass, Reach, Shape, TilePlan
+from pipeline.domain import ImageInfo, Pass, Reach, Shape, TilePlan
 from pipeline.errors import CrfError, ExecutionError, PlanError, SourceError
 from pipeline.execution.identity import package_digest
 from pipeline.inference.precision import Precision, resolve_precision
-from pipeline.inference.predictor import WINDOW
+from pipeline.inference.predictor import WINDOW, Predictor
 from pipeline.models.bundle import Bundle
 from pipeline.models.context_pool import Context
 from workflows.case import Case
 from workflows.config import SegmentOptions
 from workflows.fitting import check_modality, check_spacing, match_channels
 from workflows.run_dir import canonical_digest
+from workflows.short_halo import HaloTrial, Sampler, short_reach, shortest_halo
 from workflows.sizing import Budget, Costs, Sizer, Team, over_budget, store_bytes
 from workflows.tracing import traced
 from workflows.workplace import usual_workers, workers, workplace
@@ -38,6 +39,10 @@ class Resolved:
     precision: Precision
     threads: int
     context: Context
+
+    halo: HaloTrial | None
+    """The one that ``auto:TOL`` became; None for the exact halo, and for one that was given."""
+
     versions: Mapping[str, str]
 
     @classmethod
@@ -45,7 +50,9 @@ class Resolved:
         """The values as plan.json holds them. Raises PlanError when they are damaged."""
         try:
             precision = Precision(**values["precision"])
-            return cls(**{**values, "tile": tuple(values["tile"]), "precision": precision})
+            halo = HaloTrial(**values["halo"]) if values["halo"] else None
+            known = {"tile": tuple(values["tile"]), "precision": precision, "halo": halo}
+            return cls(**{**values, **known})
         except (KeyError, TypeError) as error:
             raise PlanError(
                 f"plan.json is damaged: 'resolved' holds {values!r}; start over with --fresh"
@@ -172,12 +179,15 @@ def make_plan(
         }
     )
     known = traced(bundle, options.context)
-    reach, exact = _halo_asked(known.reach, bundle, options)
-    sizer = Sizer(bundle=bundle, info=info, traced=known, reach=reach, crf=crf)
+    sizer = Sizer(bundle=bundle, info=info, traced=known, reach=known.reach, crf=crf)
     if found is not None and found["request_digest"] == request:
         resolved = _resolved_before(found["resolved"], options, crf=crf)
     else:
-        resolved = resolve(options, sizer, alone=alone)
+        trial = try_halos(case, options, sizer, channels)
+        asked = replace(sizer, reach=reach_asked(known.reach, options, trial))
+        resolved = resolve(options, asked, halo=trial, alone=alone)
+    sizer = replace(sizer, reach=reach_asked(known.reach, options, resolved.halo))
+    notes += _halo_notes(resolved.halo, options)
     sweep = sizer.sweep(resolved.tile, case=case.name)
     fingerprint = canonical_digest(
         {
@@ -212,7 +222,7 @@ def make_plan(
         source_digest=case.digest,
         channels=channels,
         crf=crf,
-        exact=exact and crf is None,
+        exact=crf is None and is_exact(known.reach, bundle, options, reach=sizer.reach),
         receptive_field=known.receptive_field,
         stages=len(known.chain.stages),
         costs=costs,
@@ -254,15 +264,61 @@ def crf_params(asked: str, bundle: Bundle) -> CrfParams | None:
     return CrfParams.from_mapping(mapping)
 
 
-def _halo_asked(reach: Reach, bundle: Bundle, options: SegmentOptions) -> tuple[Reach, bool]:
-    """What is read around a tile, and whether tiling with it is exact."""
-    exact = options.context == "window" or not bundle.architecture.image_pooling
-    if options.halo == "exact":
-        return reach, exact
-    short = Halo.uniform(int(options.halo), ndim=bundle.architecture.dims).round_up(reach.stride)
-    enough = (reach.halo | short) == short and reach.window is None
-    window = reach.window and replace(reach.window, outer=Halo.uniform(0, ndim=len(short.before)))
-    return replace(reach, halo=short, window=window), exact and enough
+def reach_asked(exact: Reach, options: SegmentOptions, trial: HaloTrial | None) -> Reach:
+    """What is read around a tile."""
+    if options.halo.isdecimal():
+        return short_reach(exact, int(options.halo))
+    return short_reach(exact, trial.halo) if trial else exact
+
+
+def is_exact(exact: Reach, bundle: Bundle, options: SegmentOptions, *, reach: Reach) -> bool:
+    """Whether tiling with this ``reach`` changes nothing but roundings."""
+    local = options.context == "window" or not bundle.architecture.image_pooling
+    enough = (exact.halo | reach.halo) == reach.halo and exact.window is None
+    return local and (reach == exact or enough)
+
+
+def try_halos(
+    case: Case, options: SegmentOptions, sizer: Sizer, channels: tuple[int, ...]
+) -> HaloTrial | None:
+    """What ``--halo auto:TOL`` becomes; None for the exact halo, and where it is not asked for.
+
+    Raises PlanError where nothing can be measured here, SourceReadError.
+    """
+    tolerance, bundle = options.halo_tolerance, sizer.bundle
+    if tolerance is None:
+        return None
+    floats = resolve_floats(options)
+    if options.context != "window":
+        raise PlanError(f"--halo auto needs --context window, got {options.context}")
+    if floats.device == "cuda" and not torch.cuda.is_available():
+        raise PlanError("--halo auto is measured in this process, which sees no GPU: give a number")
+    predictor = Predictor(
+        bundle,
+        device=floats.device,
+        precision=floats.precision,
+        context=options.context,
+        threads=floats.threads,
+    )
+    tile = resolve(options, sizer, halo=None, alone=False).tile
+    sampler = Sampler(
+        source=case.source,
+        channels=channels,
+        scaling=bundle.input.scaling,
+        predictor=predictor,
+        sweep=replace(sizer, crf=None).sweep(tile, case=""),
+    )
+    return shortest_halo(sampler, tolerance=tolerance)
+
+
+def _halo_notes(trial: HaloTrial | None, options: SegmentOptions) -> tuple[str, ...]:
+    if options.halo_tolerance is None:
+        return ()
+    if trial is None:
+        return (f"--halo {options.halo}: no shorter halo than the exact one was shown to do",)
+    found = f"{trial.differ} of {trial.pixels} labels in corners of tiles differ"
+    bound = f"below {trial.upper_95:.1e}, with 95 % confidence"
+    return (f"halo {trial.halo} px was measured: {found} from the exact halo's ({bound})",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,7 +348,9 @@ def resolve_floats(options: SegmentOptions) -> Floats:
     return Floats(device=device, precision=precision, threads=threads)
 
 
-def resolve(options: SegmentOptions, sizer: Sizer, *, alone: bool) -> Resolved:
+def resolve(
+    options: SegmentOptions, sizer: Sizer, *, halo: HaloTrial | None, alone: bool
+) -> Resolved:
     """Turn every ``auto`` into a value. Raises PlanError where a wish cannot be met."""
     floats, place = resolve_floats(options), workplace(options)
     # Not the workers asked for: their number must not change the bytes.
@@ -311,6 +369,7 @@ def resolve(options: SegmentOptions, sizer: Sizer, *, alone: bool) -> Resolved:
         precision=floats.precision,
         threads=team.threads,
         context=options.context,
+        halo=halo,
         versions=_versions(sizer.crf),
     )
 
