@@ -80,6 +80,10 @@ class Record:
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Seconds per stage: read, compute, refine, write."""
 
+    waits: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Seconds that a stage of that process stood idle around this tile, by what it waited for:
+    another stage, or ``tile`` where none was there."""
+
     peak_bytes: int = 0
     """Peak resident memory of that process so far, in bytes."""
 

@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 
 # The last three are not subclasses of RayActorError.
 DEATHS = (rex.RayActorError, rex.NodeDiedError, rex.WorkerCrashedError, rex.OutOfMemoryError)
-IN_FLIGHT = 2
+IN_FLIGHT = 4
+"""Calls that an actor holds: one for each stage of its line, or a stage would stand idle."""
 START_TIMEOUT_S, JOIN_TIMEOUT_S = 300.0, 1800.0
 """How long no worker may live: here, and where a node may have to be made first."""
 CONNECT_TIMEOUT_S = 10.0
