@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo demo-bundles test lint bench bench-batch bench-dispatch bench-memory stress clean
+.PHONY: setup demo demo-bundles test lint bench bench-batch bench-dispatch bench-memory bench-reads stress clean
 
 setup: .venv/.ready
 
@@ -38,6 +38,9 @@ bench-dispatch: setup
 
 bench-memory: setup
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.memory
+
+bench-reads: setup
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.reads
 
 stress: setup
 	PYTHONPATH=tests $(BIN)/python -m stress.kill

@@ -10,7 +10,7 @@ from typing import Any
 from adapters.ledger_file import LedgerFile
 from adapters.zarr_store import ZarrStore
 from pipeline.errors import PlanError
-from pipeline.ports import Guard, Record
+from pipeline.ports import Guard, Record, Source
 from pipeline.segment_image import ImageTiles
 from pipeline.segment_tile import SegmentModel, SegmentTiles
 from pipeline.stitching.scores import ScoreSink
@@ -19,6 +19,7 @@ from workflows.finish import Product, lost_chunks, write_product
 from workflows.manifest import manifest
 from workflows.publish import Publisher
 from workflows.run_dir import read_plan, write_json
+from workflows.sizing import remembered_bytes
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +125,15 @@ class ImageRun:
         )
         return ScoreSink(store, dtype)
 
+    def _source(self) -> Source:
+        """The source for workers, who come back to what neighbouring tiles share."""
+        from adapters.geotiff import GeoTiffSource
+
+        source = self.product.case.source
+        if isinstance(source, GeoTiffSource):
+            return source.remembering(remembered_bytes(self.plan.sweep, source.info))
+        return source
+
     def _work(self) -> SegmentTiles:
         plan, resolved = self.plan, self.plan.resolved
         return SegmentTiles(
@@ -135,7 +145,7 @@ class ImageRun:
                 context=resolved.context,
                 threads=resolved.threads,
             ),
-            source=self.product.case.source,
+            source=self._source(),
             channels=plan.channels,
             padded_shape=plan.sweep.grid.padded_shape,
             crf=plan.crf,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import numpy as np
 import psutil
 
-from pipeline.domain import Pass, Region, Shape
+from pipeline.domain import ImageInfo, Pass, Region, Shape, Walk
 from pipeline.errors import PlanError
 from pipeline.inference.memory import activation_bytes
 from pipeline.models.bundle import Bundle
@@ -81,3 +82,12 @@ def _middle_read(sweep: Pass) -> Region:
     for count in sweep.grid.counts:
         number = number * count + count // 2
     return sweep.tile(number).read
+
+
+def remembered_bytes(sweep: Pass, info: ImageInfo) -> int:
+    """Decoded blocks that a worker's reader comes back to while it walks a band of tiles.
+
+    Of rasters alone: a volume that is not compressed is mapped into memory, any other is unpacked
+    first.
+    """
+    return Walk(sweep).remembered_pixels * len(info.channels) * np.dtype(info.dtype).itemsize

@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 
 # The last three are not subclasses of RayActorError.
 DEATHS = (rex.RayActorError, rex.NodeDiedError, rex.WorkerCrashedError, rex.OutOfMemoryError)
-IN_FLIGHT = 4
-"""Calls that an actor holds: one for each stage of its line, or a stage would stand idle."""
+IN_FLIGHT = 3
+"""Tiles that an actor holds: one is read, one is on the device, one is refined or written."""
 START_TIMEOUT_S, JOIN_TIMEOUT_S = 300.0, 1800.0
 """How long no worker may live: here, and where a node may have to be made first."""
 CONNECT_TIMEOUT_S = 10.0
@@ -210,7 +210,7 @@ class _Pool:
             for member in self._members:
                 if not member.free:
                     continue
-                job = self._queue.take(alone=not member.jobs)
+                job = self._queue.take(member.handle, alone=not member.jobs)
                 if job is not None:
                     member.exclusive = self._queue.is_suspect(job)
                     member.jobs[member.handle.run.remote(job)] = job

@@ -62,11 +62,11 @@ def rate(actors: int, folder: Path) -> float:
     since: float | None = None
     count = 0
 
-    def jobs() -> Iterator[Job]:
+    def jobs() -> Iterator[list[Job]]:
         box, number = Region.whole((4, 4)), 0
         while count < TILES:
             key = TileKey("scene", "segment", number)
-            yield Job(work=NoWork(), tile=Tile(key=key, core=box, scored=box, read=box))
+            yield [Job(work=NoWork(), tile=Tile(key=key, core=box, scored=box, read=box))]
             number += 1
 
     feed, ledger = FairFeed(), LedgerFile(folder / "ledger", owner="bench")

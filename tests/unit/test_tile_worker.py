@@ -219,10 +219,10 @@ def test_a_lost_device_is_not_the_tiles_fault(worker: TileWorker) -> None:
 def test_the_serial_backend_waits_for_a_case_that_comes_late() -> None:
     """Between two cases of a batch the run would end."""
     feed, work = FairFeed(), Watched()
-    feed.add([job(work, 0)])
+    feed.add([[job(work, 0)]])
 
     def later() -> None:
-        feed.add([job(work, 1)])
+        feed.add([[job(work, 1)]])
         feed.close()
 
     records = []
