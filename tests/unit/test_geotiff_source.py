@@ -323,5 +323,6 @@ def test_a_source_comes_back_to_as_many_decoded_blocks_as_it_is_told(
     source = pickle.loads(pickle.dumps(GeoTiffSource(path, cache_bytes)))
     whole = Region.whole(source.info.shape)
     first, second = (taken_from_files(lambda: source.read(whole)) for _ in range(2))
-    assert first >= 2048 * 2048
-    assert (second > first / 2) is again
+    assert first > 4_000_000
+    assert (second > 4_000_000) is again
+    assert again or second < 10_000
