@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from pipeline.domain import Pass, TileKey, TilePlan
+from pipeline.domain import Pass, TileKey, TilePlan, Walk
 from pipeline.ports import Backend, Feed, Job, Ledger, Record, Work
 
 Observer = Callable[[Record], None]
@@ -65,10 +65,12 @@ class ImageTiles:
         self._known = frozenset(done)
         self.outcome = Outcome(done, len(plan))
 
-    def jobs(self) -> Iterator[Job]:
-        """What is to be done, in the plan's order."""
-        tiles = (tile for tile in self._plan.tiles() if tile.key not in self._known)
-        return (Job(work=self._works[tile.key.stage], tile=tile) for tile in tiles)
+    def jobs(self) -> Iterator[list[Job]]:
+        """What is to be done: stretches of neighbours, each best done by one worker."""
+        for sweep in self._plan.passes:
+            for tiles in Walk(sweep).stretches():
+                wanted = (tile for tile in tiles if tile.key not in self._known)
+                yield [Job(work=self._works[sweep.name], tile=tile) for tile in wanted]
 
     def note(self, record: Record) -> None:
         """Into the ledger first, before anyone hears of it. Raises StoreError."""

@@ -10,7 +10,7 @@ from typing import Any
 from adapters.ledger_file import LedgerFile
 from adapters.zarr_store import ZarrStore
 from pipeline.errors import PlanError
-from pipeline.ports import Guard, Record
+from pipeline.ports import Guard, Record, Source
 from pipeline.segment_image import ImageTiles
 from pipeline.segment_tile import SegmentModel, SegmentTiles
 from pipeline.stitching.scores import ScoreSink
@@ -125,6 +125,15 @@ class ImageRun:
         )
         return ScoreSink(store, dtype)
 
+    def _source(self) -> Source:
+        """The source for workers, who come back to what neighbouring tiles share."""
+        from adapters.geotiff import GeoTiffSource
+
+        source = self.product.case.source
+        if isinstance(source, GeoTiffSource):
+            return source.remembering(self.plan.costs.cache_bytes)
+        return source
+
     def _work(self) -> SegmentTiles:
         plan, resolved = self.plan, self.plan.resolved
         return SegmentTiles(
@@ -136,7 +145,7 @@ class ImageRun:
                 context=resolved.context,
                 threads=resolved.threads,
             ),
-            source=self.product.case.source,
+            source=self._source(),
             channels=plan.channels,
             padded_shape=plan.sweep.grid.padded_shape,
             crf=plan.crf,

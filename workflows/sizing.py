@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.crf.params import ResolvedCrf
-from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, Shape
+from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, Shape, Walk
 from pipeline.errors import PlanError
 from pipeline.inference.precision import Precision
 from pipeline.inference.predictor import WINDOW
@@ -87,6 +87,9 @@ class Costs:
     read_ratio: float
     """Pixels that tiles read over those of the scene."""
 
+    cache_bytes: int
+    """Decoded blocks that a worker's reader comes back to while it walks a band of tiles."""
+
     @classmethod
     def of(cls, sweep: Pass, model: CostModel) -> Costs:
         """Counted over one tile of each kind."""
@@ -102,6 +105,7 @@ class Costs:
             ),
             scored=max(tile.scored.size for tile, _, _ in kinds),
             read_ratio=sweep.read_ratio,
+            cache_bytes=Walk(sweep).remembered_pixels * model.pixel_bytes,
         )
 
     @property
@@ -162,6 +166,8 @@ class Sizer:
     def peak_bytes(self, costs: Costs, *, workers: int, device: Literal["cpu", "cuda"]) -> int:
         """Predicted peak of the host's memory, driver and ``workers`` together."""
         tile = costs.largest.host_bytes + self.traced.weight_bytes
+        if self.info.ndim == 2:  # volumes are mapped into memory, or unpacked first
+            tile += costs.cache_bytes
         if device == "cpu":
             tile += costs.largest.device_bytes
         if self.crf is not None:

@@ -54,9 +54,9 @@ class CostModel:
         image = tile.read.size * chain.bands * self.itemsize
         fine = needs.regions[chain.logits].size * chain.stride**tile.read.ndim
         upsampled = fine * self.classes * _FLOAT32
-        # Beside the tile that the device has: one that waits for it, one that is being read, of
-        # which the bands are picked in a copy, and logits that wait to be refined or written.
-        blocks = 3 * tile.read.size * (self.pixel_bytes + 1)
+        # What was read of three tiles: on the device, being refined, and being read, of which the
+        # bands are picked in a copy. And logits that are refined while the next are computed.
+        blocks = 4 * tile.read.size * (self.pixel_bytes + 1)
         floats = tile.read.size * (chain.bands + 2) * _FLOAT32
         kept = tile.scored.size * self.classes * _FLOAT32 + tile.core.size * _LABEL
         return TileCost(
