@@ -78,7 +78,7 @@ class Record:
     """True where no pixel of the core was valid, so that nothing was computed."""
 
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Seconds per stage: read, compute, write."""
+    """Seconds per stage: read, compute, refine, write."""
 
     peak_bytes: int = 0
     """Peak resident memory of that process so far, in bytes."""
@@ -155,8 +155,11 @@ class Work(Protocol):
     def compute(self, model: Any, tile: Tile, data: Any) -> Any:
         """Second stage: the device; ``model`` is what ``self.model.load()`` returned."""
 
+    def refine(self, tile: Tile, data: Any) -> Any:
+        """Third stage, beside the device: from what it computed to what is written."""
+
     def write(self, tile: Tile, result: Any) -> Record:
-        """Third stage: whole chunks, then the record for the ledger."""
+        """Fourth stage: whole chunks, then the record for the ledger."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,12 +57,27 @@ class SegmentModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TileLogits:
+    """What the device made of a tile, over ``tile.scored``, in the memory of the host."""
+
+    block: Block
+    """What was read, halo included; its image guides the CRF."""
+
+    logit_KS: NDArray[np.float32] | None
+    """(K, *S); None where no pixel of the core is valid."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TileResult:
-    """What the device made of a tile: (*S) labels, and (K, *S) scores, of its core."""
+    """What is written of a tile: (*S) labels, and (K, *S) scores, of its core."""
 
     labels_S: NDArray[Any]
     valid_S: NDArray[np.bool_]
+
     score_KS: NDArray[np.float32] | None
+    """None where nothing was computed, or where nobody asked for scores: they are large."""
+
+    skipped: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,24 +106,31 @@ class SegmentTiles:
         block = read_padded(self.source, tile.read)
         return Block(block.image_CS[list(self.channels)], block.valid_S)
 
-    def compute(self, model: Predictor, tile: Tile, data: Block) -> TileResult:
-        """Labels of the core; the network is not asked where no pixel of it is valid."""
-        bundle = self.model.bundle
-        values = np.array(bundle.class_values, dtype=bundle.mask_dtype)
-        valid_S = keep_core(data.valid_S, core=tile.core, within=tile.read)
-        if not valid_S.any():
-            empty_S = np.full(valid_S.shape, bundle.mask_nodata, dtype=values.dtype)
-            return TileResult(labels_S=empty_S, valid_S=valid_S, score_KS=None)
-        image_CS = normalise(data, bundle.input.scaling)
+    def compute(self, model: Predictor, tile: Tile, data: Block) -> TileLogits:
+        """Logits on the host; the network is not asked where no pixel of the core is valid."""
+        if not keep_core(data.valid_S, core=tile.core, within=tile.read).any():
+            return TileLogits(block=data, logit_KS=None)
+        image_CS = normalise(data, self.model.bundle.input.scaling)
         frame = Frame.of(tile.read, shape=self.padded_shape)
-        score_KS = model.logits(image_CS, frame, scored=tile.scored).cpu().numpy()
+        logit_KS = model.logits(image_CS, frame, scored=tile.scored).cpu().numpy()
+        return TileLogits(block=data, logit_KS=logit_KS)
+
+    def refine(self, tile: Tile, data: TileLogits) -> TileResult:
+        """Labels of the core, after the CRF where there is one."""
+        bundle, score_KS = self.model.bundle, data.logit_KS
+        values = np.array(bundle.class_values, dtype=bundle.mask_dtype)
+        valid_S = keep_core(data.block.valid_S, core=tile.core, within=tile.read)
+        if score_KS is None:
+            empty_S = np.full(valid_S.shape, bundle.mask_nodata, dtype=values.dtype)
+            return TileResult(labels_S=empty_S, valid_S=valid_S, score_KS=None, skipped=True)
         if self.crf is not None:
-            score_KS = self.refine(tile, data, score_KS)
+            score_KS = self._smooth(tile, data.block, score_KS)
         core_KS = keep_core(score_KS, core=tile.core, within=tile.scored)
         labels_S = to_labels(core_KS, valid_S=valid_S, values=values, nodata=bundle.mask_nodata)
-        return TileResult(labels_S=labels_S, valid_S=valid_S, score_KS=core_KS)
+        kept_KS = None if self.scores is None else core_KS
+        return TileResult(labels_S=labels_S, valid_S=valid_S, score_KS=kept_KS)
 
-    def refine(self, tile: Tile, block: Block, logit_KS: NDArray[np.float32]) -> NDArray[Any]:
+    def _smooth(self, tile: Tile, block: Block, logit_KS: NDArray[np.float32]) -> NDArray[Any]:
         """Probabilities after the dense CRF, which sees ``tile.scored``; (K, *S) float32."""
         assert self.crf is not None
         return refine(
@@ -133,7 +155,7 @@ class SegmentTiles:
             status="done",
             digest=digest,
             scores_digest=scores_digest,
-            skipped=result.score_KS is None,
+            skipped=result.skipped,
             counts=dict(zip(values.tolist(), counts.tolist(), strict=True)),
         )
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline.ports import Record
 
-STAGES = {"read": "#4c78a8", "compute": "#f58518", "write": "#54a24b"}
+STAGES = {"read": "#4c78a8", "compute": "#f58518", "refine": "#b279a2", "write": "#54a24b"}
 """The stages of a tile, in order, and their colours."""
 
 PROVENANCE = ("uri", "digest", "shape", "selection", "crs", "affine")

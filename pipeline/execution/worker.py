@@ -1,4 +1,4 @@
-"""One worker: three stages, each a thread that takes one tile at a time, so that tiles overlap."""
+"""One worker: four stages, each a thread that takes one tile at a time, so that tiles overlap."""
 
 from __future__ import annotations
 
@@ -66,16 +66,17 @@ class Stage:
 
 
 class TileWorker:
-    """Runs tiles through read, compute and write; called from one thread, or from several.
+    """Runs tiles through read, compute, refine and write; called from one thread or several.
 
-    Called from several, the reader and the writer of other tiles run beside the device. A model
-    is loaded when the first tile needs it and kept for all cases that share it. A plain class, so
-    that tests need no cluster.
+    Called from several, the other stages of other tiles run beside the device: the CRF holds
+    Python's lock, the network's kernels do not. A model is loaded when the first tile needs it
+    and kept for all cases that share it. A plain class, so that tests need no cluster.
     """
 
     def __init__(self) -> None:
         _give_back_large_blocks()
-        self._reader, self._device, self._writer = Stage("read"), Stage("device"), Stage("write")
+        self._reader, self._device = Stage("read"), Stage("device")
+        self._refiner, self._writer = Stage("refine"), Stage("write")
         self._models: dict[str, Any] = {}
         self._works: OrderedDict[tuple[str, str], Work] = OrderedDict()
         self._lock = threading.Lock()
@@ -105,20 +106,21 @@ class TileWorker:
 
     def close(self) -> None:
         """End the threads; what they hold is freed."""
-        for stage in (self._reader, self._device, self._writer):
+        for stage in (self._reader, self._device, self._refiner, self._writer):
             stage.close()
 
     def _run(self, work: Work, tile: Tile) -> Record:
         data, read_s = self._reader.run(work.read, tile)
         model, _ = self._device.run(self._loaded, work.model)
-        result, compute_s = self._device.run(work.compute, model, tile, data)
+        data, compute_s = self._device.run(work.compute, model, tile, data)
+        result, refine_s = self._refiner.run(work.refine, tile, data)
         del data
         record, write_s = self._writer.run(work.write, tile, result)
         return replace(
             record,
             worker=self.name,
             loads=len(self._models),
-            seconds={"read": read_s, "compute": compute_s, "write": write_s},
+            seconds={"read": read_s, "compute": compute_s, "refine": refine_s, "write": write_s},
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
 

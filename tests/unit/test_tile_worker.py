@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +42,7 @@ class Watched:
     key: str = "work"
     error: Exception | None = None
     seen: dict[str, set[str]] = field(
-        default_factory=lambda: {"read": set(), "compute": set(), "write": set()}
+        default_factory=lambda: {stage: set() for stage in ("read", "compute", "refine", "write")}
     )
     models: list[str] = field(default_factory=list)
     reads: int = 0
@@ -59,6 +60,10 @@ class Watched:
         self.models.append(model)
         if self.error is not None:
             raise self.error
+        return data
+
+    def refine(self, tile: Tile, data: int) -> int:
+        self._note("refine")
         return data
 
     def write(self, tile: Tile, result: Any) -> Record:
@@ -92,9 +97,11 @@ def test_each_stage_stays_in_one_thread_whoever_asks(worker: TileWorker) -> None
     for asker in askers:
         asker.join()
     assert sorted(record.digest for record in records) == sorted(str(n) for n in range(8))
-    assert work.seen == {"read": {"read"}, "compute": {"device"}, "write": {"write"}}
+    assert work.seen == {
+        "read": {"read"}, "compute": {"device"}, "refine": {"refine"}, "write": {"write"},
+    }  # fmt: skip
     assert work.model.loaded_in == ["device"]
-    assert all(set(record.seconds) == {"read", "compute", "write"} for record in records)
+    assert all(list(record.seconds) == list(work.seen) for record in records)
 
 
 def test_cases_with_equal_models_share_one_that_is_loaded_once(worker: TileWorker) -> None:
@@ -127,6 +134,12 @@ def test_equal_work_of_two_cases_is_not_mixed_up(worker: TileWorker) -> None:
     assert (one.reads, copy.reads) == (1, 1)
 
 
+def both(worker: TileWorker, work: Watched) -> list[Record]:
+    """Two tiles at a time."""
+    with ThreadPoolExecutor(2) as askers:
+        return list(askers.map(lambda n: worker.run(job(work, n)), range(2)))
+
+
 @dataclass
 class Overlapping(Watched):
     """Its first tile computes until the second tile was read."""
@@ -146,16 +159,29 @@ class Overlapping(Watched):
 
 def test_the_next_tile_is_read_while_this_one_is_on_the_device(worker: TileWorker) -> None:
     """The device would idle during every read: the pool's whole point."""
-    work, records = Overlapping(), []
-    askers = [
-        threading.Thread(target=lambda n=n: records.append(worker.run(job(work, n))))
-        for n in range(2)
-    ]
-    for asker in askers:
-        asker.start()
-    for asker in askers:
-        asker.join()
-    assert [record.status for record in records] == ["done", "done"], records
+    assert [r.error for r in both(worker, Overlapping())] == ["", ""]
+
+
+@dataclass
+class Refining(Watched):
+    """The CRF of its first tile ends once the second tile is on the device."""
+
+    second_computed: threading.Event = field(default_factory=threading.Event)
+
+    def compute(self, model: str, tile: Tile, data: int) -> int:
+        if tile.key.number == 1:
+            self.second_computed.set()
+        return data
+
+    def refine(self, tile: Tile, data: int) -> int:
+        if tile.key.number == 0 and not self.second_computed.wait(10.0):
+            raise TimeoutError("the device waits for the CRF of the tile before")
+        return data
+
+
+def test_the_next_tile_is_on_the_device_while_this_one_is_refined(worker: TileWorker) -> None:
+    """A device would idle through every CRF, which takes as long as a small network."""
+    assert [r.error for r in both(worker, Refining())] == ["", ""]
 
 
 def test_a_model_that_cannot_be_loaded_is_not_a_bad_tile(worker: TileWorker) -> None:
