@@ -43,7 +43,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, last,
 Crf = Annotated[str, typer.Option(help="auto (on if the bundle has a crf part), off, or a file.")]
 TileSide = Annotated[int | None, typer.Option("--tile", help="Side of a tile, px.")]
 HaloAsked = Annotated[str, typer.Option("--halo", help="exact, or a number of px.")]
-Context = Annotated[str, typer.Option(help="Image pooling over a window, or the tile (not exact).")]
+Context = Annotated[
+    str,
+    typer.Option(help="Image pooling over a window, the scene (two passes) or the tile (inexact)."),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Floats = Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")]
 Resolution = Annotated[

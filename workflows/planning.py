@@ -85,7 +85,7 @@ class SegmentPlan:
         side = " x ".join(map(str, sweep.grid.tile))
         return (
             f"{len(sweep)} tiles of {side} px, halo {sweep.reach.halo_with_window.largest} px,"
-            f" work {sweep.halo_work_ratio:.2f} times the scene,"
+            f" work {self.tiles.halo_work_ratio:.2f} times the scene,"
             f" {resolved.precision.name} on {resolved.device} ({resolved.precision.why}),"
             f" CRF {'on' if self.crf else 'off'}"
         )
@@ -107,7 +107,7 @@ class SegmentPlan:
             "halo": halo_json(sweep.reach),
             "crf_halo": sweep.crf_halo.before,
             "exact": self.exact,
-            "halo_work_ratio": round(sweep.halo_work_ratio, 4),
+            "halo_work_ratio": round(self.tiles.halo_work_ratio, 4),
             "peak_memory_bytes": self.tiles.peak_bytes,
             "store_bytes": self.tiles.store_bytes,
             "crf": asdict(self.crf) if self.crf else None,
@@ -175,10 +175,10 @@ def make_plan(
     peak = peak_bytes(bundle, sweep, workers=count, with_crf=crf is not None)
     return SegmentPlan(
         tiles=TilePlan(
-            passes=(sweep,),
+            passes=sweep.with_context(),
             fingerprint=fingerprint,
             peak_bytes=peak,
-            store_bytes=store_bytes(bundle, info.shape, scores=options.scores),
+            store_bytes=store_bytes(bundle, sweep, scores=options.scores),
         ),
         resolved=resolved,
         request_digest=request,
@@ -301,13 +301,14 @@ def traced_reach(bundle: Bundle, context: Context) -> Reach:
 def network_reach(bundle: Bundle, options: SegmentOptions) -> tuple[Reach, bool]:
     """What the network needs around a tile, and whether tiling with it is exact."""
     reach = traced_reach(bundle, options.context)
-    exact = options.context == "window" or not bundle.architecture.image_pooling
+    exact = options.context != "tile" or not bundle.architecture.image_pooling
     if options.halo == "exact":
         return reach, exact
     short = Halo.uniform(int(options.halo), ndim=bundle.architecture.dims).round_up(reach.stride)
     enough = (reach.halo | short) == short and reach.window is None
     window = reach.window and replace(reach.window, outer=Halo.uniform(0, ndim=len(short.before)))
-    return replace(reach, halo=short, window=window), exact and enough
+    pooled = reach.pooled and short
+    return replace(reach, halo=short, window=window, pooled=pooled), exact and enough
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

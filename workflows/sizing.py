@@ -10,7 +10,9 @@ import psutil
 from pipeline.domain import Pass, Region, Shape
 from pipeline.errors import PlanError
 from pipeline.inference.memory import activation_bytes
+from pipeline.inference.scene_context import sums_layout
 from pipeline.models.bundle import Bundle
+from pipeline.models.deeplab import aspp_width
 
 AUTO_TILES = {2: (512, 1024, 2048, 4096), 3: (64, 96, 128, 192, 256)}
 """Sides that ``auto`` chooses from, in pixels, by number of axes."""
@@ -64,11 +66,15 @@ def too_large(peak: int) -> tuple[str, ...]:
     return (f"{note}: give fewer --workers or a smaller --tile",)
 
 
-def store_bytes(bundle: Bundle, shape: Shape, *, scores: str) -> int:
-    """Uncompressed bytes of the mask, and of the scores when they are asked for."""
+def store_bytes(bundle: Bundle, sweep: Pass, *, scores: str) -> int:
+    """Uncompressed bytes of mask, scores when asked for, and the sums of a context pass."""
     score_size = {"none": 0, "uint8": 1, "float16": 2}[scores]
     mask_size = 1 if bundle.mask_dtype == "uint8" else 2
-    return math.prod(shape) * (mask_size + score_size * len(bundle.classes))
+    sums = 0
+    if len(sweep.with_context()) > 1:
+        shape, _ = sums_layout(sweep.grid, aspp_width(bundle.architecture))
+        sums = 8 * math.prod(shape)
+    return math.prod(sweep.grid.shape) * (mask_size + score_size * len(bundle.classes)) + sums
 
 
 def _tile_bytes(bundle: Bundle, sweep: Pass) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from pipeline.domain.grid import Grid
@@ -74,6 +74,15 @@ class Pass:
         """All tiles, row-major."""
         return (self.tile(number) for number in range(len(self)))
 
+    def with_context(self) -> tuple[Pass, ...]:
+        """This pass, after the one that finds the scene's mean where no tile sees all of it."""
+        pooled = self.reach.pooled
+        if pooled is None or len(self) == 1:
+            return (self,)
+        reach = Reach(stride=self.reach.stride, halo=pooled)
+        none = Halo.uniform(0, ndim=len(self.grid.shape))
+        return replace(self, name="context", reach=reach, crf_halo=none), self
+
     @property
     def read_voxels(self) -> int:
         """Voxels read (and computed by a network that runs a tile at once), all tiles summed."""
@@ -107,3 +116,8 @@ class TilePlan:
         """All tiles of all passes, in the order they must run."""
         for sweep in self.passes:
             yield from sweep.tiles()
+
+    @property
+    def halo_work_ratio(self) -> float:
+        """Voxels computed in all passes over voxels of the padded scene."""
+        return sum(sweep.halo_work_ratio for sweep in self.passes)

@@ -17,15 +17,19 @@ class FairFeed:
     """
 
     def __init__(self) -> None:
-        self._cases: deque[Iterator[Job]] = deque()
-        self._closed = False
+        self._cases: deque[Iterator[Job | None]] = deque()
+        self._closed = self._held_up = False
         self._changed = threading.Condition()
 
-    def add(self, jobs: Iterable[Job]) -> None:
-        """Open a case; its turn comes after those of the cases that are open."""
+    def add(self, jobs: Iterable[Job | None]) -> None:
+        """Open a case; its turn comes after those of the cases that are open.
+
+        None among its jobs means that it has none now: tiles that are under way must end first.
+        """
         with self._changed:
             assert not self._closed, "a case was added to a closed feed"
             self._cases.append(iter(jobs))
+            self._held_up = False
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -40,12 +44,17 @@ class FairFeed:
         Raises what the jobs of a case raise; that case is over then, the others go on.
         """
         with self._changed:
-            while self._cases:
+            self._held_up = False
+            for _ in range(len(self._cases)):
                 case = self._cases.popleft()
-                job = next(case, None)
+                try:
+                    job = next(case)
+                except StopIteration:
+                    continue
+                self._cases.append(case)
                 if job is not None:
-                    self._cases.append(case)
                     return job
+            self._held_up = bool(self._cases)
             return None
 
     @property
@@ -55,6 +64,8 @@ class FairFeed:
             return self._closed and not self._cases
 
     def wait(self, timeout_s: float) -> None:
-        """Return when a case is open or the feed closed, or when ``timeout_s`` seconds passed."""
+        """Return when a job may be had or none will come, or when ``timeout_s`` seconds passed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._cases or self._closed, timeout_s)
+            self._changed.wait_for(
+                lambda: not self._held_up and (self._cases or self._closed), timeout_s
+            )

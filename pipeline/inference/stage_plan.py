@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pipeline.domain import Region, Shape
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.frame import Frame
+from pipeline.models.scene_mean import OwnMean
 from pipeline.models.stages import Chain, Convolution, Stage, Step
 
 
@@ -125,4 +126,6 @@ def _reads(step: Step, region: Region, shape: Shape, frame: Frame) -> Region:
     """What the step needs of a map of ``shape`` for ``region`` of its output."""
     if isinstance(step.layer, WindowMean):
         return step.layer.windows(region, size=shape, frame=frame).reads
+    if isinstance(step.layer, OwnMean):
+        return Region.whole(shape)
     return step.slide.reads(region).clip(shape) if step.slide else region

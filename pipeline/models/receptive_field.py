@@ -133,8 +133,9 @@ def reach_of(network: DeepLab, *, context: Context = "window") -> Reach:
 
     Args:
         network: as ``Bundle.network`` gives it.
-        context: ``window`` counts the image-pooling window; ``tile`` leaves it out, and the
-            network then is not exact.
+        context: ``window`` counts the image-pooling window. ``scene`` counts what the pooled
+            features need, whose mean a pass of its own takes. ``tile`` leaves pooling out, and
+            the network then is not exact.
 
     Raises:
         BundleError: a layer whose receptive field is not known, or image pooling without window.
@@ -145,6 +146,9 @@ def reach_of(network: DeepLab, *, context: Context = "window") -> Reach:
     halo = found.logits.image.halo_upsampled(stride).round_up(stride)
     if network.pool is None or context == "tile":
         return Reach(stride=stride, halo=halo)
+    if context == "scene":
+        assert found.trunk is not None
+        return Reach(stride=stride, halo=halo, pooled=found.trunk.halo().round_up(stride))
     window = network.pool.mean.window
     if window is None or found.trunk is None or found.logits.pooled is None:
         raise BundleError(
