@@ -42,13 +42,18 @@ Model = Annotated[Path, typer.Option(help="Model bundle: a directory with model.
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, last, on stdout.")]
 Crf = Annotated[str, typer.Option(help="auto (on if the bundle has a crf part), off, or a file.")]
 TileSide = Annotated[int | None, typer.Option("--tile", help="Side of a tile, px.")]
-HaloAsked = Annotated[str, typer.Option("--halo", help="exact, or a number of px.")]
+HaloAsked = Annotated[
+    str, typer.Option("--halo", help="exact, a number of px, or auto:1e-4 (measured).")
+]
 Context = Annotated[
     str,
     typer.Option(help="Image pooling over a window, the scene (two passes) or the tile (inexact)."),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Floats = Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")]
+Budget = Annotated[
+    str | None, typer.Option(help="Refuse a plan that takes more memory, such as 16GB.")
+]
 Resolution = Annotated[
     bool, typer.Option("--any-resolution", help="Accept a pixel size unlike the bundle's.")
 ]
@@ -86,6 +91,7 @@ def segment(
     workers: Workers = None,
     device: Device = "auto",
     precision: Floats = "auto",
+    memory_budget: Budget = None,
     any_resolution: Resolution = False,
     scores: Scores = "none",
     volume: Volume = None,
@@ -131,6 +137,7 @@ def batch(
     workers: Workers = None,
     device: Device = "auto",
     precision: Floats = "auto",
+    memory_budget: Budget = None,
     any_resolution: Resolution = False,
     scores: Scores = "none",
     volume: Volume = None,
@@ -169,6 +176,7 @@ def plan(
     workers: Workers = None,
     device: Device = "auto",
     precision: Floats = "auto",
+    memory_budget: Budget = None,
     any_resolution: Resolution = False,
     scores: Scores = "none",
     volume: Volume = None,

@@ -49,7 +49,7 @@ def manifest(
         "halo": halo_json(plan.sweep.reach) | {"exact": plan.exact},
         "tile": plan.sweep.grid.tile,
         "tiles": _tiles(mask),
-        "halo_work_ratio": round(plan.tiles.halo_work_ratio, 4),
+        "halo_work_ratio": round(plan.costs.halo_work_ratio, 4),
         "context": plan.resolved.context if bundle.architecture.image_pooling else "none",
         "scene_mean": None,
         "crf": _crf(plan),

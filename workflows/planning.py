@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -14,23 +13,21 @@ import yaml
 
 from pipeline.crf.dense import require_engine
 from pipeline.crf.params import CrfParams, ResolvedCrf
-from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, Shape, TilePlan
+from pipeline.domain import ImageInfo, Pass, Reach, Shape, TilePlan
 from pipeline.errors import CrfError, ExecutionError, PlanError, SourceError
 from pipeline.execution.identity import package_digest
 from pipeline.inference.precision import Precision, resolve_precision
-from pipeline.models.bundle import WEIGHTS_FILE, Bundle
+from pipeline.inference.predictor import WINDOW, Predictor
+from pipeline.models.bundle import Bundle
 from pipeline.models.context_pool import Context
-from pipeline.models.receptive_field import reach_of
 from workflows.case import Case
 from workflows.config import SegmentOptions
+from workflows.fitting import check_modality, check_spacing, match_channels
 from workflows.run_dir import canonical_digest
-from workflows.sizing import AUTO_TILES, asked_tile, modest, peak_bytes, store_bytes, too_large
-from workflows.workplace import workers, workplace
-
-SPACING_TOLERANCE = 0.05
-
-_REACHES: dict[tuple[str, Context, int], Reach] = {}
-_REACHES_LOCK = threading.Lock()
+from workflows.short_halo import HaloTrial, Sampler, short_reach, shortest_halo
+from workflows.sizing import Budget, Costs, Sizer, Team, over_budget, store_bytes
+from workflows.tracing import traced
+from workflows.workplace import usual_workers, workers, workplace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +39,10 @@ class Resolved:
     precision: Precision
     threads: int
     context: Context
+
+    halo: HaloTrial | None
+    """The one that ``auto:TOL`` became; None for the exact halo, and for one that was given."""
+
     versions: Mapping[str, str]
 
     @classmethod
@@ -49,7 +50,9 @@ class Resolved:
         """The values as plan.json holds them. Raises PlanError when they are damaged."""
         try:
             precision = Precision(**values["precision"])
-            return cls(**{**values, "tile": tuple(values["tile"]), "precision": precision})
+            halo = HaloTrial(**values["halo"]) if values["halo"] else None
+            known = {"tile": tuple(values["tile"]), "precision": precision, "halo": halo}
+            return cls(**{**values, **known})
         except (KeyError, TypeError) as error:
             raise PlanError(
                 f"plan.json is damaged: 'resolved' holds {values!r}; start over with --fresh"
@@ -71,6 +74,15 @@ class SegmentPlan:
     exact: bool
     """True when the halo covers the receptive field and pooling does not depend on the tile."""
 
+    receptive_field: Shape
+    """Of a coarse logit, in pixels; image pooling left out."""
+
+    stages: int
+    """That the network was taken apart into."""
+
+    costs: Costs
+    workers: int
+
     notes: tuple[str, ...]
 
     @property
@@ -85,7 +97,7 @@ class SegmentPlan:
         side = " x ".join(map(str, sweep.grid.tile))
         return (
             f"{len(sweep)} tiles of {side} px, halo {sweep.reach.halo_with_window.largest} px,"
-            f" work {self.tiles.halo_work_ratio:.2f} times the scene,"
+            f" work {self.costs.halo_work_ratio:.2f} times that of one pass,"
             f" {resolved.precision.name} on {resolved.device} ({resolved.precision.why}),"
             f" CRF {'on' if self.crf else 'off'}"
         )
@@ -104,10 +116,14 @@ class SegmentPlan:
             "output_stride": sweep.grid.stride,
             "tile": sweep.grid.tile,
             "tiles": len(sweep),
+            "window": WINDOW,
+            "stages": self.stages,
             "halo": halo_json(sweep.reach),
             "crf_halo": sweep.crf_halo.before,
             "exact": self.exact,
-            "halo_work_ratio": round(self.tiles.halo_work_ratio, 4),
+            "receptive_field": self.receptive_field,
+            **self.costs.as_json(),
+            "workers": self.workers,
             "peak_memory_bytes": self.tiles.peak_bytes,
             "store_bytes": self.tiles.store_bytes,
             "crf": asdict(self.crf) if self.crf else None,
@@ -131,8 +147,16 @@ def make_plan(
     options: SegmentOptions,
     *,
     found: Mapping[str, Any] | None = None,
+    alone: bool = True,
 ) -> SegmentPlan:
-    """Decide everything; ``found`` is the plan.json of an earlier run in the same directory.
+    """Decide everything before anything runs.
+
+    Args:
+        case: what is to be segmented.
+        bundle: with what.
+        options: as asked.
+        found: the plan.json of an earlier run in the same directory.
+        alone: False where other cases share the workers, whose threads are then not this case's.
 
     Raises SourceError, BundleError, CrfError or PlanError, one line each.
     """
@@ -154,12 +178,17 @@ def make_plan(
             "crf": asdict(crf) if crf else None,
         }
     )
-    reach, exact = network_reach(bundle, options)
+    known = traced(bundle, options.context)
+    sizer = Sizer(bundle=bundle, info=info, traced=known, reach=known.reach, crf=crf)
     if found is not None and found["request_digest"] == request:
         resolved = _resolved_before(found["resolved"], options, crf=crf)
     else:
-        resolved = resolve(info, bundle, options, reach=reach, crf=crf)
-    sweep = _sweep(info, resolved.tile, reach=reach, crf=crf, case=case.name)
+        trial = try_halos(case, options, sizer, channels)
+        asked = replace(sizer, reach=reach_asked(known.reach, options, trial))
+        resolved = resolve(options, asked, halo=trial, alone=alone)
+    sizer = replace(sizer, reach=reach_asked(known.reach, options, resolved.halo))
+    notes += _halo_notes(resolved.halo, options)
+    sweep = sizer.sweep(resolved.tile, case=case.name)
     fingerprint = canonical_digest(
         {
             "source": case.digest,
@@ -171,8 +200,16 @@ def make_plan(
             "scores": options.scores,
         }
     )
-    count = workers(options, device=resolved.device, threads=resolved.threads)
-    peak = peak_bytes(bundle, sweep, workers=count, with_crf=crf is not None)
+    count = min(len(sweep), workers(options, device=resolved.device, threads=resolved.threads))
+    costs = sizer.costs(sweep, resolved.precision)
+    peak = sizer.peak_bytes(costs, workers=count, device=resolved.device)
+    notes += over_budget(
+        peak,
+        asked=options.memory_budget,
+        here=workplace(options).memory_bytes,
+        workers=count,
+        tile=resolved.tile,
+    )
     return SegmentPlan(
         tiles=TilePlan(
             passes=sweep.with_context(),
@@ -185,71 +222,13 @@ def make_plan(
         source_digest=case.digest,
         channels=channels,
         crf=crf,
-        exact=exact and crf is None,
-        notes=notes + too_large(peak),
+        exact=crf is None and is_exact(known.reach, bundle, options, reach=sizer.reach),
+        receptive_field=known.receptive_field,
+        stages=len(known.chain.stages),
+        costs=costs,
+        workers=count,
+        notes=notes,
     )
-
-
-def match_channels(info: ImageInfo, bundle: Bundle) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Index in the image of each band of the network, and notes on how they were matched.
-
-    By name, in any case, where the image has all of the names; by position where it has none of
-    them, which needs equal counts. Raises SourceError, also for an image that has some of them.
-    """
-    names = None if isinstance(bundle.input.bands, int) else bundle.input.bands
-    wanted_names = [name.casefold() for name in names or ()]
-    found_names = [name.casefold() for name in info.channels]
-    missing = [name for name in wanted_names if name not in found_names]
-    if names is not None and not missing:
-        return tuple(found_names.index(name) for name in wanted_names), ()
-    if len(missing) < len(wanted_names):
-        raise SourceError(
-            f"the network of {bundle.name} takes bands {', '.join(names or ())}, the image has"
-            f" {', '.join(info.channels)}: no {', '.join(missing)}; add or name these bands"
-        )
-    count = bundle.input.band_count
-    if len(info.channels) != count:
-        wanted = f"{count} ({', '.join(names)})" if names else str(count)
-        raise SourceError(
-            f"the network of {bundle.name} takes {wanted} bands, the image has"
-            f" {len(info.channels)} ({', '.join(info.channels)}): give an image with these bands"
-        )
-    if names is None:
-        return tuple(range(count)), ()
-    note = f"bands taken by position: {', '.join(info.channels)} as {', '.join(names)}"
-    return tuple(range(count)), (note,)
-
-
-def check_modality(info: ImageInfo, bundle: Bundle) -> None:
-    """Raise SourceError for another kind of scan than the network's, where both are known."""
-    wanted, found = bundle.input.modality, info.modality
-    if wanted and found and wanted != found:
-        raise SourceError(
-            f"the scan is {found}, the network of {bundle.name} was trained on {wanted}:"
-            " choose another scan or bundle"
-        )
-
-
-def check_spacing(info: ImageInfo, bundle: Bundle, *, any_resolution: bool) -> tuple[str, ...]:
-    """Notes on the pixel size. Raises PlanError when it is more than 5 % off the bundle's."""
-    if info.unit == "mm":
-        wanted = bundle.input.spacing_mm
-    else:
-        size = bundle.input.pixel_size_m
-        wanted = (size,) * info.ndim if size else None
-    if wanted is None:
-        return ()
-    if info.unit == "px":
-        return (f"the image has no physical pixel size; the network expects {wanted[0]:g} m",)
-    off = max(abs(a / b - 1) for a, b in zip(info.spacing, wanted, strict=True))
-    if off <= SPACING_TOLERANCE:
-        return ()
-    found = " x ".join(f"{s:g}" for s in info.spacing)
-    asked = " x ".join(f"{s:g}" for s in wanted)
-    text = f"pixel size is {found} {info.unit}, the network was trained at {asked} {info.unit}"
-    if not any_resolution:
-        raise PlanError(f"{text}: resample the image, or add --any-resolution")
-    return (text,)
 
 
 def resolve_crf(asked: str, bundle: Bundle, info: ImageInfo) -> ResolvedCrf | None:
@@ -285,30 +264,61 @@ def crf_params(asked: str, bundle: Bundle) -> CrfParams | None:
     return CrfParams.from_mapping(mapping)
 
 
-def traced_reach(bundle: Bundle, context: Context) -> Reach:
-    """The network's reach, traced once in this process.
+def reach_asked(exact: Reach, options: SegmentOptions, trial: HaloTrial | None) -> Reach:
+    """What is read around a tile."""
+    if options.halo.isdecimal():
+        return short_reach(exact, int(options.halo))
+    return short_reach(exact, trial.halo) if trial else exact
 
-    Tracing patches torch for all threads: no other may run a network meanwhile.
+
+def is_exact(exact: Reach, bundle: Bundle, options: SegmentOptions, *, reach: Reach) -> bool:
+    """Whether tiling with this ``reach`` changes nothing but roundings."""
+    local = options.context != "tile" or not bundle.architecture.image_pooling
+    enough = (exact.halo | reach.halo) == reach.halo and exact.window is None
+    return local and (reach == exact or enough)
+
+
+def try_halos(
+    case: Case, options: SegmentOptions, sizer: Sizer, channels: tuple[int, ...]
+) -> HaloTrial | None:
+    """What ``--halo auto:TOL`` becomes; None for the exact halo, and where it is not asked for.
+
+    Raises PlanError where nothing can be measured here, SourceReadError.
     """
-    # With the time of the file: tracing reads the weights, and finds those that are damaged.
-    key = (bundle.digest, context, (bundle.path / WEIGHTS_FILE).stat().st_mtime_ns)
-    with _REACHES_LOCK:
-        if key not in _REACHES:
-            _REACHES[key] = reach_of(bundle.network(), context=context)
-        return _REACHES[key]
+    tolerance, bundle = options.halo_tolerance, sizer.bundle
+    if tolerance is None:
+        return None
+    floats = resolve_floats(options)
+    if options.context != "window":
+        raise PlanError(f"--halo auto needs --context window, got {options.context}")
+    if floats.device == "cuda" and not torch.cuda.is_available():
+        raise PlanError("--halo auto is measured in this process, which sees no GPU: give a number")
+    predictor = Predictor(
+        bundle,
+        device=floats.device,
+        precision=floats.precision,
+        context=options.context,
+        threads=floats.threads,
+    )
+    tile = resolve(options, sizer, halo=None, alone=False).tile
+    sampler = Sampler(
+        source=case.source,
+        channels=channels,
+        scaling=bundle.input.scaling,
+        predictor=predictor,
+        sweep=replace(sizer, crf=None).sweep(tile, case=""),
+    )
+    return shortest_halo(sampler, tolerance=tolerance)
 
 
-def network_reach(bundle: Bundle, options: SegmentOptions) -> tuple[Reach, bool]:
-    """What the network needs around a tile, and whether tiling with it is exact."""
-    reach = traced_reach(bundle, options.context)
-    exact = options.context != "tile" or not bundle.architecture.image_pooling
-    if options.halo == "exact":
-        return reach, exact
-    short = Halo.uniform(int(options.halo), ndim=bundle.architecture.dims).round_up(reach.stride)
-    enough = (reach.halo | short) == short and reach.window is None
-    window = reach.window and replace(reach.window, outer=Halo.uniform(0, ndim=len(short.before)))
-    pooled = reach.pooled and short
-    return replace(reach, halo=short, window=window, pooled=pooled), exact and enough
+def _halo_notes(trial: HaloTrial | None, options: SegmentOptions) -> tuple[str, ...]:
+    if options.halo_tolerance is None:
+        return ()
+    if trial is None:
+        return (f"--halo {options.halo}: no shorter halo than the exact one was shown to do",)
+    found = f"{trial.differ} of {trial.pixels} labels in corners of tiles differ"
+    bound = f"below {trial.upper_95:.1e}, with 95 % confidence"
+    return (f"halo {trial.halo} px was measured: {found} from the exact halo's ({bound})",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -339,25 +349,28 @@ def resolve_floats(options: SegmentOptions) -> Floats:
 
 
 def resolve(
-    info: ImageInfo,
-    bundle: Bundle,
-    options: SegmentOptions,
-    *,
-    reach: Reach,
-    crf: ResolvedCrf | None,
+    options: SegmentOptions, sizer: Sizer, *, halo: HaloTrial | None, alone: bool
 ) -> Resolved:
     """Turn every ``auto`` into a value. Raises PlanError where a wish cannot be met."""
-    floats = resolve_floats(options)
-    sides = AUTO_TILES[info.ndim] if options.tile is None else (options.tile,)
-    tiles = [asked_tile(side, shape=info.shape, stride=reach.stride) for side in sides]
-    sweeps = (_sweep(info, tile, reach=reach, crf=crf, case="") for tile in tiles)
+    floats, place = resolve_floats(options), workplace(options)
+    # Not the workers asked for: their number must not change the bytes.
+    usual = usual_workers(place, device=floats.device, threads=floats.threads)
+    tile, team = sizer.choose(
+        options.tile,
+        Team(workers=usual, threads=floats.threads, device=floats.device, alone=alone),
+        precision=floats.precision,
+        budget=Budget(
+            host=options.memory_budget or place.memory_bytes // 2, device=place.gpu_bytes
+        ),
+    )
     return Resolved(
-        tile=modest(sweeps, bundle).grid.tile,
+        tile=tile,
         device=floats.device,
         precision=floats.precision,
-        threads=floats.threads,
+        threads=team.threads,
         context=options.context,
-        versions=_versions(crf),
+        halo=halo,
+        versions=_versions(sizer.crf),
     )
 
 
@@ -375,18 +388,6 @@ def _resolved_before(
     if place.here:
         resolve_precision(before.precision.name, device=before.device)
     return before
-
-
-def _sweep(
-    info: ImageInfo, tile: Shape, *, reach: Reach, crf: ResolvedCrf | None, case: str
-) -> Pass:
-    return Pass(
-        case=case,
-        name="segment",
-        grid=Grid(shape=info.shape, tile=tile, stride=reach.stride),
-        reach=reach,
-        crf_halo=crf.halo_px if crf else Halo.uniform(0, ndim=info.ndim),
-    )
 
 
 def _versions(crf: ResolvedCrf | None) -> dict[str, str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.domain import Region
 from pipeline.errors import BundleError, SourceError
 from pipeline.inference.precision import Precision
-from pipeline.inference.stage_plan import coarse_region
+from pipeline.inference.stage_plan import coarse_region, feature_region
 from pipeline.inference.staged import StagedNetwork, WholeNetwork
 from pipeline.models.bundle import Bundle
 from pipeline.models.context_pool import Context
@@ -58,7 +58,7 @@ class Predictor:
         self._format = _FORMAT[self._dims] if precision.channels_last else torch.contiguous_format
         self._stride, self._threads = bundle.architecture.output_stride, threads
         network = bundle.network()
-        if context == "tile":
+        if context != "window":
             network.pool_over(None)
         self._bands, self._upsample = network.bands, network.upsample
         if window is None and context == "scene":
@@ -120,12 +120,8 @@ class Predictor:
         Raises as ``logits`` does.
         """
         assert isinstance(self._network, StagedNetwork)
-        read, stride = self._read(image_CS, frame), self._stride
-        part = core.slices(within=read)
-        places = Region(
-            tuple(side.start // stride for side in part),
-            tuple(side.stop // stride for side in part),
-        )
+        read = self._read(image_CS, frame)
+        places = feature_region(read, core=core, stride=self._stride)
         network = StagedNetwork(pooled_chain(self._network.chain), window=self._network.window)
         with torch.inference_mode():
             return network.coarse_logits(self._input(image_CS), frame, places)[0]

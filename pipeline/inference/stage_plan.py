@@ -57,6 +57,14 @@ def coarse_region(read: Region, *, scored: Region, stride: int) -> Region:
     ).clip(tuple(side // stride for side in read.shape))
 
 
+def feature_region(read: Region, *, core: Region, stride: int) -> Region:
+    """The features of ``core``, which lies on the stride, from the first that ``read`` gives."""
+    part = core.slices(within=read)
+    return Region(
+        tuple(side.start // stride for side in part), tuple(side.stop // stride for side in part)
+    )
+
+
 def needs_of(chain: Chain, read: Region, *, scored: Region, shape: Shape) -> Needs:
     """What a tile that reads ``read`` of a padded scene of ``shape`` px needs for ``scored``."""
     coarse = coarse_region(read, scored=scored, stride=chain.stride)

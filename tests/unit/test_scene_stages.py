@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from adapters.memory import MemoryStore
 from pipeline.domain import Grid, Halo, Pass, Region, Tile
 from pipeline.inference.scene_context import MISSING, SceneSums, sums_layout
-from pipeline.inference.stage_plan import coarse_region, needs_of, stage_work
+from pipeline.inference.stage_plan import coarse_region, feature_region, needs_of, stage_work
 from pipeline.inference.staged import StagedNetwork
 from pipeline.models.architecture import Architecture
 from pipeline.models.deeplab import DeepLab, aspp_width, build_network
@@ -87,14 +87,7 @@ def scene_sums(
     sums = SceneSums(MemoryStore(shape, dtype="float64", fill=MISSING), grid)
     staged = StagedNetwork(pooled_chain(stages_of(network)), window=window)
     for tile in context.tiles():
-        places = Region(
-            *(
-                tuple(side // stride for side in ends)
-                for ends in zip(
-                    *((s.start, s.stop) for s in tile.scored.slices(within=tile.read)), strict=True
-                )
-            )
-        )
+        places = feature_region(tile.read, core=tile.scored, stride=stride)
         frame = Frame.of(tile.read, shape=grid.padded_shape)
         with torch.inference_mode():
             features_BCS = staged.coarse_logits(part_of(scene_BCS, tile), frame, places)

@@ -1,0 +1,105 @@
+"""What a tile costs, counted before anything runs: arithmetic, and bytes where it is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pipeline.domain import Region, Shape, Tile
+from pipeline.inference.stage_plan import (
+    Needs,
+    feature_region,
+    needs_of,
+    stage_bytes,
+    stage_work,
+)
+from pipeline.models.frame import Frame
+from pipeline.models.scene_mean import GivenMean
+from pipeline.models.scene_stages import pooled_by, pooled_chain
+from pipeline.models.stages import Chain
+
+_FLOAT32 = 4
+_LABEL = 12
+"""Bytes per pixel of the argmax, which counts in 8, and of labels in two stages of a worker."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileCost:
+    """Of one tile in one worker."""
+
+    work: int
+    """Multiply-adds of the convolutions."""
+
+    device_bytes: int
+    """Peak of image, maps and logits where the network runs, its weights left out."""
+
+    host_bytes: int
+    """Peak of what reader, CRF and writer hold at the same time, in the host's memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostModel:
+    """What costs are counted from."""
+
+    chain: Chain
+    classes: int
+
+    window: int
+    """Side of a window, in features."""
+
+    itemsize: int
+    """Bytes of a number in the network."""
+
+    pixel_bytes: int
+    """Bytes of a pixel as the source gives it, bands that the network does not take included."""
+
+    shape: Shape
+    """The padded scene, in pixels."""
+
+    def of(self, tile: Tile) -> TileCost:
+        """Cost of one tile. Raises RegionError where its input holds no window of pooling."""
+        chain = self.chain
+        needs = needs_of(chain, tile.read, scored=tile.scored, shape=self.shape)
+        maps = stage_bytes(chain, needs, window=self.window, itemsize=self.itemsize)
+        image = tile.read.size * chain.bands * self.itemsize
+        fine = needs.regions[chain.logits].size * chain.stride**tile.read.ndim
+        upsampled = fine * self.classes * _FLOAT32
+        # Logits wait to be refined or written.
+        kept = tile.scored.size * self.classes * _FLOAT32 + tile.core.size * _LABEL
+        return TileCost(
+            work=stage_work(chain, needs),
+            device_bytes=max(maps, image + upsampled),
+            host_bytes=self._read_bytes(tile) + kept,
+        )
+
+    def of_sums(self, tile: Tile) -> TileCost:
+        """Cost of one tile of a context pass; the sums themselves are few."""
+        chain = pooled_chain(self.chain)
+        coarse = feature_region(tile.read, core=tile.scored, stride=chain.stride)
+        frame = Frame.of(tile.read, shape=self.shape)
+        needs = Needs.of(chain, tile.read.shape, frame=frame, coarse=coarse)
+        return TileCost(
+            work=stage_work(chain, needs),
+            device_bytes=stage_bytes(chain, needs, window=self.window, itemsize=self.itemsize),
+            host_bytes=self._read_bytes(tile),
+        )
+
+    def given_the_mean(self) -> CostModel:
+        """Costs of the pass after a context pass; ``scene_work`` is then without pooling."""
+        return replace(self, chain=pooled_by(self.chain, GivenMean(np.empty(0))))
+
+    def _read_bytes(self, tile: Tile) -> int:
+        """Of what is read, in the host's memory.
+
+        Beside the tile that the device has: one that waits for it, and one that is being read, of
+        which the bands are picked in a copy.
+        """
+        blocks = 3 * tile.read.size * (self.pixel_bytes + 1)
+        return blocks + tile.read.size * (self.chain.bands + 2) * _FLOAT32
+
+    @property
+    def scene_work(self) -> int:
+        """Multiply-adds of one pass over the padded scene, which halo work is measured against."""
+        whole = Region.whole(self.shape)
+        return stage_work(self.chain, needs_of(self.chain, whole, scored=whole, shape=self.shape))
