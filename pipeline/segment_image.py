@@ -5,7 +5,8 @@ One image or many, the pool is one. No format, no Ray, no tracker here: they are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.domain import Pass, TileKey, TilePlan, Walk
@@ -62,19 +63,49 @@ class ImageTiles:
         wanted = {tile.key for tile in plan.tiles()}
         found = ledger.records().items()
         done = {key: r for key, r in found if key in wanted and r.status == "done"}
-        self._known = frozenset(done)
+        self._left = Counter({sweep.name: len(sweep) for sweep in plan.passes})
+        self._left.subtract(key.stage for key in done)
         self.outcome = Outcome(done, len(plan))
 
-    def jobs(self) -> Iterator[list[Job]]:
-        """What is to be done: stretches of neighbours, each best done by one worker."""
+    def jobs(self) -> Iterator[list[Job] | None]:
+        """What is to be done: stretches of neighbours, each best done by one worker.
+
+        None while a pass waits for the one before.
+        """
+        before = ""
         for sweep in self._plan.passes:
+            while self._left[before]:
+                yield None
             for tiles in Walk(sweep).stretches():
-                wanted = (tile for tile in tiles if tile.key not in self._known)
+                wanted = (tile for tile in tiles if tile.key not in self.outcome.records)
                 yield [Job(work=self._works[sweep.name], tile=tile) for tile in wanted]
+            before = sweep.name
 
     def note(self, record: Record) -> None:
-        """Into the ledger first, before anyone hears of it. Raises StoreError."""
+        """Into the ledger first, before anyone hears of it. Raises StoreError.
+
+        Once a pass has ended with failed tiles, those of later passes fail for want of it.
+        """
+        self._note(record)
+        stage = record.key.stage
+        if self._left[stage]:
+            return
+        lost = [r for r in self.outcome.failed if r.key.stage == stage]
+        if lost:
+            why = f"{stage} pass: tile {lost[0].key.number} failed: {lost[0].error}"
+            for sweep in self._after(stage):
+                for tile in sweep.tiles():
+                    if tile.key not in self.outcome.records:
+                        self._note(Record(key=tile.key, status="failed", error=why))
+
+    def _after(self, stage: str) -> Sequence[Pass]:
+        """The passes that run after this one."""
+        names = [sweep.name for sweep in self._plan.passes]
+        return self._plan.passes[names.index(stage) + 1 :]
+
+    def _note(self, record: Record) -> None:
         self._ledger.append(record)
+        self._left[record.key.stage] -= record.key not in self.outcome.records
         self.outcome.records[record.key] = record
         for observe in self.observers:
             observe(record)

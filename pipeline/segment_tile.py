@@ -18,6 +18,7 @@ from pipeline.inference.normalise import normalise
 from pipeline.inference.padding import read_padded
 from pipeline.inference.precision import Precision, resolve_precision
 from pipeline.inference.predictor import Predictor
+from pipeline.inference.scene_context import SceneContext
 from pipeline.models.bundle import Bundle
 from pipeline.models.context_pool import Context
 from pipeline.models.frame import Frame
@@ -96,6 +97,9 @@ class SegmentTiles:
     padded_shape: Shape
     """The scene grown to multiples of the stride, in pixels."""
 
+    scene: SceneContext | None
+    """Where image pooling gets the mean of the scene; None where it takes none."""
+
     crf: ResolvedCrf | None
     mask: ArrayStore
     scores: ScoreSink | None
@@ -112,8 +116,9 @@ class SegmentTiles:
             return TileLogits(block=data, logit_KS=None)
         image_CS = normalise(data, self.model.bundle.input.scaling)
         frame = Frame.of(tile.read, shape=self.padded_shape)
-        logit_KS = model.logits(image_CS, frame, scored=tile.scored).cpu().numpy()
-        return TileLogits(block=data, logit_KS=logit_KS)
+        pooling = None if self.scene is None else self.scene.pooling(tile, data)
+        logit_KS = model.logits(image_CS, frame, scored=tile.scored, pooling=pooling)
+        return TileLogits(block=data, logit_KS=logit_KS.cpu().numpy())
 
     def refine(self, tile: Tile, data: TileLogits) -> TileResult:
         """Labels of the core, after the CRF where there is one."""

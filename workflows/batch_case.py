@@ -210,7 +210,8 @@ class BatchCase:
             raise TilesFailedError(said, poison=poison)
         self._done(values, self.image.product.output, reason=said)
         if not failed:  # else they are tried again
-            shutil.rmtree(self.image.run.mask, ignore_errors=True)  # the mask is its own proof now
+            for store in (self.image.run.mask, self.image.run.sums):  # the mask is its own proof
+                shutil.rmtree(store, ignore_errors=True)
 
     def close(self) -> None:
         """Let go of what is open."""

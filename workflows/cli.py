@@ -45,7 +45,10 @@ TileSide = Annotated[int | None, typer.Option("--tile", help="Side of a tile, px
 HaloAsked = Annotated[
     str, typer.Option("--halo", help="exact, a number of px, or auto:1e-4 (measured).")
 ]
-Context = Annotated[str, typer.Option(help="Image pooling over a window, or the tile (not exact).")]
+Context = Annotated[
+    str,
+    typer.Option(help="Image pooling over a window, the scene (two passes) or the tile (inexact)."),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Floats = Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")]
 Budget = Annotated[

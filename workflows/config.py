@@ -23,7 +23,7 @@ class SegmentOptions(BaseModel):
     tile: int | None = Field(default=None, ge=1)
     halo: str = "exact"
     """exact, a number of pixels, or auto:TOL, the share of labels that may differ."""
-    context: Literal["window", "tile"] = "window"
+    context: Literal["window", "scene", "tile"] = "window"
     backend: Literal["ray", "serial"] = "ray"
     workers: int | None = Field(default=None, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import Any
 
 from adapters.ledger_file import LedgerFile
 from adapters.zarr_store import ZarrStore
+from pipeline.context_tile import ContextTiles
 from pipeline.errors import PlanError
-from pipeline.ports import Guard, Record, Source
+from pipeline.inference.scene_context import MISSING, SceneInOneTile, SceneSums, sums_layout
+from pipeline.models.deeplab import aspp_width
+from pipeline.ports import ArrayStore, Guard, Record, Source, Work
 from pipeline.segment_image import ImageTiles
 from pipeline.segment_tile import SegmentModel, SegmentTiles
 from pipeline.stitching.scores import ScoreSink
@@ -41,13 +45,14 @@ class ImageRun:
         self.run.sweep()
         self._keep_plan()
         self.mask = self._store(self.run.mask, dtype=product.bundle.mask_dtype)
+        self.sums = self._scene_sums() if len(self.plan.tiles.passes) > 1 else None
         self._new: list[Record] = []
         self._ledger = LedgerFile(self.run.ledger, owner=f"pid{time.time_ns()}")
         self.known = self._trusted()
         self.run.manifest.unlink(missing_ok=True)  # its presence means that the product exists
         self.tiles = ImageTiles(
             self.plan.tiles,
-            {self.plan.sweep.name: self._work()},
+            self._works(),
             ledger=self._ledger,
             observers=[self._new.append, publisher.tile_done],
         )
@@ -71,6 +76,10 @@ class ImageRun:
             new=self._new,
             seconds=time.monotonic() - self._started,
         )
+        if written and self.sums is not None:
+            total_C = self.sums.total
+            digest = hashlib.sha256(total_C.tobytes()).hexdigest()
+            values["scene_mean"] = {"digest": digest, "features": int(total_C[-1])}
         return self._publisher.finish(values, outcome=outcome, store=self.mask)
 
     def close(self) -> None:
@@ -81,16 +90,24 @@ class ImageRun:
         """Records of tiles that are done and whose chunk still holds what they say."""
         scores = self._scores()
         self.mask.sweep()
-        found, mask = self._ledger.records().values(), self.plan.sweep.name
-        done = [r for r in found if r.status == "done" and r.key.stage == mask]
-        stores = [self.mask] if scores is None else [self.mask, scores.store]
-        lost = set(lost_chunks(done, self.plan, stores))
+        stores: dict[str, list[ArrayStore]] = {"segment": [self.mask]}
+        if scores is not None:
+            stores["segment"].append(scores.store)
+        if self.sums is not None:
+            stores["context"] = [self.sums]
+        found = self._ledger.records().values()
+        done = [r for r in found if r.status == "done" and r.key.stage in stores]
+        lost = {
+            key
+            for stage, parts in stores.items()
+            for key in lost_chunks((r for r in done if r.key.stage == stage), self.plan, parts)
+        }
         for record in done:
             if record.key in lost:
                 log.warning("tile %d: its chunk is damaged; done again", record.key.number)
                 self._ledger.append(Record(key=record.key, status="failed", error="chunk damaged"))
         if done:
-            name, total = self.product.case.name, len(self.plan.sweep)
+            name, total = self.product.case.name, len(self.plan.tiles)
             log.warning("resuming %s: %d of %d tiles are done", name, len(done), total)
         return [record for record in done if record.key not in lost]
 
@@ -134,22 +151,47 @@ class ImageRun:
             return source.remembering(self.plan.costs.cache_bytes)
         return source
 
-    def _work(self) -> SegmentTiles:
+    def _scene_sums(self) -> SceneSums:
+        grid = self.plan.sweep.grid
+        shape, chunks = sums_layout(grid, aspp_width(self.product.bundle.architecture))
+        store = ZarrStore.create(
+            self.run.sums, shape=shape, chunks=chunks, dtype="float64", fill=MISSING
+        )
+        store.sweep()
+        return SceneSums(store, grid)
+
+    def _works(self) -> dict[str, Work]:
+        """What is done in each pass."""
         plan, resolved = self.plan, self.plan.resolved
-        return SegmentTiles(
+        grid, source = plan.sweep.grid, self._source()
+        model = SegmentModel(
+            bundle=self.product.bundle,
+            device=resolved.device,
+            precision=resolved.precision,
+            context=resolved.context,
+            threads=resolved.threads,
+        )
+        segment = SegmentTiles(
             key=plan.tiles.fingerprint,
-            model=SegmentModel(
-                bundle=self.product.bundle,
-                device=resolved.device,
-                precision=resolved.precision,
-                context=resolved.context,
-                threads=resolved.threads,
-            ),
-            source=self._source(),
+            model=model,
+            source=source,
             channels=plan.channels,
-            padded_shape=plan.sweep.grid.padded_shape,
+            padded_shape=grid.padded_shape,
+            scene=None if plan.sweep.reach.pooled is None else self.sums or SceneInOneTile(grid),
             crf=plan.crf,
             mask=self.mask,
             scores=self._scores(),
             guard=self.guard,
         )
+        if self.sums is None:
+            return {"segment": segment}
+        context = ContextTiles(
+            key=f"{plan.tiles.fingerprint} context",
+            model=model,
+            source=source,
+            channels=plan.channels,
+            padded_shape=grid.padded_shape,
+            sums=self.sums,
+            guard=self.guard,
+        )
+        return {"context": context, "segment": segment}

@@ -25,6 +25,8 @@ def manifest(
 ) -> dict[str, Any]:
     """Keys as in the command's contract; ``seam`` is null until a certificate measures it.
 
+    So is ``scene_mean``, but where a context pass has taken one.
+
     ``seconds``, throughput, stages and memory are of this command, which did the ``new`` tiles.
     """
     plan, info, bundle = product.plan, product.case.source.info, product.bundle
@@ -49,6 +51,7 @@ def manifest(
         "tiles": _tiles(mask),
         "halo_work_ratio": round(plan.costs.halo_work_ratio, 4),
         "context": plan.resolved.context if bundle.architecture.image_pooling else "none",
+        "scene_mean": None,
         "crf": _crf(plan),
         "precision": plan.resolved.precision.name,
         "device": plan.resolved.device,

@@ -212,10 +212,10 @@ def make_plan(
     )
     return SegmentPlan(
         tiles=TilePlan(
-            passes=(sweep,),
+            passes=sweep.with_context(),
             fingerprint=fingerprint,
             peak_bytes=peak,
-            store_bytes=store_bytes(bundle, info.shape, scores=options.scores),
+            store_bytes=store_bytes(bundle, sweep, scores=options.scores),
         ),
         resolved=resolved,
         request_digest=request,
@@ -273,7 +273,7 @@ def reach_asked(exact: Reach, options: SegmentOptions, trial: HaloTrial | None) 
 
 def is_exact(exact: Reach, bundle: Bundle, options: SegmentOptions, *, reach: Reach) -> bool:
     """Whether tiling with this ``reach`` changes nothing but roundings."""
-    local = options.context == "window" or not bundle.architecture.image_pooling
+    local = options.context != "tile" or not bundle.architecture.image_pooling
     enough = (exact.halo | reach.halo) == reach.halo and exact.window is None
     return local and (reach == exact or enough)
 

@@ -45,6 +45,11 @@ class RunDir:
         return self.path / "scores.zarr"
 
     @property
+    def sums(self) -> Path:
+        """Zarr store of a context pass: sums of features, when the scene's mean is asked for."""
+        return self.path / "context.zarr"
+
+    @property
     def progress(self) -> Path:
         """How far the run is; rewritten about once a second."""
         return self.path / "progress.json"
@@ -74,7 +79,7 @@ class RunDir:
         """All that a run makes here, the lease apart."""
         names = ("finishing.json", "certificate.json")
         files = (self.plan, self.progress, self.tracking, self.report, self.manifest)
-        folders = (self.ledger, self.mask, self.scores, self.scratch)
+        folders = (self.ledger, self.mask, self.scores, self.sums, self.scratch)
         return (*folders, *files, *(self.path / name for name in names))
 
     @property

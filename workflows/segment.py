@@ -152,7 +152,7 @@ def _tiles_and_papers(
                 device=plan.resolved.device,
                 threads=plan.resolved.threads,
                 run_dir=product.run.path,
-                most=len(plan.tiles),
+                most=len(plan.sweep),
             )
             segment_images(
                 feed,

@@ -149,11 +149,12 @@ def short_reach(reach: Reach, halo: int) -> Reach:
     """What is read with a halo of so many pixels, rounded up to the stride.
 
     Windows of image pooling stay what they are; the trunk's own context around them is left out.
+    Features whose mean is taken over the scene have this halo too.
     """
     short = Halo.uniform(halo, ndim=len(reach.halo.before)).round_up(reach.stride)
     none = Halo.uniform(0, ndim=len(reach.halo.before))
     window = reach.window and replace(reach.window, outer=none)
-    return replace(reach, halo=short, window=window)
+    return replace(reach, halo=short, window=window, pooled=reach.pooled and short)
 
 
 def _trial(

@@ -13,8 +13,10 @@ from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, Shape, Walk
 from pipeline.errors import PlanError
 from pipeline.inference.precision import Precision
 from pipeline.inference.predictor import WINDOW
+from pipeline.inference.scene_context import sums_layout
 from pipeline.inference.tile_cost import CostModel, TileCost
 from pipeline.models.bundle import Bundle
+from pipeline.models.deeplab import aspp_width
 from workflows.tracing import Traced
 
 AUTO_TILES = {2: (512, 1024, 2048, 4096, 8192), 3: (64, 96, 128, 192, 256, 384)}
@@ -68,12 +70,13 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What the tiles of a pass take."""
+    """What the tiles take: of one pass, or of two over the same grid."""
 
     tiles: int
+    """Of one pass."""
 
     work: int
-    """Multiply-adds of all tiles."""
+    """Multiply-adds of all tiles of all passes."""
 
     scene_work: int
     """Multiply-adds of one pass over the whole scene."""
@@ -93,7 +96,8 @@ class Costs:
     @classmethod
     def of(cls, sweep: Pass, model: CostModel) -> Costs:
         """Counted over one tile of each kind."""
-        kinds = [(tile, model.of(tile), alike) for tile, alike in sweep.kinds()]
+        cost_of = model.of_sums if sweep.name == "context" else model.of
+        kinds = [(tile, cost_of(tile), alike) for tile, alike in sweep.kinds()]
         return cls(
             tiles=len(sweep),
             work=sum(cost.work * alike for _, cost, alike in kinds),
@@ -106,6 +110,21 @@ class Costs:
             scored=max(tile.scored.size for tile, _, _ in kinds),
             read_ratio=sweep.read_ratio,
             cache_bytes=Walk(sweep).remembered_pixels * model.pixel_bytes,
+        )
+
+    def __add__(self, other: Costs) -> Costs:
+        """Of this pass and another one over the same grid."""
+        pair = (self.largest, other.largest)
+        return replace(
+            self,
+            work=self.work + other.work,
+            largest=TileCost(
+                work=max(cost.work for cost in pair),
+                device_bytes=max(cost.device_bytes for cost in pair),
+                host_bytes=max(cost.host_bytes for cost in pair),
+            ),
+            scored=max(self.scored, other.scored),
+            read_ratio=self.read_ratio + other.read_ratio,
         )
 
     @property
@@ -152,7 +171,7 @@ class Sizer:
         )
 
     def costs(self, sweep: Pass, precision: Precision) -> Costs:
-        """What the tiles take in these floats."""
+        """What the tiles take in these floats, those of the context pass included."""
         model = CostModel(
             chain=self.traced.chain,
             classes=len(self.bundle.classes),
@@ -161,7 +180,10 @@ class Sizer:
             pixel_bytes=len(self.info.channels) * np.dtype(self.info.dtype).itemsize,
             shape=sweep.grid.padded_shape,
         )
-        return Costs.of(sweep, model)
+        *before, last = sweep.with_context()
+        if not before:
+            return Costs.of(last, model)
+        return Costs.of(before[0], model) + Costs.of(last, model.given_the_mean())
 
     def peak_bytes(self, costs: Costs, *, workers: int, device: Literal["cpu", "cuda"]) -> int:
         """Predicted peak of the host's memory, driver and ``workers`` together."""
@@ -222,8 +244,12 @@ def over_budget(
     return (f"{takes}, this machine has {here / 1e9:.1f} GB: fewer --workers or a smaller --tile",)
 
 
-def store_bytes(bundle: Bundle, shape: Shape, *, scores: str) -> int:
-    """Uncompressed bytes of the mask, and of the scores when they are asked for."""
+def store_bytes(bundle: Bundle, sweep: Pass, *, scores: str) -> int:
+    """Uncompressed bytes of mask, scores when asked for, and the sums of a context pass."""
     score_size = {"none": 0, "uint8": 1, "float16": 2}[scores]
     mask_size = 1 if bundle.mask_dtype == "uint8" else 2
-    return math.prod(shape) * (mask_size + score_size * len(bundle.classes))
+    sums = 0
+    if len(sweep.with_context()) > 1:
+        shape, _ = sums_layout(sweep.grid, aspp_width(bundle.architecture))
+        sums = 8 * math.prod(shape)
+    return math.prod(sweep.grid.shape) * (mask_size + score_size * len(bundle.classes)) + sums

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from pipeline.domain.grid import Grid
@@ -75,6 +75,15 @@ class Pass:
     def tiles(self) -> Iterator[Tile]:
         """All tiles, row-major."""
         return (self.tile(number) for number in range(len(self)))
+
+    def with_context(self) -> tuple[Pass, ...]:
+        """This pass, after the one that finds the scene's mean where no tile sees all of it."""
+        pooled = self.reach.pooled
+        if pooled is None or len(self) == 1:
+            return (self,)
+        reach = Reach(stride=self.reach.stride, halo=pooled)
+        none = Halo.uniform(0, ndim=len(self.grid.shape))
+        return replace(self, name="context", reach=reach, crf_halo=none), self
 
     def kinds(self) -> Iterator[tuple[Tile, int]]:
         """One tile of each kind, and how many are of it: what holds for one holds for all.

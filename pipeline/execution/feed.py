@@ -12,9 +12,9 @@ from pipeline.ports import Job
 class _Case:
     """The stretches of one case; a worker keeps to its own while something is left of it."""
 
-    def __init__(self, stretches: Iterable[Sequence[Job]]) -> None:
-        self._fresh = (deque(jobs) for jobs in stretches if jobs)
-        self._next: deque[Job] | None = None
+    def __init__(self, stretches: Iterable[Sequence[Job] | None]) -> None:
+        self._stretches, self._over = iter(stretches), False
+        self._next: deque[Job] = deque()
         self._begun: dict[Hashable, deque[Job]] = {}
 
     def take(self, worker: Hashable) -> Job | None:
@@ -29,17 +29,26 @@ class _Case:
 
     @property
     def used_up(self) -> bool:
-        """True when every job was taken."""
-        return not self._begun and not self._peek()
+        """True when every job was taken and none will come."""
+        return not self._begun and not self._peek() and self._over
 
-    def _peek(self) -> deque[Job] | None:
-        self._next = self._next or next(self._fresh, None)
+    def _peek(self) -> deque[Job]:
+        """A stretch that nobody has begun; empty where there is none, or none now."""
+        while not self._next and not self._over:
+            try:
+                jobs = next(self._stretches)
+            except StopIteration:
+                self._over = True
+                break
+            if jobs is None:
+                break
+            self._next = deque(jobs)
         return self._next
 
     def _another(self) -> deque[Job] | None:
         """A stretch that nobody has begun, else the far half of the longest that is left."""
         if self._peek():
-            fresh, self._next = self._next, None
+            fresh, self._next = self._next, deque()
             return fresh
         # Of a worker that is busy, or that died.
         holder = max(self._begun, key=lambda worker: len(self._begun[worker]), default=None)
@@ -62,14 +71,19 @@ class FairFeed:
 
     def __init__(self) -> None:
         self._cases: deque[_Case] = deque()
-        self._closed = False
+        self._closed = self._held_up = False
         self._changed = threading.Condition()
 
-    def add(self, stretches: Iterable[Sequence[Job]]) -> None:
-        """Open a case; its turn comes after those of the cases that are open."""
+    def add(self, stretches: Iterable[Sequence[Job] | None]) -> None:
+        """Open a case; its turn comes after those of the cases that are open.
+
+        None among its stretches means that it has none now: tiles that are under way must end
+        first.
+        """
         with self._changed:
             assert not self._closed, "a case was added to a closed feed"
             self._cases.append(_Case(stretches))
+            self._held_up = False
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -84,12 +98,15 @@ class FairFeed:
         Raises what the jobs of a case raise; that case is over then, the others go on.
         """
         with self._changed:
-            while self._cases:
+            self._held_up = False
+            for _ in range(len(self._cases)):
                 case = self._cases.popleft()
                 job = case.take(worker)
-                if job is not None:
+                if job is not None or not case.used_up:
                     self._cases.append(case)
+                if job is not None:
                     return job
+            self._held_up = bool(self._cases)
             return None
 
     @property
@@ -107,6 +124,8 @@ class FairFeed:
             return self._closed
 
     def wait(self, timeout_s: float) -> None:
-        """Return when a case is open or the feed closed, or when ``timeout_s`` seconds passed."""
+        """Return when a job may be had or none will come, or when ``timeout_s`` seconds passed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._cases or self._closed, timeout_s)
+            self._changed.wait_for(
+                lambda: not self._held_up and (self._cases or self._closed), timeout_s
+            )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pipeline.domain import Region, Shape
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.frame import Frame
+from pipeline.models.scene_mean import OwnMean
 from pipeline.models.stages import Chain, Convolution, Stage, Step
 
 
@@ -54,6 +55,14 @@ def coarse_region(read: Region, *, scored: Region, stride: int) -> Region:
         tuple(part.start // stride - 1 for part in local),
         tuple(-(-part.stop // stride) + 1 for part in local),
     ).clip(tuple(side // stride for side in read.shape))
+
+
+def feature_region(read: Region, *, core: Region, stride: int) -> Region:
+    """The features of ``core``, which lies on the stride, from the first that ``read`` gives."""
+    part = core.slices(within=read)
+    return Region(
+        tuple(side.start // stride for side in part), tuple(side.stop // stride for side in part)
+    )
 
 
 def needs_of(chain: Chain, read: Region, *, scored: Region, shape: Shape) -> Needs:
@@ -125,4 +134,6 @@ def _reads(step: Step, region: Region, shape: Shape, frame: Frame) -> Region:
     """What the step needs of a map of ``shape`` for ``region`` of its output."""
     if isinstance(step.layer, WindowMean):
         return step.layer.windows(region, size=shape, frame=frame).reads
+    if isinstance(step.layer, OwnMean):
+        return Region.whole(shape)
     return step.slide.reads(region).clip(shape) if step.slide else region

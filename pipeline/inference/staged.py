@@ -24,6 +24,7 @@ from pipeline.inference.stage_plan import Needs, row_block
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.deeplab import DeepLab
 from pipeline.models.frame import Frame
+from pipeline.models.scene_mean import GivenMean, OwnMean
 from pipeline.models.stages import Chain, Convolution, MaxPool, Norm, Stage, Step
 
 _CONVOLVE: Mapping[int, Callable[..., Tensor]] = MappingProxyType({2: F.conv2d, 3: F.conv3d})
@@ -136,6 +137,9 @@ def _apply(
         means = step.layer.windows(window, size=needs.shapes[step.inputs[0]], frame=needs.frame)
         mean_BCS = means.mean(maps[step.inputs[0]].view(means.reads), within=means.reads)
         return mean_BCS.expand(-1, -1, *window.shape)
+    if isinstance(step.layer, (GivenMean, OwnMean)):
+        source = maps[step.inputs[0]]
+        return step.layer.over(source.view(source.region)).expand(-1, -1, *window.shape)
     if isinstance(step.layer, (Convolution, MaxPool)) and step.spreads:
         name = step.inputs[0]
         return _slide(step.layer, maps[name], window, shape=needs.shapes[name])

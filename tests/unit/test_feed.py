@@ -138,6 +138,47 @@ def test_waiting_ends_when_a_case_comes_or_the_feed_closes() -> None:
         taken(feed)
 
 
+def test_a_case_that_has_no_job_now_is_kept_and_the_others_go_on() -> None:
+    """The second pass of a scene would be lost, or a whole archive wait for its first."""
+    open_ = False
+
+    def two_passes() -> Iterator[list[Job] | None]:
+        yield from jobs("a", 1)
+        while not open_:
+            yield None
+        yield from jobs("a", 2)
+
+    feed = FairFeed()
+    feed.add(two_passes())
+    feed.add(jobs("b", 2))
+    feed.close()
+    assert taken(feed) == [("a", 0), ("b", 0), ("b", 1)]
+    assert not feed.ended
+    open_ = True
+    assert taken(feed) == [("a", 0), ("a", 1)]
+    assert feed.ended
+
+
+def test_waiting_does_not_end_at_once_while_all_cases_are_held_up() -> None:
+    """A driver would spin while the last tiles of a first pass are under way."""
+
+    def held_up() -> Iterator[list[Job] | None]:
+        while True:
+            yield None
+
+    feed = FairFeed()
+    feed.add(held_up())
+    assert feed.take("w") is None
+    start = time.monotonic()
+    feed.wait(0.05)
+    assert 0.04 < time.monotonic() - start < 5.0
+    threading.Timer(0.05, lambda: feed.add(jobs("b", 1))).start()
+    start = time.monotonic()
+    feed.wait(10.0)
+    assert 0.03 < time.monotonic() - start < 5.0
+    assert taken(feed) == [("b", 0)]
+
+
 def test_waiting_ends_at_its_timeout() -> None:
     """A backend that waits must ask now and then whether to stop."""
     start = time.monotonic()
