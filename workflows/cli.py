@@ -44,6 +44,9 @@ Crf = Annotated[str, typer.Option(help="auto (on if the bundle has a crf part), 
 TileSide = Annotated[int | None, typer.Option("--tile", help="Side of a tile, px.")]
 HaloAsked = Annotated[str, typer.Option("--halo", help="exact, or a number of px.")]
 Context = Annotated[str, typer.Option(help="Image pooling over a window, or the tile (not exact).")]
+Windows = Annotated[
+    str, typer.Option(help="rows, or canonical: with --crf off, the same bytes for any tile.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Floats = Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")]
 Resolution = Annotated[
@@ -78,6 +81,7 @@ def segment(
     tile: TileSide = None,
     halo: HaloAsked = "exact",
     context: Context = "window",
+    windows: Windows = "rows",
     backend: Annotated[str, typer.Option(help="ray, or serial (this process).")] = "ray",
     ray_address: Cluster = None,
     workers: Workers = None,
@@ -123,6 +127,7 @@ def batch(
     tile: TileSide = None,
     halo: HaloAsked = "exact",
     context: Context = "window",
+    windows: Windows = "rows",
     backend: Annotated[str, typer.Option(help="ray, or serial (this process).")] = "ray",
     ray_address: Cluster = None,
     workers: Workers = None,
@@ -163,6 +168,7 @@ def plan(
     tile: TileSide = None,
     halo: HaloAsked = "exact",
     context: Context = "window",
+    windows: Windows = "rows",
     workers: Workers = None,
     device: Device = "auto",
     precision: Floats = "auto",

@@ -24,6 +24,8 @@ class SegmentOptions(BaseModel):
     halo: str = "exact"
     """exact, or a number of pixels."""
     context: Literal["window", "tile"] = "window"
+    windows: Literal["rows", "canonical"] = "rows"
+    """What is computed at once: rows of the tile, or windows of the scene, whatever the tile."""
     backend: Literal["ray", "serial"] = "ray"
     workers: int | None = Field(default=None, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -51,8 +53,8 @@ class SegmentOptions(BaseModel):
         """The options that decide the bytes of the result, as asked (``auto`` stays ``auto``)."""
         return self.model_dump(
             include={
-                "crf", "tile", "halo", "context", "device", "precision", "any_resolution",
-                "scores", "volume", "series",
+                "crf", "tile", "halo", "context", "windows", "device", "precision",
+                "any_resolution", "scores", "volume", "series",
             }
         )  # fmt: skip
 

@@ -89,6 +89,7 @@ def _write_raster(product: Product, store: ArrayStore) -> None:
             "TERRAVOX_SOURCE_DIGEST": plan.source_digest,
             "TERRAVOX_HALO": " ".join(map(str, plan.sweep.reach.halo.before)),
             "TERRAVOX_TILE": " ".join(map(str, plan.sweep.grid.tile)),
+            "TERRAVOX_WINDOWS": plan.windows["kind"],
             "TERRAVOX_PRECISION": plan.resolved.precision.name,
             "TERRAVOX_CRF": "on" if plan.crf else "off",
         },

@@ -134,6 +134,7 @@ class ImageRun:
                 precision=resolved.precision,
                 context=resolved.context,
                 threads=resolved.threads,
+                canonical_px=resolved.canonical_px,
             ),
             source=self.product.case.source,
             channels=plan.channels,

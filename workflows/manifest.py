@@ -16,7 +16,8 @@ from pipeline.domain import ImageInfo
 from pipeline.ports import Record
 from pipeline.segment_image import Outcome
 from workflows.finish import Product
-from workflows.planning import SegmentPlan, halo_json
+from workflows.plan_json import halo_json
+from workflows.planning import SegmentPlan
 from workflows.run_dir import file_digest
 
 
@@ -47,6 +48,7 @@ def manifest(
         "tile": plan.sweep.grid.tile,
         "tiles": _tiles(outcome),
         "halo_work_ratio": round(plan.sweep.halo_work_ratio, 4),
+        "windows": plan.windows,
         "context": plan.resolved.context if bundle.architecture.image_pooling else "none",
         "crf": _crf(plan),
         "precision": plan.resolved.precision.name,

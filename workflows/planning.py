@@ -23,8 +23,16 @@ from pipeline.models.context_pool import Context
 from pipeline.models.receptive_field import reach_of
 from workflows.case import Case
 from workflows.config import SegmentOptions
+from workflows.plan_json import halo_json, windows_json
 from workflows.run_dir import canonical_digest
-from workflows.sizing import AUTO_TILES, asked_tile, modest, peak_bytes, store_bytes, too_large
+from workflows.sizing import (
+    canonical_side,
+    modest,
+    peak_bytes,
+    store_bytes,
+    tile_choices,
+    too_large,
+)
 from workflows.workplace import workers, workplace
 
 SPACING_TOLERANCE = 0.05
@@ -42,6 +50,7 @@ class Resolved:
     precision: Precision
     threads: int
     context: Context
+    canonical_px: int | None
     versions: Mapping[str, str]
 
     @classmethod
@@ -85,10 +94,15 @@ class SegmentPlan:
         side = " x ".join(map(str, sweep.grid.tile))
         return (
             f"{len(sweep)} tiles of {side} px, halo {sweep.reach.halo_with_window.largest} px,"
-            f" work {sweep.halo_work_ratio:.2f} times the scene,"
+            f" work {sweep.halo_work_ratio:.2f} times the scene, {self.windows['kind']} windows,"
             f" {resolved.precision.name} on {resolved.device} ({resolved.precision.why}),"
             f" CRF {'on' if self.crf else 'off'}"
         )
+
+    @property
+    def windows(self) -> dict[str, Any]:
+        """What the device computes at once inside a tile."""
+        return windows_json(self.resolved.canonical_px, with_crf=self.crf is not None)
 
     def as_json(self) -> dict[str, Any]:
         """What plan.json holds and ``terravox plan --json`` prints."""
@@ -107,6 +121,7 @@ class SegmentPlan:
             "halo": halo_json(sweep.reach),
             "crf_halo": sweep.crf_halo.before,
             "exact": self.exact,
+            "windows": self.windows,
             "halo_work_ratio": round(sweep.halo_work_ratio, 4),
             "peak_memory_bytes": self.tiles.peak_bytes,
             "store_bytes": self.tiles.store_bytes,
@@ -114,15 +129,6 @@ class SegmentPlan:
             "channels": self.channels,
             "notes": self.notes,
         }
-
-
-def halo_json(reach: Reach) -> dict[str, Any]:
-    """The halo in the manifest: per axis and side, and the pooling window in pixels."""
-    return {
-        "before": reach.halo.before,
-        "after": reach.halo.after,
-        "window": reach.window.size if reach.window else None,
-    }
 
 
 def make_plan(
@@ -347,8 +353,8 @@ def resolve(
 ) -> Resolved:
     """Turn every ``auto`` into a value. Raises PlanError where a wish cannot be met."""
     floats = resolve_floats(options)
-    sides = AUTO_TILES[info.ndim] if options.tile is None else (options.tile,)
-    tiles = [asked_tile(side, shape=info.shape, stride=reach.stride) for side in sides]
+    side, stride, canonical_px = options.tile, reach.stride, canonical_side(options, bundle)
+    tiles = tile_choices(side, info.shape, stride=stride, canonical_px=canonical_px)
     sweeps = (_sweep(info, tile, reach=reach, crf=crf, case="") for tile in tiles)
     return Resolved(
         tile=modest(sweeps, bundle).grid.tile,
@@ -356,6 +362,7 @@ def resolve(
         precision=floats.precision,
         threads=floats.threads,
         context=options.context,
+        canonical_px=canonical_px,
         versions=_versions(crf),
     )
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import psutil
 
 from pipeline.domain import Pass, Region, Shape
 from pipeline.errors import PlanError
+from pipeline.inference.canonical import CANONICAL_PX
 from pipeline.inference.memory import activation_bytes
 from pipeline.models.bundle import Bundle
+from workflows.config import SegmentOptions
 
 AUTO_TILES = {2: (512, 1024, 2048, 4096), 3: (64, 96, 128, 192, 256)}
 """Sides that ``auto`` chooses from, in pixels, by number of axes."""
@@ -23,11 +25,41 @@ WORKER_BYTES = 650 * 2**20
 """What the processes hold beside their tiles: torch, GDAL, Ray, MLflow (measured, PSS)."""
 
 
-def asked_tile(side: int, *, shape: Shape, stride: int) -> Shape:
-    """A square tile, no longer than the padded scene on any axis. Raises PlanError."""
-    if side % stride:
-        raise PlanError(f"--tile {side}: must be a multiple of the output stride, {stride} px")
-    return tuple(min(side, -(-n // stride) * stride) for n in shape)
+def canonical_side(options: SegmentOptions, bundle: Bundle) -> int | None:
+    """Side of canonical windows, in pixels; None where windows are rows of the tile.
+
+    Raises PlanError where the tile would decide the bytes for another reason.
+    """
+    if options.windows == "rows":
+        return None
+    if options.halo != "exact":
+        raise PlanError(
+            f"--windows canonical makes bytes that do not depend on the tile, --halo {options.halo}"
+            " those that do: leave out one of them"
+        )
+    if options.context == "tile" and bundle.architecture.image_pooling:
+        raise PlanError(
+            "--windows canonical makes bytes that do not depend on the tile, --context tile"
+            " those that do: leave out one of them"
+        )
+    return CANONICAL_PX[bundle.architecture.dims]
+
+
+def tile_choices(
+    side: int | None, shape: Shape, *, stride: int, canonical_px: int | None
+) -> Iterator[Shape]:
+    """Square tiles, no longer than the padded scene on any axis: of ``side``, or growing ones.
+
+    Raises PlanError for a side that is no whole number of strides, and of canonical windows.
+    """
+    for asked in AUTO_TILES[len(shape)] if side is None else (side,):
+        if asked % stride:
+            raise PlanError(f"--tile {asked}: must be a multiple of the output stride, {stride} px")
+        if canonical_px is not None and asked % canonical_px:
+            raise PlanError(
+                f"--tile {asked}: must be a multiple of the canonical window, {canonical_px} px"
+            )
+        yield tuple(min(asked, -(-n // stride) * stride) for n in shape)
 
 
 def modest(sweeps: Iterable[Pass], bundle: Bundle) -> Pass:

@@ -48,7 +48,7 @@ class Needs:
 
     @classmethod
     def canonical(cls, chain: Chain, shape: Shape, *, coarse: Region, side_px: int) -> Needs:
-        """For the logits ``coarse`` of a padded scene, in windows that are the scene's, not a tile's.
+        """For the logits ``coarse`` of a padded scene, in windows that are the scene's own.
 
         Args:
             chain: the network's stages.
@@ -84,9 +84,7 @@ def coarse_region(read: Region, *, scored: Region, stride: int) -> Region:
 
 def pixel_region(coarse: Region, *, stride: int) -> Region:
     """The pixels that logits at the output stride are upsampled to."""
-    return Region(
-        tuple(a * stride for a in coarse.start), tuple(b * stride for b in coarse.stop)
-    )
+    return Region(tuple(a * stride for a in coarse.start), tuple(b * stride for b in coarse.stop))
 
 
 def needs_of(
