@@ -16,7 +16,7 @@ from pipeline.domain import ImageInfo
 from pipeline.ports import Record
 from pipeline.segment_image import Outcome
 from workflows.finish import Product
-from workflows.plan_json import halo_json
+from workflows.plan_json import halo_json, windows_json
 from workflows.planning import SegmentPlan
 from workflows.run_dir import file_digest
 
@@ -48,7 +48,7 @@ def manifest(
         "tile": plan.sweep.grid.tile,
         "tiles": _tiles(outcome),
         "halo_work_ratio": round(plan.sweep.halo_work_ratio, 4),
-        "windows": plan.windows,
+        "windows": windows_json(plan),
         "context": plan.resolved.context if bundle.architecture.image_pooling else "none",
         "crf": _crf(plan),
         "precision": plan.resolved.precision.name,

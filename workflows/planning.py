@@ -23,7 +23,7 @@ from pipeline.models.context_pool import Context
 from pipeline.models.receptive_field import reach_of
 from workflows.case import Case
 from workflows.config import SegmentOptions
-from workflows.plan_json import halo_json, windows_json
+from workflows.plan_json import halo_json, windows_json, windows_words
 from workflows.run_dir import canonical_digest
 from workflows.sizing import (
     canonical_side,
@@ -94,15 +94,10 @@ class SegmentPlan:
         side = " x ".join(map(str, sweep.grid.tile))
         return (
             f"{len(sweep)} tiles of {side} px, halo {sweep.reach.halo_with_window.largest} px,"
-            f" work {sweep.halo_work_ratio:.2f} times the scene, {self.windows['kind']} windows,"
+            f" work {sweep.halo_work_ratio:.2f} times the scene, {windows_words(self)},"
             f" {resolved.precision.name} on {resolved.device} ({resolved.precision.why}),"
             f" CRF {'on' if self.crf else 'off'}"
         )
-
-    @property
-    def windows(self) -> dict[str, Any]:
-        """What the device computes at once inside a tile."""
-        return windows_json(self.resolved.canonical_px, with_crf=self.crf is not None)
 
     def as_json(self) -> dict[str, Any]:
         """What plan.json holds and ``terravox plan --json`` prints."""
@@ -121,7 +116,7 @@ class SegmentPlan:
             "halo": halo_json(sweep.reach),
             "crf_halo": sweep.crf_halo.before,
             "exact": self.exact,
-            "windows": self.windows,
+            "windows": windows_json(self),
             "halo_work_ratio": round(sweep.halo_work_ratio, 4),
             "peak_memory_bytes": self.tiles.peak_bytes,
             "store_bytes": self.tiles.store_bytes,

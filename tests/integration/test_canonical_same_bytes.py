@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 import zarr
 
 from pipeline.errors import PlanError
@@ -65,6 +66,15 @@ def test_the_plan_says_what_canonical_windows_are(scene: Path, slim: Path) -> No
     assert rows["fingerprint"] != canonical["fingerprint"]
     assert rows["request_digest"] != canonical["request_digest"]
     assert all(side % 256 == 0 for side in canonical["tile"])
+
+
+def test_a_crf_per_tile_takes_the_promise_back(scene: Path, slim: Path, tmp_path: Path) -> None:
+    """The plan would promise equal bytes, and the seams of the CRF break it."""
+    smoothness = {"weight": 3, "position": 3}
+    crf = tmp_path / "crf.yaml"
+    crf.write_text(yaml.safe_dump({"iterations": 3, "smoothness": smoothness}))
+    windows = plan_only(scene, model=slim, options=options(crf=str(crf)))["windows"]
+    assert (windows["kind"], windows["same_bytes_for_any_tile"]) == ("canonical", False)
 
 
 def test_canonical_windows_are_refused_where_the_tile_shows_anyway(
