@@ -79,7 +79,7 @@ def upsampled(
 ) -> Tensor:
     """Logits of ``scored``, a region of a padded scene of ``shape`` px: (K, *S) float32, new.
 
-    Interpolated window by window too: its rounding depends on the place in the row.
+    Interpolated window by window too: torch takes another kernel for a box of another size.
     """
     classes, whole = coarse.array_BSC.shape[-1], Region.whole(shape)
     result_KS = coarse.array_BSC.new_empty((classes, *scored.shape), dtype=torch.float32)

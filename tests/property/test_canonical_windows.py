@@ -58,7 +58,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
             image_pooling=crop is not None,
         )
         path: Path = tmp_path_factory.mktemp("bundle") / "fresh"
-        made = new_bundle(path, architecture=architecture, bands=2, classes=3, seed=3)
+        made = new_bundle(path, architecture=architecture, bands=2, classes=5, seed=3)
         if crop is None:
             return made
         return save_bundle(path, replace(made, crop=crop), made.network().state_dict())
@@ -105,7 +105,7 @@ def predict(predictor: Predictor, sweep: Pass, scored: Region) -> Tensor:
 
 def predict_in_tiles(predictor: Predictor, sweep: Pass) -> Tensor:
     padded = sweep.grid.padded_shape
-    logits_KS = torch.full((3, *padded), math.nan)
+    logits_KS = torch.full((5, *padded), math.nan)
     for tile in sweep.tiles():
         part_KS = within(logits_KS, tile.scored, Region.whole(padded))
         part_KS.copy_(predict(predictor, sweep, tile.scored))
@@ -113,8 +113,10 @@ def predict_in_tiles(predictor: Predictor, sweep: Pass) -> Tensor:
     return logits_KS
 
 
-CASES = [  # network, scene, side of a window, sides of tiles
-    pytest.param(SLIM, (203, 233), 32, (64, 96, 256), id="slim"),
+# Network, scene, side of a window, sides of tiles. Some tiles are so small, and of so many classes,
+# that torch upsamples them by another kernel.
+CASES = [
+    pytest.param(SLIM, (107, 133), 32, (32, 96, 256), id="slim"),
     pytest.param(SLIM_POOLED, (147, 231), 32, (32, 64, 256), id="slim, pooled"),
     pytest.param(SLIM_3D, (9, 59, 71), 16, (16, 32, 96), id="slim 3-D"),
     pytest.param(SLIM_3D_POOLED, (49, 17, 61), 16, (16, 32, 64), id="slim 3-D, pooled"),
