@@ -102,7 +102,7 @@ def test_halo_work_of_a_deep_network_is_a_small_share(
 
 @pytest.mark.parametrize("pooled", [False, True])
 def test_canonical_windows_cost_a_known_share_more(*, pooled: bool) -> None:
-    """Each layer's windows would be grown by those of the layers after it: ten times the work."""
+    """Each layer's windows would be grown by those of the layers after it: 3 times the work."""
     network = network_of("resnet50", pooled=pooled)
     scene = 5 * 4096
     interior = tiles_of(network, scene, 4096)[12:13]
