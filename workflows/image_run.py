@@ -170,6 +170,7 @@ class ImageRun:
             precision=resolved.precision,
             context=resolved.context,
             threads=resolved.threads,
+            canonical_px=resolved.canonical_px,
         )
         segment = SegmentTiles(
             key=plan.tiles.fingerprint,

@@ -11,12 +11,14 @@ import numpy as np
 from pipeline.crf.params import ResolvedCrf
 from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, Shape, Walk
 from pipeline.errors import PlanError
+from pipeline.inference.canonical import CANONICAL_PX
 from pipeline.inference.precision import Precision
 from pipeline.inference.predictor import WINDOW
 from pipeline.inference.scene_context import sums_layout
 from pipeline.inference.tile_cost import CostModel, TileCost
 from pipeline.models.bundle import Bundle
 from pipeline.models.deeplab import aspp_width
+from workflows.config import SegmentOptions
 from workflows.tracing import Traced
 
 AUTO_TILES = {2: (512, 1024, 2048, 4096, 8192), 3: (64, 96, 128, 192, 256, 384)}
@@ -160,6 +162,9 @@ class Sizer:
 
     crf: ResolvedCrf | None
 
+    canonical_px: int | None
+    """Side of canonical windows, in pixels; None where windows are rows of the tile."""
+
     def sweep(self, tile: Shape, *, case: str) -> Pass:
         """The pass that writes the mask, in such tiles."""
         return Pass(
@@ -176,6 +181,7 @@ class Sizer:
             chain=self.traced.chain,
             classes=len(self.bundle.classes),
             window=WINDOW,
+            canonical_px=self.canonical_px,
             itemsize=precision.dtype.itemsize,
             pixel_bytes=len(self.info.channels) * np.dtype(self.info.dtype).itemsize,
             shape=sweep.grid.padded_shape,
@@ -222,7 +228,31 @@ class Sizer:
         stride = self.reach.stride
         if side % stride:
             raise PlanError(f"--tile {side}: must be a multiple of the output stride, {stride} px")
+        if self.canonical_px is not None and side % self.canonical_px:
+            raise PlanError(
+                f"--tile {side}: must be a multiple of the canonical window, {self.canonical_px} px"
+            )
         return tuple(min(side, -(-n // stride) * stride) for n in self.info.shape)
+
+
+def canonical_side(options: SegmentOptions, bundle: Bundle) -> int | None:
+    """Side of canonical windows, in pixels; None where windows are rows of the tile.
+
+    Raises PlanError where the tile would decide the bytes for another reason.
+    """
+    if options.windows == "rows":
+        return None
+    others = {"--halo": options.halo != "exact" and options.halo}
+    others["--context"] = (
+        bundle.architecture.image_pooling and options.context != "window" and options.context
+    )
+    for name, value in others.items():
+        if value:
+            raise PlanError(
+                f"--windows canonical makes bytes that do not depend on the tile, {name} {value}"
+                " those that do: leave out one of them"
+            )
+    return CANONICAL_PX[bundle.architecture.dims]
 
 
 def over_budget(

@@ -46,7 +46,10 @@ class CostModel:
     classes: int
 
     window: int
-    """Side of a window, in features."""
+    """Side of a window, in features, where windows are runs of rows."""
+
+    canonical_px: int | None
+    """Side of canonical windows, in pixels; None where windows are runs of rows."""
 
     itemsize: int
     """Bytes of a number in the network."""
@@ -60,7 +63,13 @@ class CostModel:
     def of(self, tile: Tile) -> TileCost:
         """Cost of one tile. Raises RegionError where its input holds no window of pooling."""
         chain = self.chain
-        needs = needs_of(chain, tile.read, scored=tile.scored, shape=self.shape)
+        needs = needs_of(
+            chain,
+            tile.read,
+            scored=tile.scored,
+            shape=self.shape,
+            canonical_px=self.canonical_px,
+        )
         maps = stage_bytes(chain, needs, window=self.window, itemsize=self.itemsize)
         image = tile.read.size * chain.bands * self.itemsize
         fine = needs.regions[chain.logits].size * chain.stride**tile.read.ndim
