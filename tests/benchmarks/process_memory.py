@@ -23,9 +23,9 @@ class Measured:
 
 
 def measure(command: Sequence[str], *, env: dict[str, str]) -> Measured:
-    """Run a command to its end. Raises CalledProcessError when it fails."""
+    """Run a command to its end, what it prints left out. Raises CalledProcessError."""
     start, peak = time.monotonic(), 0
-    process = subprocess.Popen(command, env=env)
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         peak = max(peak, _held(process.pid))
         time.sleep(SAMPLE_S)
