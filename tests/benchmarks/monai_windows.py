@@ -11,7 +11,6 @@ import sys
 
 import torch
 from benchmarks.whole_pass import predict, read_scene, write_labels
-from monai.inferers import sliding_window_inference
 from torch import Tensor
 
 from pipeline.models.bundle import load_bundle
@@ -23,6 +22,8 @@ ROI = (512, 512)
 
 def blend(network: DeepLab, image_BCS: Tensor, *, overlap: float, mode: str) -> Tensor:
     """Logits (B, K, *S), blended from windows that overlap by this share."""
+    # Here: tests collect this module where the extra ``bench`` is not installed.
+    from monai.inferers import sliding_window_inference
 
     def window(part_BCS: Tensor) -> Tensor:
         return predict(network, part_BCS)

@@ -23,9 +23,9 @@ class Measured:
 
 
 def measure(command: Sequence[str], *, env: dict[str, str]) -> Measured:
-    """Run a command to its end, what it prints left out. Raises CalledProcessError."""
+    """Run a command to its end. Raises CalledProcessError when it fails."""
     start, peak = time.monotonic(), 0
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=env)
     while process.poll() is None:
         peak = max(peak, _held(process.pid))
         time.sleep(SAMPLE_S)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import rasterio
-from benchmarks.memory import write_wallpaper
+from benchmarks.memory import BLOCK, write_wallpaper
 from benchmarks.process_memory import Measured, measure
 from scenes import fresh
 
@@ -69,6 +69,8 @@ def main() -> None:
     parser.add_argument("--network", default="slim", help="slim, resnet18, resnet50 or resnet101")
     parser.add_argument("--side", type=int, default=4096, help="of the scene, in px")
     asked = parser.parse_args()
+    if asked.side % BLOCK:
+        parser.error(f"--side {asked.side}: must be a multiple of {BLOCK} px")
     with tempfile.TemporaryDirectory(prefix="terravox-bench-") as name:
         folder = Path(name)
         scene, bundle = folder / "scene.tif", folder / asked.network
