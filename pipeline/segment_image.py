@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from pipeline.domain import TileKey, TilePlan
+from pipeline.domain import Pass, TileKey, TilePlan
 from pipeline.ports import Backend, Feed, Job, Ledger, Record, Work
 
 Observer = Callable[[Record], None]
@@ -22,6 +22,11 @@ class Outcome:
     """The latest record of every tile of the plan that has one."""
 
     total: int = 0
+
+    def of(self, sweep: Pass) -> Outcome:
+        """How far the tiles of one pass are."""
+        records = {key: r for key, r in self.records.items() if key.stage == sweep.name}
+        return Outcome(records, len(sweep))
 
     @property
     def failed(self) -> list[Record]:
@@ -41,10 +46,18 @@ class ImageTiles:
     """
 
     def __init__(
-        self, plan: TilePlan, work: Work, *, ledger: Ledger, observers: Iterable[Observer]
+        self,
+        plan: TilePlan,
+        works: Mapping[str, Work],
+        *,
+        ledger: Ledger,
+        observers: Iterable[Observer],
     ) -> None:
-        """Raises StoreError for a ledger that cannot be read."""
-        self._plan, self._work, self._ledger = plan, work, ledger
+        """Take what is to be done in each pass, by the pass's name.
+
+        Raises StoreError for a ledger that cannot be read.
+        """
+        self._plan, self._works, self._ledger = plan, works, ledger
         self.observers = list(observers)
         wanted = {tile.key for tile in plan.tiles()}
         found = ledger.records().items()
@@ -55,7 +68,7 @@ class ImageTiles:
     def jobs(self) -> Iterator[Job]:
         """What is to be done, in the plan's order."""
         tiles = (tile for tile in self._plan.tiles() if tile.key not in self._known)
-        return (Job(work=self._work, tile=tile) for tile in tiles)
+        return (Job(work=self._works[tile.key.stage], tile=tile) for tile in tiles)
 
     def note(self, record: Record) -> None:
         """Into the ledger first, before anyone hears of it. Raises StoreError."""

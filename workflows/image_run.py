@@ -47,7 +47,7 @@ class ImageRun:
         self.run.manifest.unlink(missing_ok=True)  # its presence means that the product exists
         self.tiles = ImageTiles(
             self.plan.tiles,
-            self._work(),
+            {self.plan.sweep.name: self._work()},
             ledger=self._ledger,
             observers=[self._new.append, publisher.tile_done],
         )
@@ -81,7 +81,8 @@ class ImageRun:
         """Records of tiles that are done and whose chunk still holds what they say."""
         scores = self._scores()
         self.mask.sweep()
-        done = [r for r in self._ledger.records().values() if r.status == "done"]
+        found, mask = self._ledger.records().values(), self.plan.sweep.name
+        done = [r for r in found if r.status == "done" and r.key.stage == mask]
         stores = [self.mask] if scores is None else [self.mask, scores.store]
         lost = set(lost_chunks(done, self.plan, stores))
         for record in done:
@@ -89,7 +90,7 @@ class ImageRun:
                 log.warning("tile %d: its chunk is damaged; done again", record.key.number)
                 self._ledger.append(Record(key=record.key, status="failed", error="chunk damaged"))
         if done:
-            name, total = self.product.case.name, len(self.plan.tiles)
+            name, total = self.product.case.name, len(self.plan.sweep)
             log.warning("resuming %s: %d of %d tiles are done", name, len(done), total)
         return [record for record in done if record.key not in lost]
 

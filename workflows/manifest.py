@@ -28,6 +28,7 @@ def manifest(
     ``seconds``, throughput and memory are of this command, which did the ``new`` tiles alone.
     """
     plan, info, bundle = product.plan, product.case.source.info, product.bundle
+    mask = outcome.of(plan.sweep)
     return {
         "status": status_of(outcome),
         "output": str(product.output.resolve()) if written else None,
@@ -45,14 +46,14 @@ def manifest(
         "model": {"name": bundle.name, "version": bundle.version, "digest": bundle.digest},
         "halo": halo_json(plan.sweep.reach) | {"exact": plan.exact},
         "tile": plan.sweep.grid.tile,
-        "tiles": _tiles(outcome),
-        "halo_work_ratio": round(plan.sweep.halo_work_ratio, 4),
+        "tiles": _tiles(mask),
+        "halo_work_ratio": round(plan.costs.halo_work_ratio, 4),
         "context": plan.resolved.context if bundle.architecture.image_pooling else "none",
         "crf": _crf(plan),
         "precision": plan.resolved.precision.name,
         "device": plan.resolved.device,
-        "classes": classes(outcome, product),
-        "nodata_pixels": counts(outcome).get(bundle.mask_nodata, 0),
+        "classes": classes(mask, product),
+        "nodata_pixels": counts(mask).get(bundle.mask_nodata, 0),
         "seam": None,
         "seconds": round(seconds, 3),
         "throughput": _throughput(info, new, seconds),

@@ -35,7 +35,7 @@ def run_status(path: Path) -> dict[str, Any]:
 def _image(run: RunDir, plan: dict[str, Any], *, alive: bool) -> dict[str, Any]:
     manifest = read_json(run.manifest)
     records = LedgerFile(run.ledger, owner="status").records()
-    tiles = Counter(record.status for record in records.values())
+    tiles = Counter(r.status for key, r in records.items() if key.stage == "segment")
     return {
         "state": manifest["status"] if manifest else "running" if alive else "stopped",
         "tiles_done": tiles["done"],
