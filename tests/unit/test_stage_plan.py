@@ -5,16 +5,53 @@ import sys
 
 import pytest
 import torch
-from halo_work import network_of, tiles_of, work_ratio
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.domain import Region
+from pipeline.domain import Grid, Halo, Pass, Region, Tile
 from pipeline.errors import BundleError
 from pipeline.inference.stage_plan import needs_of, row_block, stage_work
 from pipeline.inference.staged import without_idle_taps
+from pipeline.models.architecture import Architecture
+from pipeline.models.deeplab import DeepLab, build_network
 from pipeline.models.frame import Frame
+from pipeline.models.receptive_field import reach_of
 from pipeline.models.stages import Convolution, Slide, stages_of
+
+
+def network_of(backbone: str, *, dims: int = 2, pooled: bool = False) -> DeepLab:
+    """As published: stride 8 and rates 12, 24, 36 of the ResNets; weights not filled."""
+    slim = backbone == "slim"
+    architecture = Architecture(
+        family="v3",
+        backbone=backbone,
+        dims=dims,
+        output_stride=(4 if dims == 2 else 2) if slim else 8,
+        rates=(2, 4, 6) if slim else (12, 24, 36),
+        image_pooling=pooled,
+    )
+    with torch.device("meta"):
+        network = build_network(architecture, bands=3, classes=6).eval()
+    return network.pool_over((512,) * dims)
+
+
+def tiles_of(network: DeepLab, scene: int, side: int) -> list[Tile]:
+    grid = Grid(shape=(scene, scene), tile=(side, side), stride=network.architecture.output_stride)
+    halo = Halo.uniform(0, ndim=2)
+    sweep = Pass(case="", name="", grid=grid, reach=reach_of(network), crf_halo=halo)
+    return list(sweep.tiles())
+
+
+def work_ratio(network: DeepLab, scene: int, tiles: list[Tile]) -> float:
+    """Work of the tiles over that of one pass, by the share of the scene that they are."""
+    chain, shape = stages_of(network), (scene, scene)
+    whole = Region.whole(shape)
+    one = stage_work(chain, needs_of(chain, whole, scored=whole, shape=shape))
+    works = (
+        stage_work(chain, needs_of(chain, tile.read, scored=tile.scored, shape=shape))
+        for tile in tiles
+    )
+    return sum(works) / one * whole.size / sum(tile.core.size for tile in tiles)
 
 
 @pytest.mark.parametrize(
