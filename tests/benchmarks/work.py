@@ -62,9 +62,7 @@ def main() -> None:
         for architecture in NETWORKS.values():
             with torch.device("meta"):
                 network = build_network(architecture, bands=3, classes=6).eval().pool_over(CROP)
-            grid = Grid(
-                shape=(scene, scene), tile=(side, side), stride=architecture.output_stride
-            )  # fmt: skip
+            grid = Grid(shape=(scene, scene), tile=(side, side), stride=architecture.output_stride)
             none = Halo.uniform(0, ndim=2)
             sweep = Pass(case="", name="", grid=grid, reach=reach_of(network), crf_halo=none)
             tiles = list(sweep.tiles()) if number is None else [sweep.tile(number)]
