@@ -234,8 +234,8 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="of the scenes' sides")
     asked = parser.parse_args()
     good = True
-    print(f"{'network':9} {'':21} {'tile':>6} {'max logit':>10} {'labels':>8} {'unexplained':>12}")
     print(f"tiles: {THREADS} threads, channels last; otherwise: 1 thread, channels first")
+    print(f"{'network':9} {'':21} {'tile':>6} {'max logit':>10} {'labels':>8} {'unexplained':>12}")
     with tempfile.TemporaryDirectory(prefix="terravox-bench-") as name:
         for network in asked.network or NETWORKS:
             scene = scene_of(network, Path(name), scale=asked.scale)
