@@ -59,7 +59,13 @@ def work_ratio(
 
 @pytest.mark.parametrize(
     ("backbone", "dims", "pooled"),
-    [("resnet50", 2, True), ("resnet18", 2, False), ("slim", 2, True), ("slim", 3, False)],
+    [
+        ("resnet101", 2, False),
+        ("resnet50", 2, True),
+        ("resnet18", 2, False),
+        ("slim", 2, True),
+        ("slim", 3, False),
+    ],
 )
 def test_the_work_of_a_scene_is_what_torch_counts_for_one_pass(
     backbone: str, dims: int, pooled: bool
@@ -80,16 +86,21 @@ def test_a_tile_that_is_the_scene_does_the_work_of_one_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scene", "side", "number", "limit"),
-    [(8192, 4096, None, 1.20), (5 * 4096, 4096, 12, 1.35), (5 * 8192, 8192, 12, 1.20)],
-    ids=["8192 in four 4096", "interior 4096", "interior 8192"],
+    ("backbone", "scene", "side", "number", "limit"),
+    [
+        pytest.param("resnet50", 8192, 4096, None, 1.20, id="resnet50, 8192 in four 4096"),
+        pytest.param("resnet50", 5 * 4096, 4096, 12, 1.35, id="resnet50, interior 4096"),
+        pytest.param("resnet50", 5 * 8192, 8192, 12, 1.20, id="resnet50, interior 8192"),
+        pytest.param("resnet101", 5 * 4096, 4096, 12, 1.50, id="resnet101, interior 4096"),
+        pytest.param("resnet101", 5 * 8192, 8192, 12, 1.30, id="resnet101, interior 8192"),
+    ],
 )
 @pytest.mark.parametrize("pooled", [False, True])
 def test_halo_work_of_a_deep_network_is_a_small_share(
-    scene: int, side: int, number: int | None, limit: float, *, pooled: bool
+    backbone: str, scene: int, side: int, number: int | None, limit: float, *, pooled: bool
 ) -> None:
     """Every layer would be computed over the halo of all layers, as one pass over a tile does."""
-    network = network_of("resnet50", pooled=pooled)
+    network = network_of(backbone, pooled=pooled)
     tiles = tiles_of(network, scene, side)
     if number is not None:
         tiles = [tiles[number]]
