@@ -23,6 +23,7 @@ from pipeline.models.context_pool import Context
 from pipeline.models.frame import Frame
 from pipeline.ports import ArrayStore, Block, Guard, Record, Source
 from pipeline.stitching.keep_core import keep_core, to_labels
+from pipeline.stitching.samples import Pieces, SampleSink
 from pipeline.stitching.scores import ScoreSink, softmax
 
 
@@ -64,6 +65,9 @@ class TileResult:
     valid_S: NDArray[np.bool_]
     score_KS: NDArray[np.float32] | None
 
+    samples: Pieces
+    """Logits (K, *S) of the certificate's places, before the CRF."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentTiles:
@@ -84,6 +88,7 @@ class SegmentTiles:
     crf: ResolvedCrf | None
     mask: ArrayStore
     scores: ScoreSink | None
+    samples: SampleSink
     guard: Guard
 
     def read(self, tile: Tile) -> Block:
@@ -98,15 +103,16 @@ class SegmentTiles:
         valid_S = keep_core(data.valid_S, core=tile.core, within=tile.read)
         if not valid_S.any():
             empty_S = np.full(valid_S.shape, bundle.mask_nodata, dtype=values.dtype)
-            return TileResult(labels_S=empty_S, valid_S=valid_S, score_KS=None)
+            return TileResult(labels_S=empty_S, valid_S=valid_S, score_KS=None, samples={})
         image_CS = normalise(data, bundle.input.scaling)
         frame = Frame.of(tile.read, shape=self.padded_shape)
         score_KS = model.logits(image_CS, frame, scored=tile.scored).cpu().numpy()
+        samples = self.samples.cut(score_KS, core=tile.core, within=tile.scored)
         if self.crf is not None:
             score_KS = self.refine(tile, data, score_KS)
         core_KS = keep_core(score_KS, core=tile.core, within=tile.scored)
         labels_S = to_labels(core_KS, valid_S=valid_S, values=values, nodata=bundle.mask_nodata)
-        return TileResult(labels_S=labels_S, valid_S=valid_S, score_KS=core_KS)
+        return TileResult(labels_S=labels_S, valid_S=valid_S, score_KS=core_KS, samples=samples)
 
     def refine(self, tile: Tile, block: Block, logit_KS: NDArray[np.float32]) -> NDArray[Any]:
         """Probabilities after the dense CRF, which sees ``tile.scored``; (K, *S) float32."""
@@ -126,6 +132,7 @@ class SegmentTiles:
         if self.scores is not None:
             prob_KS = self.probabilities(result)
             scores_digest = self.scores.write(tile.core, prob_KS, valid_S=result.valid_S)
+        self.samples.write(result.samples)
         digest = self.mask.write(tile.core, result.labels_S)
         values, counts = np.unique(result.labels_S, return_counts=True)
         return Record(

@@ -288,7 +288,7 @@ class _Batch:
 
     def _start(self, case: BatchCase, image: ImageRun) -> None:
         name = case.candidate.id
-        image.tiles.observers.append(self._papers.tile_done)
+        image.watch(self._papers.tile_done)
         self._open[name], self._images[name] = case, image.tiles
         if not image.tiles.outcome.interrupted:  # all was done but the finishing
             self._finish(name)

@@ -192,7 +192,7 @@ class BatchCase:
         if self._adopt(product):
             return
         self._claim(product, ours=ours)
-        self.note("running", output=str(output), tiles=len(plan.tiles))
+        self.note("running", output=str(output), tiles=len(plan.sweep))
         publisher = Publisher(product, NoTracker(tracking_run()))
         self.image = ImageRun(product, shared.options, guard=shared.guard, publisher=publisher)
         self.computed = True
@@ -200,11 +200,10 @@ class BatchCase:
     def finish(self) -> None:
         """Write the product and note it. Raises TilesFailedError, and what finishing raises."""
         assert self.image is not None
-        values, failed = self.image.finish(), self.image.tiles.outcome.failed
-        said = ""
+        values, mask = self.image.finish(), self.image.mask_outcome
+        failed, said = mask.failed, ""
         if failed:
-            total = self.image.tiles.outcome.total
-            said = f"{len(failed)} of {total} tiles failed; the first: {failed[0].error}"
+            said = f"{len(failed)} of {mask.total} tiles failed; the first: {failed[0].error}"
         if not values["output"]:
             poison = any(record.deaths >= MAX_DEATHS for record in failed)
             raise TilesFailedError(said, poison=poison)
@@ -331,7 +330,15 @@ class BatchCase:
                 f" {only.architecture.dims}: give a --model that takes {info.ndim}"
             )
         self.record = replace(self.record, model=f"{bundle.name} {bundle.version}")
-        return Case(name=candidate.id, path=here, source=source, digest=content), bundle
+        case = Case(
+            name=candidate.id,
+            path=here,
+            source=source,
+            digest=content,
+            volume=volume,
+            series=candidate.series,
+        )
+        return case, bundle
 
     def _identify(self, content: str, model: str) -> None:
         identity = content or self.record.stamp

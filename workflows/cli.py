@@ -200,6 +200,25 @@ def status(run_dir: Path, as_json: Json = False) -> None:
 
 
 @app.command()
+def certify(
+    run_dir: Path,
+    model: Annotated[Path | None, typer.Option(help="The bundle, where it has moved.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the seams of a finished run again; exit 1 where it is not what it claims."""
+    from workflows.certify import certify as run
+
+    values = run(run_dir, model=model)
+    if as_json:
+        print(json.dumps(values))
+    else:
+        for key, value in values.items():
+            if key != "samples":
+                print(f"{key:30} {_plain(value)}")
+    raise typer.Exit(EXIT_FAILED if values["passed"] is False else 0)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what this machine can do, and what is missing."""
     from workflows.doctor import examine

@@ -11,7 +11,7 @@ from adapters.ledger_file import LedgerFile
 from adapters.zarr_store import ZarrStore
 from pipeline.errors import PlanError
 from pipeline.ports import Guard, Record
-from pipeline.segment_image import ImageTiles
+from pipeline.segment_image import ImageTiles, Observer, Outcome
 from pipeline.segment_tile import SegmentModel, SegmentTiles
 from pipeline.stitching.scores import ScoreSink
 from workflows.config import SegmentOptions
@@ -19,6 +19,7 @@ from workflows.finish import Product, lost_chunks, write_product
 from workflows.manifest import manifest
 from workflows.publish import Publisher
 from workflows.run_dir import read_plan, write_json
+from workflows.seam import SampleFiles, Seam, certify_work, lost_samples, seam_of
 
 log = logging.getLogger(__name__)
 
@@ -41,16 +42,31 @@ class ImageRun:
         self.run.sweep()
         self._keep_plan()
         self.mask = self._store(self.run.mask, dtype=product.bundle.mask_dtype)
+        self._samples = SampleFiles.of(self.run)
         self._new: list[Record] = []
         self._ledger = LedgerFile(self.run.ledger, owner=f"pid{time.time_ns()}")
         self.known = self._trusted()
         self.run.manifest.unlink(missing_ok=True)  # its presence means that the product exists
         self.tiles = ImageTiles(
             self.plan.tiles,
-            {self.plan.sweep.name: self._work()},
+            {
+                self.plan.sweep.name: self._work(),
+                self.plan.samples.name: certify_work(product, files=self._samples, guard=guard),
+            },
             ledger=self._ledger,
-            observers=[self._new.append, publisher.tile_done],
+            observers=[self._new.append],
         )
+        self.watch(publisher.tile_done)
+
+    def watch(self, observer: Observer) -> None:
+        """Tell ``observer`` of every tile of the mask."""
+        mask = self.plan.sweep.name
+        self.tiles.observers.append(lambda r: observer(r) if r.key.stage == mask else None)
+
+    @property
+    def mask_outcome(self) -> Outcome:
+        """How far the tiles of the mask are."""
+        return self.tiles.outcome.of(self.plan.sweep)
 
     def finish(self) -> dict[str, Any]:
         """The product if its tiles allow it, then the papers; returns the manifest.
@@ -58,37 +74,45 @@ class ImageRun:
         Raises FinishError, StoreError, SourceError or LeaseHeldError.
         """
         outcome = self.tiles.outcome
-        allowed = len(outcome.failed) <= self.options.allow_failed
-        written = allowed and not outcome.interrupted
-        if written:
+        allowed = len(self.mask_outcome.failed) <= self.options.allow_failed
+        seam = self._certified() if allowed and not outcome.interrupted else None
+        if seam is not None:
             self.guard.check()
-            write_product(self.product, store=self.mask)
+            write_product(self.product, store=self.mask, seam=seam.certificate)
             self.guard.check()
         values = manifest(
             self.product,
             outcome,
-            written=written,
+            seam=seam,
             new=self._new,
             seconds=time.monotonic() - self._started,
         )
-        return self._publisher.finish(values, outcome=outcome, store=self.mask)
+        return self._publisher.finish(values, outcome=self.mask_outcome, store=self.mask, seam=seam)
 
     def close(self) -> None:
         """Close the ledger."""
         self._ledger.close()
 
+    def _certified(self) -> Seam:
+        """The certificate, kept and, where it fails, told."""
+        seam = seam_of(self.plan, files=self._samples, read_mask=self.mask.read)
+        write_json(self.run.certificate, seam.as_json())
+        if seam.complaint:
+            log.warning("%s: %s", self.product.case.name, seam.complaint)
+        return seam
+
     def _trusted(self) -> list[Record]:
         """Records of tiles that are done and whose chunk still holds what they say."""
         scores = self._scores()
         self.mask.sweep()
-        found, mask = self._ledger.records().values(), self.plan.sweep.name
-        done = [r for r in found if r.status == "done" and r.key.stage == mask]
+        found = [r for r in self._ledger.records().values() if r.status == "done"]
+        done = [r for r in found if r.key.stage == self.plan.sweep.name]
         stores = [self.mask] if scores is None else [self.mask, scores.store]
-        lost = set(lost_chunks(done, self.plan, stores))
-        for record in done:
-            if record.key in lost:
-                log.warning("tile %d: its chunk is damaged; done again", record.key.number)
-                self._ledger.append(Record(key=record.key, status="failed", error="chunk damaged"))
+        lost = {*lost_chunks(done, self.plan, stores)}
+        lost |= {*lost_samples(found, self.plan, self._samples)}
+        for key in lost:
+            log.warning("%s %d: what it wrote is damaged; done again", key.stage, key.number)
+            self._ledger.append(Record(key=key, status="failed", error="damaged"))
         if done:
             name, total = self.product.case.name, len(self.plan.sweep)
             log.warning("resuming %s: %d of %d tiles are done", name, len(done), total)
@@ -142,5 +166,6 @@ class ImageRun:
             crf=plan.crf,
             mask=self.mask,
             scores=self._scores(),
+            samples=self._samples.sink(plan),
             guard=self.guard,
         )

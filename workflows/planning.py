@@ -14,7 +14,7 @@ import yaml
 
 from pipeline.crf.dense import require_engine
 from pipeline.crf.params import CrfParams, ResolvedCrf
-from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, Shape, TilePlan
+from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, SamplePass, Shape, TilePlan
 from pipeline.errors import CrfError, ExecutionError, PlanError, SourceError
 from pipeline.execution.identity import package_digest
 from pipeline.inference.precision import Precision, resolve_precision
@@ -68,15 +68,28 @@ class SegmentPlan:
     source_digest: str
     channels: tuple[int, ...]
     crf: ResolvedCrf | None
-    exact: bool
+    network_exact: bool
     """True when the halo covers the receptive field and pooling does not depend on the tile."""
+
+    asked: Mapping[str, Any]
+    """Where source and bundle lie, and the options: what ``certify`` needs to find them again."""
 
     notes: tuple[str, ...]
 
     @property
+    def exact(self) -> bool:
+        """True when labels do not depend on the tile either: a CRF sees no more than one."""
+        return self.network_exact and self.crf is None
+
+    @property
     def sweep(self) -> Pass:
         """The pass that writes the mask."""
-        return next(sweep for sweep in self.tiles.passes if sweep.name == "segment")
+        return next(p for p in self.tiles.passes if isinstance(p, Pass) and p.name == "segment")
+
+    @property
+    def samples(self) -> SamplePass:
+        """The pass that computes samples again, for the certificate."""
+        return next(p for p in self.tiles.passes if isinstance(p, SamplePass))
 
     @property
     def summary(self) -> str:
@@ -112,6 +125,8 @@ class SegmentPlan:
             "store_bytes": self.tiles.store_bytes,
             "crf": asdict(self.crf) if self.crf else None,
             "channels": self.channels,
+            "samples": [asdict(sample) for sample in self.samples.samples],
+            "asked": self.asked,
             "notes": self.notes,
         }
 
@@ -171,11 +186,13 @@ def make_plan(
             "scores": options.scores,
         }
     )
+    whole = traced_reach(bundle, "window")  # of the layers, not as the options shorten it
+    samples = SamplePass.of(sweep, reach=whole, seed=fingerprint)
     count = workers(options, device=resolved.device, threads=resolved.threads)
     peak = peak_bytes(bundle, sweep, workers=count, with_crf=crf is not None)
     return SegmentPlan(
         tiles=TilePlan(
-            passes=(sweep,),
+            passes=(sweep, samples),
             fingerprint=fingerprint,
             peak_bytes=peak,
             store_bytes=store_bytes(bundle, info.shape, scores=options.scores),
@@ -185,7 +202,14 @@ def make_plan(
         source_digest=case.digest,
         channels=channels,
         crf=crf,
-        exact=exact and crf is None,
+        network_exact=exact,
+        asked={
+            "source": str(case.path),
+            "volume": case.volume,
+            "series": case.series,
+            "model": str(bundle.path),
+            "options": options.request(),
+        },
         notes=notes + too_large(peak),
     )
 

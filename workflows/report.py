@@ -17,6 +17,17 @@ from pipeline.ports import Record
 STAGES = {"read": "#4c78a8", "compute": "#f58518", "write": "#54a24b"}
 """The stages of a tile, in order, and their colours."""
 
+SEAM_COLUMNS = {
+    "windows": "number",
+    "pixels": "pixels",
+    "max_abs_logit": "logits apart, at most",
+    "max_deviations": "in deviations",
+    "label_disagreement": "share of labels that differ",
+    "label_disagreement_upper_95": "below, with 95 %",
+    "label_disagreement_before_crf": "share before the CRF",
+}
+"""Keys of the manifest's ``seam``, and what they are called."""
+
 PROVENANCE = ("uri", "digest", "shape", "selection", "crs", "affine")
 
 STYLE = """
@@ -68,6 +79,7 @@ def write_report(
     *,
     manifest: Mapping[str, Any],
     pictures: Mapping[str, Image.Image],
+    seams: Mapping[str, Image.Image],
     records: Sequence[Record],
 ) -> None:
     """Write the page; equal arguments give equal bytes.
@@ -76,17 +88,21 @@ def write_report(
         path: the HTML file, replaced whole.
         manifest: as the command's contract names its keys; what is absent is left out.
         pictures: by caption, embedded as PNG.
+        seams: likewise, of the seam certificate.
         records: the ledger's, one per tile; their stages' seconds are summed up.
     """
     name = Path(str(manifest.get("output") or "no output")).name
     body = f"""
 {_heading(name, manifest)}
 {_notes(manifest)}
+<h2>Result</h2>
 {_pictures(pictures)}
 <div class="columns">
 <section>{_classes(manifest)}</section>
 <section>{_timings(records)}</section>
 </div>
+{_seam(manifest.get("seam"))}
+{_pictures(seams)}
 <div class="columns">
 <section><h2>Plan</h2>{_table(_plan(manifest))}</section>
 <section><h2>Provenance</h2>{_table(_provenance(manifest))}</section>
@@ -142,7 +158,7 @@ def _pictures(pictures: Mapping[str, Image.Image]) -> str:
         f"<figcaption>{_text(caption)}</figcaption></figure>"
         for caption, picture in pictures.items()
     )
-    return f'<h2>Result</h2><div class="pictures{" wide" if wide else ""}">{figures}</div>'
+    return f'<div class="pictures{" wide" if wide else ""}">{figures}</div>'
 
 
 def _png(picture: Image.Image) -> str:
@@ -217,8 +233,32 @@ def _bar(totals: Mapping[str, float]) -> str:
     )
 
 
+def _seam(seam: Mapping[str, Any] | None) -> str:
+    """The certificate: windows astride tile borders beside windows within tiles."""
+    if not seam:
+        return ""
+    verdict = {True: "passed", False: "FAILED", None: "no verdict"}[seam["passed"]]
+    text = f"<h2>Seams</h2><p>{verdict}{': ' if seam['reason'] else ''}{_text(seam['reason'])}</p>"
+    if not seam["windows"]:
+        return text
+    head = "".join(f'<th class="n">{name}</th>' for name in SEAM_COLUMNS.values())
+    rows = "".join(
+        f"<tr><th>{name}</th>"
+        + "".join(f'<td class="n">{_figure(figures.get(key))}</td>' for key in SEAM_COLUMNS)
+        + "</tr>"
+        for name, figures in (("astride tile borders", seam), ("within tiles", seam["interior"]))
+    )
+    return f"{text}<table><tr><th>windows</th>{head}</tr>{rows}</table>"
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2g}"
+
+
 def _plan(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    halo, crf, seam = (manifest.get(key) for key in ("halo", "crf", "seam"))
+    halo, crf = manifest.get("halo"), manifest.get("crf")
     peak = manifest.get("peak_memory_bytes")
     return {
         "tile": manifest.get("tile"),
@@ -231,7 +271,6 @@ def _plan(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "device": manifest.get("device"),
         "precision": manifest.get("precision"),
         "peak memory": f"{peak / 2**20:,.0f} MiB" if peak else None,
-        "seam": "not measured" if seam is None else seam,
     }
 
 

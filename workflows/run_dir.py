@@ -45,6 +45,16 @@ class RunDir:
         return self.path / "scores.zarr"
 
     @property
+    def samples(self) -> Path:
+        """What tiles and the whole network say in a few small places."""
+        return self.path / "samples"
+
+    @property
+    def certificate(self) -> Path:
+        """How far the two lie apart."""
+        return self.path / "certificate.json"
+
+    @property
     def progress(self) -> Path:
         """How far the run is; rewritten about once a second."""
         return self.path / "progress.json"
@@ -72,10 +82,9 @@ class RunDir:
     @property
     def parts(self) -> tuple[Path, ...]:
         """All that a run makes here, the lease apart."""
-        names = ("finishing.json", "certificate.json")
         files = (self.plan, self.progress, self.tracking, self.report, self.manifest)
-        folders = (self.ledger, self.mask, self.scores, self.scratch)
-        return (*folders, *files, *(self.path / name for name in names))
+        folders = (self.ledger, self.mask, self.scores, self.samples, self.scratch)
+        return (*folders, *files, self.certificate, self.path / "finishing.json")
 
     @property
     def cases(self) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from pipeline.domain.grid import Grid
 from pipeline.domain.reach import Reach
@@ -85,11 +85,24 @@ class Pass:
         return self.read_voxels / Region.whole(self.grid.padded_shape).size
 
 
+class Sweep(Protocol):
+    """Any pass: tiles of one case that need nothing of one another."""
+
+    @property
+    def name(self) -> str:
+        """In the ledger's keys."""
+
+    def __len__(self) -> int: ...
+
+    def tiles(self) -> Iterator[Tile]:
+        """In the order they must run."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TilePlan:
     """The passes of a run and the fingerprint that names it."""
 
-    passes: tuple[Pass, ...]
+    passes: tuple[Sweep, ...]
 
     fingerprint: str
     """SHA-256 over everything that decides the bytes of the result."""
