@@ -32,9 +32,10 @@ from workflows.batch_papers import BatchPapers, nothing
 from workflows.config import SegmentOptions
 from workflows.image_run import ImageRun
 from workflows.interrupt import never
-from workflows.planning import crf_params, resolve_floats, traced_reach
+from workflows.planning import crf_params, resolve_floats
 from workflows.run_dir import RunDir, canonical_digest, file_digest
 from workflows.sources import Candidate, Made, find_sources
+from workflows.tracing import traced
 from workflows.workplace import workers
 
 log = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ class _Batch:
         self._floats = resolve_floats(self._options)
         for bundle in self._bundles.values():
             crf_params(self._options.crf, bundle)
-            traced_reach(bundle, self._options.context)
+            traced(bundle, self._options.context)
         floats = self._floats
         actors = workers(self._options, device=floats.device, threads=floats.threads)
         self._room = threading.Semaphore(min(OPEN_CASES + 3 * actors, MOST_CASES))

@@ -354,7 +354,7 @@ class BatchCase:
             log.warning("%s; begun anew", error)
             found = None
             run.clear()
-        plan = make_plan(case, bundle, self._shared.options, found=found)
+        plan = make_plan(case, bundle, self._shared.options, found=found, alone=False)
         if found is not None and found["fingerprint"] != plan.tiles.fingerprint:
             run.clear()
         return plan

@@ -46,6 +46,9 @@ HaloAsked = Annotated[str, typer.Option("--halo", help="exact, or a number of px
 Context = Annotated[str, typer.Option(help="Image pooling over a window, or the tile (not exact).")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Floats = Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")]
+Budget = Annotated[
+    str | None, typer.Option(help="Refuse a plan that takes more memory, such as 16GB.")
+]
 Resolution = Annotated[
     bool, typer.Option("--any-resolution", help="Accept a pixel size unlike the bundle's.")
 ]
@@ -83,6 +86,7 @@ def segment(
     workers: Workers = None,
     device: Device = "auto",
     precision: Floats = "auto",
+    memory_budget: Budget = None,
     any_resolution: Resolution = False,
     scores: Scores = "none",
     volume: Volume = None,
@@ -128,6 +132,7 @@ def batch(
     workers: Workers = None,
     device: Device = "auto",
     precision: Floats = "auto",
+    memory_budget: Budget = None,
     any_resolution: Resolution = False,
     scores: Scores = "none",
     volume: Volume = None,
@@ -166,6 +171,7 @@ def plan(
     workers: Workers = None,
     device: Device = "auto",
     precision: Floats = "auto",
+    memory_budget: Budget = None,
     any_resolution: Resolution = False,
     scores: Scores = "none",
     volume: Volume = None,

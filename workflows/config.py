@@ -7,7 +7,7 @@ import secrets
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.errors import PlanError
 
@@ -28,6 +28,8 @@ class SegmentOptions(BaseModel):
     workers: int | None = Field(default=None, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    memory_budget: ByteSize | None = None
+    """Of driver and workers together; a plan that takes more is refused."""
     any_resolution: bool = False
     scores: Literal["none", "uint8", "float16"] = "none"
     volume: int | None = Field(default=None, ge=0)
@@ -51,8 +53,8 @@ class SegmentOptions(BaseModel):
         """The options that decide the bytes of the result, as asked (``auto`` stays ``auto``)."""
         return self.model_dump(
             include={
-                "crf", "tile", "halo", "context", "device", "precision", "any_resolution",
-                "scores", "volume", "series",
+                "crf", "tile", "halo", "context", "device", "precision", "memory_budget",
+                "any_resolution", "scores", "volume", "series",
             }
         )  # fmt: skip
 

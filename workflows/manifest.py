@@ -48,7 +48,7 @@ def manifest(
         "halo": halo_json(plan.sweep.reach) | {"exact": plan.exact},
         "tile": plan.sweep.grid.tile,
         "tiles": _tiles(mask),
-        "halo_work_ratio": round(plan.sweep.halo_work_ratio, 4),
+        "halo_work_ratio": round(plan.costs.halo_work_ratio, 4),
         "context": plan.resolved.context if bundle.architecture.image_pooling else "none",
         "crf": _crf(plan),
         "precision": plan.resolved.precision.name,

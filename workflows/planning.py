@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -14,23 +13,19 @@ import yaml
 
 from pipeline.crf.dense import require_engine
 from pipeline.crf.params import CrfParams, ResolvedCrf
-from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, SamplePass, Shape, TilePlan
+from pipeline.domain import Halo, ImageInfo, Pass, Reach, SamplePass, Shape, TilePlan
 from pipeline.errors import CrfError, ExecutionError, PlanError, SourceError
 from pipeline.execution.identity import package_digest
 from pipeline.inference.precision import Precision, resolve_precision
-from pipeline.models.bundle import WEIGHTS_FILE, Bundle
+from pipeline.models.bundle import Bundle
 from pipeline.models.context_pool import Context
-from pipeline.models.receptive_field import reach_of
 from workflows.case import Case
 from workflows.config import SegmentOptions
+from workflows.fitting import check_modality, check_spacing, match_channels
 from workflows.run_dir import canonical_digest
-from workflows.sizing import AUTO_TILES, asked_tile, modest, peak_bytes, store_bytes, too_large
-from workflows.workplace import workers, workplace
-
-SPACING_TOLERANCE = 0.05
-
-_REACHES: dict[tuple[str, Context, int], Reach] = {}
-_REACHES_LOCK = threading.Lock()
+from workflows.sizing import Budget, Costs, Sizer, Team, over_budget, store_bytes
+from workflows.tracing import traced
+from workflows.workplace import usual_workers, workers, workplace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +66,12 @@ class SegmentPlan:
     network_exact: bool
     """True when the halo covers the receptive field and pooling does not depend on the tile."""
 
+    receptive_field: Shape
+    """Of a coarse logit, in pixels; image pooling left out."""
+
+    costs: Costs
+    workers: int
+
     asked: Mapping[str, Any]
     """Where source and bundle lie, and the options: what ``certify`` needs to find them again."""
 
@@ -98,7 +99,7 @@ class SegmentPlan:
         side = " x ".join(map(str, sweep.grid.tile))
         return (
             f"{len(sweep)} tiles of {side} px, halo {sweep.reach.halo_with_window.largest} px,"
-            f" work {sweep.halo_work_ratio:.2f} times the scene,"
+            f" work {self.costs.halo_work_ratio:.2f} times that of one pass,"
             f" {resolved.precision.name} on {resolved.device} ({resolved.precision.why}),"
             f" CRF {'on' if self.crf else 'off'}"
         )
@@ -120,7 +121,9 @@ class SegmentPlan:
             "halo": halo_json(sweep.reach),
             "crf_halo": sweep.crf_halo.before,
             "exact": self.exact,
-            "halo_work_ratio": round(sweep.halo_work_ratio, 4),
+            "receptive_field": self.receptive_field,
+            **self.costs.as_json(),
+            "workers": self.workers,
             "peak_memory_bytes": self.tiles.peak_bytes,
             "store_bytes": self.tiles.store_bytes,
             "crf": asdict(self.crf) if self.crf else None,
@@ -146,8 +149,16 @@ def make_plan(
     options: SegmentOptions,
     *,
     found: Mapping[str, Any] | None = None,
+    alone: bool = True,
 ) -> SegmentPlan:
-    """Decide everything; ``found`` is the plan.json of an earlier run in the same directory.
+    """Decide everything before anything runs.
+
+    Args:
+        case: what is to be segmented.
+        bundle: with what.
+        options: as asked.
+        found: the plan.json of an earlier run in the same directory.
+        alone: False where other cases share the workers, whose threads are then not this case's.
 
     Raises SourceError, BundleError, CrfError or PlanError, one line each.
     """
@@ -169,12 +180,14 @@ def make_plan(
             "crf": asdict(crf) if crf else None,
         }
     )
-    reach, exact = network_reach(bundle, options)
+    known = traced(bundle, options.context)
+    reach, exact = _halo_asked(known.reach, bundle, options)
+    sizer = Sizer(bundle=bundle, info=info, traced=known, reach=reach, crf=crf)
     if found is not None and found["request_digest"] == request:
         resolved = _resolved_before(found["resolved"], options, crf=crf)
     else:
-        resolved = resolve(info, bundle, options, reach=reach, crf=crf)
-    sweep = _sweep(info, resolved.tile, reach=reach, crf=crf, case=case.name)
+        resolved = resolve(options, sizer, alone=alone)
+    sweep = sizer.sweep(resolved.tile, case=case.name)
     fingerprint = canonical_digest(
         {
             "source": case.digest,
@@ -186,10 +199,18 @@ def make_plan(
             "scores": options.scores,
         }
     )
-    whole = traced_reach(bundle, "window")  # of the layers, not as the options shorten it
+    whole = traced(bundle, "window").reach  # of the layers, not as the options shorten it
     samples = SamplePass.of(sweep, reach=whole, seed=fingerprint)
-    count = workers(options, device=resolved.device, threads=resolved.threads)
-    peak = peak_bytes(bundle, sweep, workers=count, with_crf=crf is not None)
+    count = min(len(sweep), workers(options, device=resolved.device, threads=resolved.threads))
+    costs = sizer.costs(sweep, resolved.precision)
+    peak = sizer.peak_bytes(costs, workers=count, device=resolved.device)
+    notes += over_budget(
+        peak,
+        asked=options.memory_budget,
+        here=workplace(options).memory_bytes,
+        workers=count,
+        tile=resolved.tile,
+    )
     return SegmentPlan(
         tiles=TilePlan(
             passes=(sweep, samples),
@@ -203,6 +224,9 @@ def make_plan(
         channels=channels,
         crf=crf,
         network_exact=exact,
+        receptive_field=known.receptive_field,
+        costs=costs,
+        workers=count,
         asked={
             "source": str(case.path),
             "volume": case.volume,
@@ -210,70 +234,8 @@ def make_plan(
             "model": str(bundle.path),
             "options": options.request(),
         },
-        notes=notes + too_large(peak),
+        notes=notes,
     )
-
-
-def match_channels(info: ImageInfo, bundle: Bundle) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Index in the image of each band of the network, and notes on how they were matched.
-
-    By name, in any case, where the image has all of the names; by position where it has none of
-    them, which needs equal counts. Raises SourceError, also for an image that has some of them.
-    """
-    names = None if isinstance(bundle.input.bands, int) else bundle.input.bands
-    wanted_names = [name.casefold() for name in names or ()]
-    found_names = [name.casefold() for name in info.channels]
-    missing = [name for name in wanted_names if name not in found_names]
-    if names is not None and not missing:
-        return tuple(found_names.index(name) for name in wanted_names), ()
-    if len(missing) < len(wanted_names):
-        raise SourceError(
-            f"the network of {bundle.name} takes bands {', '.join(names or ())}, the image has"
-            f" {', '.join(info.channels)}: no {', '.join(missing)}; add or name these bands"
-        )
-    count = bundle.input.band_count
-    if len(info.channels) != count:
-        wanted = f"{count} ({', '.join(names)})" if names else str(count)
-        raise SourceError(
-            f"the network of {bundle.name} takes {wanted} bands, the image has"
-            f" {len(info.channels)} ({', '.join(info.channels)}): give an image with these bands"
-        )
-    if names is None:
-        return tuple(range(count)), ()
-    note = f"bands taken by position: {', '.join(info.channels)} as {', '.join(names)}"
-    return tuple(range(count)), (note,)
-
-
-def check_modality(info: ImageInfo, bundle: Bundle) -> None:
-    """Raise SourceError for another kind of scan than the network's, where both are known."""
-    wanted, found = bundle.input.modality, info.modality
-    if wanted and found and wanted != found:
-        raise SourceError(
-            f"the scan is {found}, the network of {bundle.name} was trained on {wanted}:"
-            " choose another scan or bundle"
-        )
-
-
-def check_spacing(info: ImageInfo, bundle: Bundle, *, any_resolution: bool) -> tuple[str, ...]:
-    """Notes on the pixel size. Raises PlanError when it is more than 5 % off the bundle's."""
-    if info.unit == "mm":
-        wanted = bundle.input.spacing_mm
-    else:
-        size = bundle.input.pixel_size_m
-        wanted = (size,) * info.ndim if size else None
-    if wanted is None:
-        return ()
-    if info.unit == "px":
-        return (f"the image has no physical pixel size; the network expects {wanted[0]:g} m",)
-    off = max(abs(a / b - 1) for a, b in zip(info.spacing, wanted, strict=True))
-    if off <= SPACING_TOLERANCE:
-        return ()
-    found = " x ".join(f"{s:g}" for s in info.spacing)
-    asked = " x ".join(f"{s:g}" for s in wanted)
-    text = f"pixel size is {found} {info.unit}, the network was trained at {asked} {info.unit}"
-    if not any_resolution:
-        raise PlanError(f"{text}: resample the image, or add --any-resolution")
-    return (text,)
 
 
 def resolve_crf(asked: str, bundle: Bundle, info: ImageInfo) -> ResolvedCrf | None:
@@ -309,22 +271,8 @@ def crf_params(asked: str, bundle: Bundle) -> CrfParams | None:
     return CrfParams.from_mapping(mapping)
 
 
-def traced_reach(bundle: Bundle, context: Context) -> Reach:
-    """The network's reach, traced once in this process.
-
-    Tracing patches torch for all threads: no other may run a network meanwhile.
-    """
-    # With the time of the file: tracing reads the weights, and finds those that are damaged.
-    key = (bundle.digest, context, (bundle.path / WEIGHTS_FILE).stat().st_mtime_ns)
-    with _REACHES_LOCK:
-        if key not in _REACHES:
-            _REACHES[key] = reach_of(bundle.network(), context=context)
-        return _REACHES[key]
-
-
-def network_reach(bundle: Bundle, options: SegmentOptions) -> tuple[Reach, bool]:
-    """What the network needs around a tile, and whether tiling with it is exact."""
-    reach = traced_reach(bundle, options.context)
+def _halo_asked(reach: Reach, bundle: Bundle, options: SegmentOptions) -> tuple[Reach, bool]:
+    """What is read around a tile, and whether tiling with it is exact."""
     exact = options.context == "window" or not bundle.architecture.image_pooling
     if options.halo == "exact":
         return reach, exact
@@ -361,26 +309,26 @@ def resolve_floats(options: SegmentOptions) -> Floats:
     return Floats(device=device, precision=precision, threads=threads)
 
 
-def resolve(
-    info: ImageInfo,
-    bundle: Bundle,
-    options: SegmentOptions,
-    *,
-    reach: Reach,
-    crf: ResolvedCrf | None,
-) -> Resolved:
+def resolve(options: SegmentOptions, sizer: Sizer, *, alone: bool) -> Resolved:
     """Turn every ``auto`` into a value. Raises PlanError where a wish cannot be met."""
-    floats = resolve_floats(options)
-    sides = AUTO_TILES[info.ndim] if options.tile is None else (options.tile,)
-    tiles = [asked_tile(side, shape=info.shape, stride=reach.stride) for side in sides]
-    sweeps = (_sweep(info, tile, reach=reach, crf=crf, case="") for tile in tiles)
+    floats, place = resolve_floats(options), workplace(options)
+    # Not the workers asked for: their number must not change the bytes.
+    usual = usual_workers(place, device=floats.device, threads=floats.threads)
+    tile, team = sizer.choose(
+        options.tile,
+        Team(workers=usual, threads=floats.threads, device=floats.device, alone=alone),
+        precision=floats.precision,
+        budget=Budget(
+            host=options.memory_budget or place.memory_bytes // 2, device=place.gpu_bytes
+        ),
+    )
     return Resolved(
-        tile=modest(sweeps, bundle).grid.tile,
+        tile=tile,
         device=floats.device,
         precision=floats.precision,
-        threads=floats.threads,
+        threads=team.threads,
         context=options.context,
-        versions=_versions(crf),
+        versions=_versions(sizer.crf),
     )
 
 
@@ -398,18 +346,6 @@ def _resolved_before(
     if place.here:
         resolve_precision(before.precision.name, device=before.device)
     return before
-
-
-def _sweep(
-    info: ImageInfo, tile: Shape, *, reach: Reach, crf: ResolvedCrf | None, case: str
-) -> Pass:
-    return Pass(
-        case=case,
-        name="segment",
-        grid=Grid(shape=info.shape, tile=tile, stride=reach.stride),
-        reach=reach,
-        crf_halo=crf.halo_px if crf else Halo.uniform(0, ndim=info.ndim),
-    )
 
 
 def _versions(crf: ResolvedCrf | None) -> dict[str, str]:

@@ -15,6 +15,7 @@ from pipeline.models.bundle import load_bundle
 from pipeline.ports import Guard, Record
 from pipeline.segment_image import segment_images
 from workflows.backend import make_backend
+from workflows.calibration import network_seconds
 from workflows.case import open_case
 from workflows.config import SegmentOptions
 from workflows.finish import Product, check_output, finishing_mark, mark_output
@@ -97,9 +98,13 @@ def _finished(product: Product, known: Mapping[str, Any] | None) -> dict[str, An
 
 
 def plan_only(source: str | Path, *, model: str | Path, options: SegmentOptions) -> dict[str, Any]:
-    """What ``segment`` would do, as plan.json would hold it. Raises what ``segment`` raises."""
-    case = open_case(Path(source).absolute(), options)
-    return make_plan(case, load_bundle(model), options).as_json()
+    """What ``segment`` would do, as plan.json would hold it, and how long the network would take.
+
+    Raises what ``segment`` raises.
+    """
+    case, bundle = open_case(Path(source).absolute(), options), load_bundle(model)
+    plan = make_plan(case, bundle, options)
+    return plan.as_json() | {"network_seconds": round(network_seconds(plan, bundle), 1)}
 
 
 def _run(

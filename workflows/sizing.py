@@ -1,67 +1,219 @@
-"""How large a tile is, and what it will take: bytes of memory and of storage."""
+"""How large a tile is, and what it will take: work, memory, storage."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-import psutil
+import numpy as np
 
-from pipeline.domain import Pass, Region, Shape
+from pipeline.crf.params import ResolvedCrf
+from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, Shape
 from pipeline.errors import PlanError
-from pipeline.inference.memory import activation_bytes
+from pipeline.inference.precision import Precision
+from pipeline.inference.predictor import WINDOW
+from pipeline.inference.tile_cost import CostModel, TileCost
 from pipeline.models.bundle import Bundle
+from workflows.tracing import Traced
 
-AUTO_TILES = {2: (512, 1024, 2048, 4096), 3: (64, 96, 128, 192, 256)}
+AUTO_TILES = {2: (512, 1024, 2048, 4096, 8192), 3: (64, 96, 128, 192, 256, 384)}
 """Sides that ``auto`` chooses from, in pixels, by number of axes."""
 
-MODEST_RATIO = {2: 1.35, 3: 2.0}
-"""Halo work that ``auto`` puts up with, over the scene's own, by number of axes."""
+NEAR_BEST = 1.1
+"""``auto`` takes the smallest tile that needs at most so many times the least time."""
+
+THREAD_GAIN = 0.9
+"""Two threads of a worker do the work of 2 to this power."""
 
 DRIVER_BYTES = 850 * 2**20
 WORKER_BYTES = 650 * 2**20
 """What the processes hold beside their tiles: torch, GDAL, Ray, MLflow (measured, PSS)."""
 
 
-def asked_tile(side: int, *, shape: Shape, stride: int) -> Shape:
-    """A square tile, no longer than the padded scene on any axis. Raises PlanError."""
-    if side % stride:
-        raise PlanError(f"--tile {side}: must be a multiple of the output stride, {stride} px")
-    return tuple(min(side, -(-n // stride) * stride) for n in shape)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Team:
+    """Who runs the tiles."""
+
+    workers: int
+
+    threads: int
+    """Of each worker."""
+
+    device: Literal["cpu", "cuda"]
+
+    alone: bool
+    """False where other images share the workers."""
+
+    def for_tiles(self, count: int) -> Team:
+        """The team for so few tiles that workers are left over: fewer, with their threads.
+
+        >>> Team(workers=8, threads=2, device="cpu", alone=True).for_tiles(3).threads
+        5
+        """
+        if count >= self.workers or self.device != "cpu" or not self.alone:
+            return self
+        return replace(self, workers=count, threads=self.workers * self.threads // count)
 
 
-def modest(sweeps: Iterable[Pass], bundle: Bundle) -> Pass:
-    """The first sweep, of growing tiles, with modest halo work; else the last that fits memory.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """Bytes that a plan may take."""
 
-    A worker's tile may take a quarter of this machine's memory.
+    host: int
+
+    device: int | None
+    """None where the device's memory is the host's, or is not known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """What the tiles of a pass take."""
+
+    tiles: int
+
+    work: int
+    """Multiply-adds of all tiles."""
+
+    scene_work: int
+    """Multiply-adds of one pass over the whole scene."""
+
+    largest: TileCost
+    """The most that any tile takes, each figure by itself."""
+
+    scored: int
+    """Pixels of the largest tile that the CRF sees."""
+
+    read_ratio: float
+    """Pixels that tiles read over those of the scene."""
+
+    @classmethod
+    def of(cls, sweep: Pass, model: CostModel) -> Costs:
+        """Counted over one tile of each kind."""
+        kinds = [(tile, model.of(tile), alike) for tile, alike in sweep.kinds()]
+        return cls(
+            tiles=len(sweep),
+            work=sum(cost.work * alike for _, cost, alike in kinds),
+            scene_work=model.scene_work,
+            largest=TileCost(
+                work=max(cost.work for _, cost, _ in kinds),
+                device_bytes=max(cost.device_bytes for _, cost, _ in kinds),
+                host_bytes=max(cost.host_bytes for _, cost, _ in kinds),
+            ),
+            scored=max(tile.scored.size for tile, _, _ in kinds),
+            read_ratio=sweep.read_ratio,
+        )
+
+    @property
+    def halo_work_ratio(self) -> float:
+        """Work of the tiles over that of one pass; 1.0 means no halo work."""
+        return self.work / self.scene_work
+
+    def span(self, team: Team) -> float:
+        """Multiply-adds that the busiest worker's first thread does: time, up to a factor."""
+        rounds = -(-self.tiles // team.workers)
+        return float(rounds * self.work / self.tiles / team.threads**THREAD_GAIN)
+
+    def as_json(self) -> dict[str, Any]:
+        """What the plan says of them."""
+        return {
+            "halo_work_ratio": round(self.halo_work_ratio, 4),
+            "read_ratio": round(self.read_ratio, 4),
+            "multiply_adds": self.work,
+            "device_bytes": self.largest.device_bytes,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizer:
+    """What the size of a tile depends on."""
+
+    bundle: Bundle
+    info: ImageInfo
+    traced: Traced
+
+    reach: Reach
+    """What is read around a tile; shorter than the network's where that was asked."""
+
+    crf: ResolvedCrf | None
+
+    def sweep(self, tile: Shape, *, case: str) -> Pass:
+        """The pass that writes the mask, in such tiles."""
+        return Pass(
+            case=case,
+            name="segment",
+            grid=Grid(shape=self.info.shape, tile=tile, stride=self.reach.stride),
+            reach=self.reach,
+            crf_halo=self.crf.halo_px if self.crf else Halo.uniform(0, ndim=self.info.ndim),
+        )
+
+    def costs(self, sweep: Pass, precision: Precision) -> Costs:
+        """What the tiles take in these floats."""
+        model = CostModel(
+            chain=self.traced.chain,
+            classes=len(self.bundle.classes),
+            window=WINDOW,
+            itemsize=precision.dtype.itemsize,
+            pixel_bytes=len(self.info.channels) * np.dtype(self.info.dtype).itemsize,
+            shape=sweep.grid.padded_shape,
+        )
+        return Costs.of(sweep, model)
+
+    def peak_bytes(self, costs: Costs, *, workers: int, device: Literal["cpu", "cuda"]) -> int:
+        """Predicted peak of the host's memory, driver and ``workers`` together."""
+        tile = costs.largest.host_bytes + self.traced.weight_bytes
+        if device == "cpu":
+            tile += costs.largest.device_bytes
+        if self.crf is not None:
+            # pydensecrf on top of its inputs, per pixel; measured at 2 to 21 classes.
+            tile += costs.scored * (300 + 50 * len(self.bundle.classes))
+        return DRIVER_BYTES + min(workers, costs.tiles) * (WORKER_BYTES + tile)
+
+    def choose(
+        self, asked: int | None, team: Team, *, precision: Precision, budget: Budget
+    ) -> tuple[Shape, Team]:
+        """The tile asked for, or the smallest that takes nearly the least time within the budget.
+
+        A small tile is redone, retried and reported sooner. Where none fits, the smallest.
+        """
+        sides = AUTO_TILES[self.info.ndim] if asked is None else (asked,)
+        choices: list[tuple[Shape, Team, float]] = []
+        for side in sides:
+            tile = self._side(side)
+            costs = self.costs(self.sweep(tile, case=""), precision)
+            own = team.for_tiles(costs.tiles) if side > sides[0] or asked else team
+            peak = self.peak_bytes(costs, workers=own.workers, device=team.device)
+            on_device = budget.device is None or costs.largest.device_bytes <= budget.device
+            if not choices or (peak <= budget.host and on_device):
+                choices.append((tile, own, costs.span(own)))
+        least = min(span for *_, span in choices)
+        return next((tile, own) for tile, own, span in choices if span <= NEAR_BEST * least)
+
+    def _side(self, side: int) -> Shape:
+        """A square tile, no longer than the padded scene on any axis. Raises PlanError."""
+        stride = self.reach.stride
+        if side % stride:
+            raise PlanError(f"--tile {side}: must be a multiple of the output stride, {stride} px")
+        return tuple(min(side, -(-n // stride) * stride) for n in self.info.shape)
+
+
+def over_budget(
+    peak: int, *, asked: int | None, here: int, workers: int, tile: Shape
+) -> tuple[str, ...]:
+    """A note where the predicted peak is more than this machine has.
+
+    Raises PlanError where it is more than was ``asked`` for.
     """
-    best: Pass | None = None
-    for sweep in sweeps:
-        if best is not None and _tile_bytes(bundle, sweep) > psutil.virtual_memory().total // 4:
-            break
-        best = sweep
-        if sweep.halo_work_ratio <= MODEST_RATIO[len(sweep.grid.shape)]:
-            break
-    assert best is not None
-    return best
-
-
-def peak_bytes(bundle: Bundle, sweep: Pass, *, workers: int, with_crf: bool) -> int:
-    """Predicted peak memory of driver and workers together."""
-    tile = _tile_bytes(bundle, sweep)
-    if with_crf:
-        # pydensecrf on top of its inputs, per pixel; measured at 2 to 21 classes.
-        tile += _middle_read(sweep).size * (300 + 50 * len(bundle.classes))
-    return DRIVER_BYTES + min(workers, len(sweep)) * (WORKER_BYTES + tile)
-
-
-def too_large(peak: int) -> tuple[str, ...]:
-    """A note where the predicted peak is more than this machine has."""
-    total = psutil.virtual_memory().total
-    if peak <= total:
+    side = " x ".join(map(str, tile))
+    takes = f"the plan takes {peak / 1e9:.1f} GB ({workers} workers, tiles of {side} px)"
+    if asked is not None and peak > asked:
+        raise PlanError(
+            f"--memory-budget {asked / 1e9:.1f} GB asked, {takes}: give fewer --workers,"
+            " a smaller --tile, or a greater budget"
+        )
+    if peak <= here:
         return ()
-    note = f"the plan takes {peak / 1e9:.1f} GB, this machine has {total / 1e9:.1f} GB"
-    return (f"{note}: give fewer --workers or a smaller --tile",)
+    return (f"{takes}, this machine has {here / 1e9:.1f} GB: fewer --workers or a smaller --tile",)
 
 
 def store_bytes(bundle: Bundle, shape: Shape, *, scores: str) -> int:
@@ -69,15 +221,3 @@ def store_bytes(bundle: Bundle, shape: Shape, *, scores: str) -> int:
     score_size = {"none": 0, "uint8": 1, "float16": 2}[scores]
     mask_size = 1 if bundle.mask_dtype == "uint8" else 2
     return math.prod(shape) * (mask_size + score_size * len(bundle.classes))
-
-
-def _tile_bytes(bundle: Bundle, sweep: Pass) -> int:
-    return activation_bytes(bundle, _middle_read(sweep).shape)
-
-
-def _middle_read(sweep: Pass) -> Region:
-    """What the tile in the middle of the scene reads: no tile reads more."""
-    number = 0
-    for count in sweep.grid.counts:
-        number = number * count + count // 2
-    return sweep.tile(number).read

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from workflows.config import SegmentOptions, ray_address
@@ -25,6 +26,12 @@ class Workplace:
     gpus: int
     """Of this machine, or of all nodes there are now: an autoscaler may add some."""
 
+    memory_bytes: int
+    """Of this machine, or what its cgroup may use."""
+
+    gpu_bytes: int | None
+    """Of the smallest GPU that torch sees here; None where it sees none."""
+
     here: bool
     """False on a cluster that is joined."""
 
@@ -40,7 +47,14 @@ def _workplace(address: str) -> Workplace:
     """Looked up once a command."""
     if address == "local":
         cores, gpus = usable_cores(), torch.cuda.device_count()
-        return Workplace(cores=cores, all_cores=cores, gpus=gpus, here=True)
+        return Workplace(
+            cores=cores,
+            all_cores=cores,
+            gpus=gpus,
+            memory_bytes=usable_memory(),
+            gpu_bytes=_gpu_bytes(),
+            here=True,
+        )
     from pipeline.execution.ray_pool import cluster_nodes
 
     nodes = cluster_nodes(address)
@@ -48,8 +62,25 @@ def _workplace(address: str) -> Workplace:
         cores=min((node.cores for node in nodes), default=1),
         all_cores=sum(node.cores for node in nodes),
         gpus=sum(node.gpus for node in nodes),
+        memory_bytes=usable_memory(),
+        gpu_bytes=_gpu_bytes(),
         here=False,
     )
+
+
+def usable_memory() -> int:
+    """Bytes that this process may use: the machine's, or its share by cgroup v2."""
+    total = psutil.virtual_memory().total
+    try:
+        most = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return total
+    return total if most == "max" else min(total, int(most))
+
+
+def _gpu_bytes() -> int | None:
+    devices = range(torch.cuda.device_count())
+    return min((torch.cuda.get_device_properties(n).total_memory for n in devices), default=None)
 
 
 def usable_cores() -> int:
@@ -69,7 +100,9 @@ def workers(options: SegmentOptions, *, device: str, threads: int) -> int:
     """
     if options.backend == "serial":
         return 1
-    if options.workers is not None:
-        return options.workers
-    place = workplace(options)
+    return options.workers or usual_workers(workplace(options), device=device, threads=threads)
+
+
+def usual_workers(place: Workplace, *, device: str, threads: int) -> int:
+    """One per CUDA device, or per share of the cores."""
     return max(1, place.gpus if device == "cuda" else place.all_cores // threads)

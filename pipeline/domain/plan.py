@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -74,15 +76,36 @@ class Pass:
         """All tiles, row-major."""
         return (self.tile(number) for number in range(len(self)))
 
-    @property
-    def read_voxels(self) -> int:
-        """Voxels read (and computed by a network that runs a tile at once), all tiles summed."""
-        return sum(tile.read.size for tile in self.tiles())
+    def kinds(self) -> Iterator[tuple[Tile, int]]:
+        """One tile of each kind, and how many are of it: what holds for one holds for all.
+
+        Tiles of a kind have cores of one shape, and are equally far from each border of the scene,
+        or so far that nothing they need is cut off or shifted there.
+        """
+        axes = [self._axis_kinds(axis) for axis in range(len(self.grid.shape))]
+        for places in itertools.product(*axes):
+            number = 0
+            for count, (index, _) in zip(self.grid.counts, places, strict=True):
+                number = number * count + index
+            yield self.tile(number), math.prod(alike for _, alike in places)
+
+    def _axis_kinds(self, axis: int) -> list[tuple[int, int]]:
+        """Index of the first core of each kind along an axis, and how many are of it."""
+        length, side = self.grid.shape[axis], self.grid.tile[axis]
+        window = self.reach.window.size[axis] if self.reach.window else 0
+        far = self.reach.halo_with_window.largest + self.crf_halo.largest + window + side
+        found: dict[tuple[int, int], tuple[int, int]] = {}
+        for index in range(self.grid.counts[axis]):
+            kind = min(index * side, far), min(length - index * side, far)
+            first, alike = found.get(kind, (index, 0))
+            found[kind] = first, alike + 1
+        return list(found.values())
 
     @property
-    def halo_work_ratio(self) -> float:
-        """Voxels computed over voxels of the padded scene; 1.0 means no halo work."""
-        return self.read_voxels / Region.whole(self.grid.padded_shape).size
+    def read_ratio(self) -> float:
+        """Pixels that tiles read over pixels of the padded scene; 1.0 means no halo."""
+        read = sum(alike * tile.read.size for tile, alike in self.kinds())
+        return read / Region.whole(self.grid.padded_shape).size
 
 
 class Sweep(Protocol):

@@ -104,7 +104,7 @@ def test_core_lies_in_scored_in_read_in_the_padded_scene_on_the_stride(grid, dat
         assert tile.scored.grow(reach.halo).clip(grid.padded_shape) in tile.read
         for edge in tile.scored.start + tile.scored.stop + tile.read.start + tile.read.stop:
             assert edge % stride == 0
-    assert sweep.halo_work_ratio >= 1
+    assert sweep.read_ratio >= 1
 
 
 @unhurried
