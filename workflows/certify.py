@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,6 @@ from workflows.planning import SegmentPlan, make_plan
 from workflows.run_dir import RunDir, file_digest, read_json, read_plan, write_json
 from workflows.seam import SampleFiles, certify_work, lost_samples, seam_of
 
-log = logging.getLogger(__name__)
-
 
 def certify(run_dir: str | Path, *, model: str | Path | None = None) -> dict[str, Any]:
     """Compute the samples of a finished run again, and compare them with it and its mask.
@@ -44,17 +42,21 @@ def certify(run_dir: str | Path, *, model: str | Path | None = None) -> dict[str
     run = RunDir(Path(run_dir).resolve())
     product = _product(run, model=model)
     with LeaseFile(run.path) as guard:
-        return _certify(product, guard=guard)
+        try:
+            return _certify(product, guard=guard)
+        finally:
+            shutil.rmtree(run.scratch, ignore_errors=True)  # what was unpacked of a volume
 
 
 def _certify(product: Product, *, guard: Guard) -> dict[str, Any]:
     run, plan, kept = product.run, product.plan, SampleFiles.of(product.run)
-    ledger = LedgerFile(run.ledger, owner="certify").records().values()
-    lost = lost_samples((r for r in ledger if r.status == "done"), plan, kept)
+    ledger, mask = LedgerFile(run.ledger, owner="certify").records(), plan.sweep.name
+    tiles = [r for key, r in ledger.items() if key.stage == mask and r.status == "done"]
+    lost = lost_samples(tiles, plan, kept)
     if lost:
         raise StoreError(
-            f"{run.samples} no longer holds the samples of {lost[0].stage} {lost[0].number}:"
-            " what the tiles said cannot be compared; run again with --fresh"
+            f"{run.samples} no longer holds what tile {lost[0].number} said at the samples:"
+            " nothing can be compared; run again with --fresh"
         )
     fresh = SampleFiles(tiles=kept.tiles, logits=MemoryPieces(), labels=MemoryPieces())
     work = certify_work(product, files=fresh, guard=guard)

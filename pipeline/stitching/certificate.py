@@ -233,10 +233,12 @@ def certify(measured: Sequence[Measured], claim: Claim) -> Certificate:
         reason = "the scene is one tile: there is no seam"
     elif not close and claim.network_exact:
         passed, reason = False, _fault(both, tolerance=tolerance, crf=crf)
+    elif lacking:
+        reason = f"{lacking} of {claim.samples} samples could not be computed again"
+    elif unasked:
+        reason = f"{unasked} pixels of the samples lie in tiles that failed"
     elif not (seam.pixels and interior.pixels):
-        reason = "the samples hold no pixel that could be compared"
-    elif lacking or unasked:
-        reason = f"{lacking} samples and {unasked} pixels could not be computed, or not again"
+        reason = "the samples of one kind hold no valid pixel"
     elif not claim.network_exact:
         reason = "the halo or the context was chosen so that tiles are not exact"
     else:
