@@ -134,7 +134,7 @@ def test_cases_of_a_batch_are_certified_one_by_one(
     command: Command, tmp_path: Path, run: Callable[..., dict[str, Any]]
 ) -> None:
     """Their mask stores are deleted: the product itself is read, of scans as well."""
-    run(write_archive(tmp_path / "in"), tmp_path / "out", tile=32)
+    run(write_archive(tmp_path / "in"), tmp_path / "out", tile=16)
     cases = tmp_path / "out.run/cases"
     for name in ("a", "c"):
         answer = command("certify", cases / name, "--json")

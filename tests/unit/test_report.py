@@ -235,7 +235,8 @@ def test_the_page_says_what_was_done_and_what_was_not(page):
     for said in (
         "partial", "3 of 4 tiles, 1 failed", "no CRS", "tile 7 failed", "750 75.00% 7.50",
         "nodata 40", "CRF off", "FAILED: logits &lt;far&gt; away",
-        "astride tile borders 2 8,192 1.5e-06 3e-06 0.12 0.25", "within tiles 2 4,096 7e-07", "1.23 times the scene", "3 MiB",
+        "astride tile borders 2 8,192 1.5e-06 3e-06 0.12 0.25", "within tiles 2 4,096 7e-07",
+        "1.23 times the scene", "3 MiB",
         "compute 2.000 2.900 6.0", "all 3",
     ):  # fmt: skip
         assert said in text, said
