@@ -17,16 +17,17 @@ from pipeline.ports import Record
 STAGES = {"read": "#4c78a8", "compute": "#f58518", "write": "#54a24b"}
 """The stages of a tile, in order, and their colours."""
 
-SEAM_COLUMNS = {
-    "windows": "number",
-    "pixels": "pixels",
-    "max_abs_logit": "logits apart, at most",
-    "max_deviations": "in deviations",
-    "label_disagreement": "share of labels that differ",
-    "label_disagreement_upper_95": "below, with 95 %",
-    "label_disagreement_before_crf": "share before the CRF",
+SEAM_ROWS = {
+    "windows": ("windows", "{:,}"),
+    "pixels": ("pixels", "{:,}"),
+    "max_abs_logit": ("logits apart, at most", "{:.2g}"),
+    "max_deviations": ("in deviations of the logits", "{:.2g}"),
+    "label_disagreement": ("labels that differ", "{:.3%}"),
+    "label_disagreement_upper_95": ("less than, with 95 %", "{:.3%}"),
+    "label_disagreement_before_crf": ("labels that differ before the CRF", "{:.3%}"),
+    "label_disagreement_before_crf_upper_95": ("less than, with 95 %", "{:.3%}"),
 }
-"""Keys of the manifest's ``seam``, and what they are called."""
+"""Keys of the manifest's ``seam``, what they are called, and how they are written."""
 
 PROVENANCE = ("uri", "digest", "shape", "selection", "crs", "affine")
 
@@ -41,6 +42,7 @@ h2 { font-size: 17px; margin: 28px 0 8px }
 .badge.failed { background: #c53030 }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 14px }
 .pictures.wide { grid-template-columns: 1fr }
+.pictures.pairs { grid-template-columns: 1fr 1fr; margin-top: 14px }
 figure { margin: 0; background: #fff; border: 1px solid #dde2e8; border-radius: 6px; padding: 10px }
 figure img { width: 100%; display: block; image-rendering: pixelated; background: #d5d9de }
 figcaption { color: #5b6876; font-size: 13px; padding-top: 6px }
@@ -95,14 +97,12 @@ def write_report(
     body = f"""
 {_heading(name, manifest)}
 {_notes(manifest)}
-<h2>Result</h2>
-{_pictures(pictures)}
+{_result(pictures)}
 <div class="columns">
 <section>{_classes(manifest)}</section>
 <section>{_timings(records)}</section>
 </div>
-{_seam(manifest.get("seam"))}
-{_pictures(seams)}
+{_seam(manifest.get("seam"), seams)}
 <div class="columns">
 <section><h2>Plan</h2>{_table(_plan(manifest))}</section>
 <section><h2>Provenance</h2>{_table(_provenance(manifest))}</section>
@@ -151,14 +151,18 @@ def _notes(manifest: Mapping[str, Any]) -> str:
     return "<h2>Notes</h2><ul>" + "".join(f"<li>{note}</li>" for note in notes) + "</ul>"
 
 
-def _pictures(pictures: Mapping[str, Image.Image]) -> str:
+def _result(pictures: Mapping[str, Image.Image]) -> str:
     wide = any(picture.width > 2 * picture.height for picture in pictures.values())
+    return f"<h2>Result</h2>{_pictures(pictures, layout='wide' if wide else '')}"
+
+
+def _pictures(pictures: Mapping[str, Image.Image], *, layout: str) -> str:
     figures = "".join(
         f'<figure><img alt="{_text(caption)}" src="data:image/png;base64,{_png(picture)}">'
         f"<figcaption>{_text(caption)}</figcaption></figure>"
         for caption, picture in pictures.items()
     )
-    return f'<div class="pictures{" wide" if wide else ""}">{figures}</div>'
+    return f'<div class="pictures {layout}">{figures}</div>'
 
 
 def _png(picture: Image.Image) -> str:
@@ -233,28 +237,24 @@ def _bar(totals: Mapping[str, float]) -> str:
     )
 
 
-def _seam(seam: Mapping[str, Any] | None) -> str:
+def _seam(seam: Mapping[str, Any] | None, pictures: Mapping[str, Image.Image]) -> str:
     """The certificate: windows astride tile borders beside windows within tiles."""
     if not seam:
         return ""
+    inner = seam["interior"]
     verdict = {True: "passed", False: "FAILED", None: "no verdict"}[seam["passed"]]
     text = f"<h2>Seams</h2><p>{verdict}{': ' if seam['reason'] else ''}{_text(seam['reason'])}</p>"
     if not seam["windows"]:
         return text
-    head = "".join(f'<th class="n">{name}</th>' for name in SEAM_COLUMNS.values())
     rows = "".join(
         f"<tr><th>{name}</th>"
-        + "".join(f'<td class="n">{_figure(figures.get(key))}</td>' for key in SEAM_COLUMNS)
+        + "".join(f'<td class="n">{form.format(part[key])}</td>' for part in (seam, inner))
         + "</tr>"
-        for name, figures in (("astride tile borders", seam), ("within tiles", seam["interior"]))
+        for key, (name, form) in SEAM_ROWS.items()
+        if seam.get(key) is not None and inner.get(key) is not None
     )
-    return f"{text}<table><tr><th>windows</th>{head}</tr>{rows}</table>"
-
-
-def _figure(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.2g}"
+    heads = '<th></th><th class="n">astride tile borders</th><th class="n">within tiles</th>'
+    return f"{text}<table><tr>{heads}</tr>{rows}</table>{_pictures(pictures, layout='pairs')}"
 
 
 def _plan(manifest: Mapping[str, Any]) -> dict[str, Any]:

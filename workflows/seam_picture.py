@@ -50,7 +50,7 @@ def _caption(one: Measured, name: str) -> str:
     differ, largest = _badness(one)
     return (
         f"The worst window {name} ({place}): labels of the whole network, labels of the mask"
-        f" ({differ:,} differ), and how far the logits lie apart (at most {largest:.1e};"
+        f" ({differ:,} differ), and how far the logits lie apart (at most {largest:.2g};"
         f" black is 1e-7 or less, white 1)"
     )
 

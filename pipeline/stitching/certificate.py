@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from pipeline.domain import Sample
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 0.5}
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 """How far logits may lie from the reference, in their deviations, by the floats of the run.
 
-Measured between tiles and whole networks: at most 1e-5 in fp32. In bf16, which keeps 8 bits, layer
-after layer, 0.2: there only a coarse fault is seen.
+Measured of tiles that are sound: at most 8e-6 in fp32. In bf16, which keeps 8 bits layer after
+layer, 1.2e-2: what a halo one stride short changes (9e-3) is hidden there.
 """
 
 
