@@ -42,7 +42,7 @@ class ZarrStore:
             path: A directory; its parent need not exist.
             shape: Scene, after a leading class axis for scores.
             chunks: What one write covers, axis by axis; the class axis is whole.
-            dtype: uint8, uint16 or float16.
+            dtype: uint8, uint16, float16, or float64 for sums.
             fill: The value where nothing was written.
 
         Raises:

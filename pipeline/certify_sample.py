@@ -19,9 +19,11 @@ from pipeline.domain import Shape, Tile
 from pipeline.inference.normalise import normalise
 from pipeline.inference.precision import Precision, resolve_precision
 from pipeline.inference.reference import ReferenceNetwork
+from pipeline.inference.scene_context import SceneSums
 from pipeline.models.bundle import Bundle
 from pipeline.models.frame import Frame
 from pipeline.ports import Block, Guard, PieceStore, Record, Source
+from pipeline.segment_tile import TileLogits
 from pipeline.stitching.keep_core import keep_core, to_labels
 from pipeline.stitching.scores import softmax
 
@@ -74,6 +76,10 @@ class CertifySamples:
     """Index in the source of each band that the network takes, in the network's order."""
 
     padded_shape: Shape
+
+    scene: SceneSums | None
+    """Where the scene's mean is, that image pooling takes; None where it takes none."""
+
     crf: ResolvedCrf | None
 
     logits: PieceStore
@@ -89,25 +95,32 @@ class CertifySamples:
         image_CS = np.pad(block.image_CS[list(self.channels)], [(0, 0), *beyond], mode="reflect")
         return Block(image_CS, np.pad(block.valid_S, beyond, mode="reflect"))
 
-    def compute(self, model: ReferenceNetwork, tile: Tile, data: Block) -> Reference:
-        """Logits and labels of the sample, from one forward over all that was read."""
-        bundle = self.model.bundle
+    def compute(self, model: ReferenceNetwork, tile: Tile, data: Block) -> TileLogits:
+        """Logits from one forward over all that was read; none where no pixel is valid."""
+        if not keep_core(data.valid_S, core=tile.core, within=tile.read).any():
+            return TileLogits(block=data, logit_KS=None)
+        frame = Frame.of(tile.read, shape=self.padded_shape)
+        mean = None if self.scene is None else self.scene.pooling(tile, data)
+        all_KS = model.logits(normalise(data, self.model.bundle.input.scaling), frame, mean=mean)
+        scored_KS = keep_core(all_KS, core=tile.scored, within=tile.read)
+        return TileLogits(block=data, logit_KS=scored_KS)
+
+    def refine(self, tile: Tile, data: TileLogits) -> Reference:
+        """Logits and labels of the sample; the CRF sees more around it than that of a tile."""
+        bundle, block, score_KS = self.model.bundle, data.block, data.logit_KS
         values = np.array(bundle.class_values, dtype=bundle.mask_dtype)
-        valid_S = keep_core(data.valid_S, core=tile.core, within=tile.read)
-        if not valid_S.any():
+        valid_S = keep_core(block.valid_S, core=tile.core, within=tile.read)
+        if score_KS is None:
             return Reference(
                 logits_KS=np.full((len(values), *valid_S.shape), np.nan, np.float32),
                 labels_S=np.full(valid_S.shape, bundle.mask_nodata, values.dtype),
             )
-        frame = Frame.of(tile.read, shape=self.padded_shape)
-        all_KS = model.logits(normalise(data, bundle.input.scaling), frame)
-        score_KS = keep_core(all_KS, core=tile.scored, within=tile.read)
         logits_KS = keep_core(score_KS, core=tile.core, within=tile.scored)
         if self.crf is not None:
             score_KS = refine(
                 softmax(score_KS),
-                guide_CS=keep_core(data.image_CS, core=tile.scored, within=tile.read),
-                valid_S=keep_core(data.valid_S, core=tile.scored, within=tile.read),
+                guide_CS=keep_core(block.image_CS, core=tile.scored, within=tile.read),
+                valid_S=keep_core(block.valid_S, core=tile.scored, within=tile.read),
                 origin=tile.scored.start,
                 params=self.crf,
             )

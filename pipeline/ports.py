@@ -6,7 +6,7 @@ open files lazily, in the process that uses them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -88,7 +88,11 @@ class Record:
     """True where no pixel of the core was valid, so that nothing was computed."""
 
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Seconds per stage: read, compute, write."""
+    """Seconds per stage: read, compute, refine, write."""
+
+    waits: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Seconds that a stage of that process stood idle around this tile, by what it waited for:
+    another stage, or ``tile`` where none was there."""
 
     peak_bytes: int = 0
     """Peak resident memory of that process so far, in bytes."""
@@ -165,8 +169,11 @@ class Work(Protocol):
     def compute(self, model: Any, tile: Tile, data: Any) -> Any:
         """Second stage: the device; ``model`` is what ``self.model.load()`` returned."""
 
+    def refine(self, tile: Tile, data: Any) -> Any:
+        """Third stage, beside the device: from what it computed to what is written."""
+
     def write(self, tile: Tile, result: Any) -> Record:
-        """Third stage: whole chunks, then the record for the ledger."""
+        """Fourth stage: whole chunks, then the record for the ledger."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,12 +187,15 @@ class Job:
 class Feed(Protocol):
     """Jobs of many cases, more of which may come while they run."""
 
-    def take(self) -> Job | None:
-        """The next job; None when there is none now. Raises what a case's own jobs raise."""
+    def take(self, worker: Hashable) -> Job | None:
+        """The next job for ``worker``, near its last one where that can be; None if there is none.
+
+        Raises what a case's own jobs raise.
+        """
 
     @property
     def ended(self) -> bool:
-        """True when no job is left and none will come."""
+        """True when no job is left and none will come. Raises what a case's own jobs raise."""
 
     def wait(self, timeout_s: float) -> None:
         """Return when a job may have come, or the feed ended, or ``timeout_s`` seconds passed."""

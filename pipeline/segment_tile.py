@@ -18,6 +18,7 @@ from pipeline.inference.normalise import normalise
 from pipeline.inference.padding import read_padded
 from pipeline.inference.precision import Precision, resolve_precision
 from pipeline.inference.predictor import Predictor
+from pipeline.inference.scene_context import SceneContext
 from pipeline.models.bundle import Bundle
 from pipeline.models.context_pool import Context
 from pipeline.models.frame import Frame
@@ -39,11 +40,15 @@ class SegmentModel:
     threads: int
     """Threads of a worker, fixed by the plan whatever the number of workers."""
 
+    canonical_px: int | None
+    """Side of canonical windows, in pixels; None: windows are rows of the tile."""
+
     @property
     def key(self) -> str:
         """All that decides what is loaded: two cases with equal keys share the network."""
         floats = f"{self.precision.name}-{'last' if self.precision.channels_last else 'first'}"
-        return f"{self.bundle.digest} {self.device} {floats} {self.context} {self.threads}"
+        windows = f"{self.context} {self.canonical_px}"
+        return f"{self.bundle.digest} {self.device} {floats} {windows} {self.threads}"
 
     def load(self) -> Predictor:
         """Load the network. Raises BundleError, or PlanError where it would be emulated."""
@@ -54,19 +59,35 @@ class SegmentModel:
             precision=self.precision,
             context=self.context,
             threads=self.threads,
+            canonical_px=self.canonical_px,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TileLogits:
+    """What the device made of a tile, over ``tile.scored``, in the memory of the host."""
+
+    block: Block
+    """What was read, halo included; its image guides the CRF."""
+
+    logit_KS: NDArray[np.float32] | None
+    """(K, *S); None where no pixel of the core is valid."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TileResult:
-    """What the device made of a tile: (*S) labels, and (K, *S) scores, of its core."""
+    """What is written of a tile: (*S) labels, and (K, *S) scores, of its core."""
 
     labels_S: NDArray[Any]
     valid_S: NDArray[np.bool_]
+
     score_KS: NDArray[np.float32] | None
+    """None where nothing was computed, or where nobody asked for scores: they are large."""
 
     samples: Pieces
     """Logits (K, *S) of the certificate's places, before the CRF."""
+
+    skipped: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +106,9 @@ class SegmentTiles:
     padded_shape: Shape
     """The scene grown to multiples of the stride, in pixels."""
 
+    scene: SceneContext | None
+    """Where image pooling gets the mean of the scene; None where it takes none."""
+
     crf: ResolvedCrf | None
     mask: ArrayStore
     scores: ScoreSink | None
@@ -96,25 +120,35 @@ class SegmentTiles:
         block = read_padded(self.source, tile.read)
         return Block(block.image_CS[list(self.channels)], block.valid_S)
 
-    def compute(self, model: Predictor, tile: Tile, data: Block) -> TileResult:
-        """Labels of the core; the network is not asked where no pixel of it is valid."""
-        bundle = self.model.bundle
-        values = np.array(bundle.class_values, dtype=bundle.mask_dtype)
-        valid_S = keep_core(data.valid_S, core=tile.core, within=tile.read)
-        if not valid_S.any():
-            empty_S = np.full(valid_S.shape, bundle.mask_nodata, dtype=values.dtype)
-            return TileResult(labels_S=empty_S, valid_S=valid_S, score_KS=None, samples={})
-        image_CS = normalise(data, bundle.input.scaling)
+    def compute(self, model: Predictor, tile: Tile, data: Block) -> TileLogits:
+        """Logits on the host; the network is not asked where no pixel of the core is valid."""
+        if not keep_core(data.valid_S, core=tile.core, within=tile.read).any():
+            return TileLogits(block=data, logit_KS=None)
+        image_CS = normalise(data, self.model.bundle.input.scaling)
         frame = Frame.of(tile.read, shape=self.padded_shape)
-        score_KS = model.logits(image_CS, frame, scored=tile.scored).cpu().numpy()
+        pooling = None if self.scene is None else self.scene.pooling(tile, data)
+        logit_KS = model.logits(image_CS, frame, scored=tile.scored, pooling=pooling)
+        return TileLogits(block=data, logit_KS=logit_KS.cpu().numpy())
+
+    def refine(self, tile: Tile, data: TileLogits) -> TileResult:
+        """Labels of the core, after the CRF where there is one."""
+        bundle, score_KS = self.model.bundle, data.logit_KS
+        values = np.array(bundle.class_values, dtype=bundle.mask_dtype)
+        valid_S = keep_core(data.block.valid_S, core=tile.core, within=tile.read)
+        if score_KS is None:
+            empty_S = np.full(valid_S.shape, bundle.mask_nodata, dtype=values.dtype)
+            return TileResult(
+                labels_S=empty_S, valid_S=valid_S, score_KS=None, samples={}, skipped=True
+            )
         samples = self.samples.cut(score_KS, core=tile.core, within=tile.scored)
         if self.crf is not None:
-            score_KS = self.refine(tile, data, score_KS)
+            score_KS = self._smooth(tile, data.block, score_KS)
         core_KS = keep_core(score_KS, core=tile.core, within=tile.scored)
         labels_S = to_labels(core_KS, valid_S=valid_S, values=values, nodata=bundle.mask_nodata)
-        return TileResult(labels_S=labels_S, valid_S=valid_S, score_KS=core_KS, samples=samples)
+        kept_KS = None if self.scores is None else core_KS
+        return TileResult(labels_S=labels_S, valid_S=valid_S, score_KS=kept_KS, samples=samples)
 
-    def refine(self, tile: Tile, block: Block, logit_KS: NDArray[np.float32]) -> NDArray[Any]:
+    def _smooth(self, tile: Tile, block: Block, logit_KS: NDArray[np.float32]) -> NDArray[Any]:
         """Probabilities after the dense CRF, which sees ``tile.scored``; (K, *S) float32."""
         assert self.crf is not None
         return refine(
@@ -140,7 +174,7 @@ class SegmentTiles:
             status="done",
             digest=digest,
             scores_digest=scores_digest,
-            skipped=result.score_KS is None,
+            skipped=result.skipped,
             counts=dict(zip(values.tolist(), counts.tolist(), strict=True)),
         )
 

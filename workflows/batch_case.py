@@ -200,10 +200,10 @@ class BatchCase:
     def finish(self) -> None:
         """Write the product and note it. Raises TilesFailedError, and what finishing raises."""
         assert self.image is not None
-        values, mask = self.image.finish(), self.image.mask_outcome
-        failed, said = mask.failed, ""
+        values, outcome = self.image.finish(), self.image.outcome
+        failed, said = outcome.failed, ""
         if failed:
-            said = f"{len(failed)} of {mask.total} tiles failed; the first: {failed[0].error}"
+            said = f"{len(failed)} of {outcome.total} tiles failed; the first: {failed[0].error}"
         if not values["output"]:
             poison = any(record.deaths >= MAX_DEATHS for record in failed)
             raise TilesFailedError(said, poison=poison)

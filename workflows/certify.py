@@ -11,10 +11,12 @@ from adapters.lease_file import LeaseFile
 from adapters.ledger_file import LedgerFile
 from adapters.memory import MemoryPieces
 from adapters.uri import open_source
+from adapters.zarr_store import ZarrStore
 from pipeline.domain import Region, Sample
 from pipeline.errors import BundleError, ExecutionError, PlanError, SourceError, StoreError
 from pipeline.execution.feed import FairFeed
 from pipeline.execution.serial import SerialBackend
+from pipeline.inference.scene_context import SceneSums
 from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.ports import Guard, Job
 from workflows.case import Case
@@ -59,9 +61,10 @@ def _certify(product: Product, *, guard: Guard) -> dict[str, Any]:
             " nothing can be compared; run again with --fresh"
         )
     fresh = SampleFiles(tiles=kept.tiles, logits=MemoryPieces(), labels=MemoryPieces())
-    work = certify_work(product, files=fresh, guard=guard)
+    sums = SceneSums(ZarrStore(run.sums), plan.sweep.grid) if plan.samples.needs else None
+    work = certify_work(product, files=fresh, sums=sums, guard=guard)
     feed = FairFeed()
-    feed.add(Job(work=work, tile=tile) for tile in plan.samples.tiles())
+    feed.add([Job(work=work, tile=tile)] for tile in plan.samples.tiles())
     feed.close()
     for record in SerialBackend().run(feed, stop=never):
         if record.status == "failed":
@@ -130,4 +133,4 @@ def _plan(case: Case, bundle: Bundle, found: dict[str, Any]) -> SegmentPlan:
             for row in found["samples"]
         ),
     )
-    return replace(plan, tiles=replace(plan.tiles, passes=(plan.sweep, samples)))
+    return replace(plan, tiles=replace(plan.tiles, passes=(*plan.sweep.with_context(), samples)))

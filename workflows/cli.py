@@ -42,8 +42,17 @@ Model = Annotated[Path, typer.Option(help="Model bundle: a directory with model.
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, last, on stdout.")]
 Crf = Annotated[str, typer.Option(help="auto (on if the bundle has a crf part), off, or a file.")]
 TileSide = Annotated[int | None, typer.Option("--tile", help="Side of a tile, px.")]
-HaloAsked = Annotated[str, typer.Option("--halo", help="exact, or a number of px.")]
-Context = Annotated[str, typer.Option(help="Image pooling over a window, or the tile (not exact).")]
+HaloAsked = Annotated[
+    str, typer.Option("--halo", help="exact, a number of px, or auto:1e-4 (measured).")
+]
+Context = Annotated[
+    str,
+    typer.Option(help="Image pooling over a window, the scene (two passes) or the tile (inexact)."),
+]
+Windows = Annotated[
+    str,
+    typer.Option(help="rows, or canonical: with --crf off, the same bytes for any tile."),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Floats = Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")]
 Budget = Annotated[
@@ -81,6 +90,7 @@ def segment(
     tile: TileSide = None,
     halo: HaloAsked = "exact",
     context: Context = "window",
+    windows: Windows = "rows",
     backend: Annotated[str, typer.Option(help="ray, or serial (this process).")] = "ray",
     ray_address: Cluster = None,
     workers: Workers = None,
@@ -127,6 +137,7 @@ def batch(
     tile: TileSide = None,
     halo: HaloAsked = "exact",
     context: Context = "window",
+    windows: Windows = "rows",
     backend: Annotated[str, typer.Option(help="ray, or serial (this process).")] = "ray",
     ray_address: Cluster = None,
     workers: Workers = None,
@@ -168,6 +179,7 @@ def plan(
     tile: TileSide = None,
     halo: HaloAsked = "exact",
     context: Context = "window",
+    windows: Windows = "rows",
     workers: Workers = None,
     device: Device = "auto",
     precision: Floats = "auto",
@@ -198,11 +210,7 @@ def status(run_dir: Path, as_json: Json = False) -> None:
     from workflows.status import run_status
 
     values = run_status(run_dir)
-    if as_json:
-        print(json.dumps(values))
-        return
-    for key, value in values.items():
-        print(f"{key:20} {_plain(value)}")
+    _print(values, as_json=as_json)
 
 
 @app.command()
@@ -215,12 +223,7 @@ def certify(
     from workflows.certify import certify as run
 
     values = run(run_dir, model=model)
-    if as_json:
-        print(json.dumps(values))
-    else:
-        for key, value in values.items():
-            if key != "samples":
-                print(f"{key:30} {_plain(value)}")
+    _print(values, as_json=as_json)
     raise typer.Exit(EXIT_FAILED if values["passed"] is False else 0)
 
 
@@ -229,12 +232,7 @@ def doctor(as_json: Json = False) -> None:
     """Say what this machine can do, and what is missing."""
     from workflows.doctor import examine
 
-    findings = examine()
-    if as_json:
-        print(json.dumps(findings))
-        return
-    for key, value in findings.items():
-        print(f"{key:20} {_plain(value)}")
+    _print(examine(), as_json=as_json)
 
 
 @app.command()
@@ -262,11 +260,7 @@ def model_show(bundle: Path, as_json: Json = False) -> None:
     from workflows.model import describe
 
     values = describe(bundle)
-    if as_json:
-        print(json.dumps(values))
-        return
-    for key, value in values.items():
-        print(f"{key:20} {_plain(value)}")
+    _print(values, as_json=as_json)
 
 
 @model_app.command("probe")
@@ -349,6 +343,14 @@ def _exit_code(manifest: Mapping[str, Any]) -> int:
     if manifest["status"] == "interrupted":
         return EXIT_INTERRUPTED
     return 0 if manifest["output"] else EXIT_PARTIAL
+
+
+def _print(values: Mapping[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(values))
+        return
+    for key, value in values.items():
+        print(f"{key:20} {_plain(value)}")
 
 
 def _plain(value: object) -> str:

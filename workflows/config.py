@@ -22,8 +22,10 @@ class SegmentOptions(BaseModel):
     """auto, off, or a YAML file that holds a ``crf`` part."""
     tile: int | None = Field(default=None, ge=1)
     halo: str = "exact"
-    """exact, or a number of pixels."""
-    context: Literal["window", "tile"] = "window"
+    """exact, a number of pixels, or auto:TOL, the share of labels that may differ."""
+    context: Literal["window", "scene", "tile"] = "window"
+    windows: Literal["rows", "canonical"] = "rows"
+    """What is computed at once: rows of the tile, or windows of the scene, whatever the tile."""
     backend: Literal["ray", "serial"] = "ray"
     workers: int | None = Field(default=None, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -45,18 +47,33 @@ class SegmentOptions(BaseModel):
     @field_validator("halo")
     @classmethod
     def _halo(cls, value: str) -> str:
-        if value != "exact" and not value.isdecimal():
-            raise ValueError("must be 'exact' or a number of pixels")
+        if value != "exact" and not value.isdecimal() and _tolerance(value) is None:
+            raise ValueError("must be 'exact', a number of pixels, or 'auto:TOL' such as auto:1e-4")
         return value
+
+    @property
+    def halo_tolerance(self) -> float | None:
+        """Of ``auto:TOL``; None where the halo is asked for otherwise."""
+        return _tolerance(self.halo)
 
     def request(self) -> dict[str, object]:
         """The options that decide the bytes of the result, as asked (``auto`` stays ``auto``)."""
         return self.model_dump(
             include={
-                "crf", "tile", "halo", "context", "device", "precision", "memory_budget",
+                "crf", "tile", "halo", "context", "windows", "device", "precision",
+                "memory_budget",
                 "any_resolution", "scores", "volume", "series",
             }
         )  # fmt: skip
+
+
+def _tolerance(halo: str) -> float | None:
+    name, _, text = halo.partition(":")
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if name == "auto" and 0 < value < 1 else None
 
 
 def options(**asked: object) -> SegmentOptions:

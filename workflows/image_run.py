@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import Any
 
 from adapters.ledger_file import LedgerFile
 from adapters.zarr_store import ZarrStore
+from pipeline.context_tile import ContextTiles
 from pipeline.errors import PlanError
-from pipeline.ports import Guard, Record
+from pipeline.inference.scene_context import MISSING, SceneInOneTile, SceneSums, sums_layout
+from pipeline.models.deeplab import aspp_width
+from pipeline.ports import ArrayStore, Guard, Record, Source, Work
 from pipeline.segment_image import ImageTiles, Observer, Outcome
 from pipeline.segment_tile import SegmentModel, SegmentTiles
 from pipeline.stitching.scores import ScoreSink
@@ -43,51 +47,52 @@ class ImageRun:
         self._keep_plan()
         self.mask = self._store(self.run.mask, dtype=product.bundle.mask_dtype)
         self._samples = SampleFiles.of(self.run)
+        self.sums = self._scene_sums() if self.plan.samples.needs else None
         self._new: list[Record] = []
         self._ledger = LedgerFile(self.run.ledger, owner=f"pid{time.time_ns()}")
         self.known = self._trusted()
         self.run.manifest.unlink(missing_ok=True)  # its presence means that the product exists
         self.tiles = ImageTiles(
             self.plan.tiles,
-            {
-                self.plan.sweep.name: self._work(),
-                self.plan.samples.name: certify_work(product, files=self._samples, guard=guard),
-            },
+            self._works(),
             ledger=self._ledger,
             observers=[self._new.append],
         )
         self.watch(publisher.tile_done)
 
     def watch(self, observer: Observer) -> None:
-        """Tell ``observer`` of every tile of the mask."""
-        mask = self.plan.sweep.name
-        self.tiles.observers.append(lambda r: observer(r) if r.key.stage == mask else None)
+        """Tell ``observer`` of every tile that the mask needs: of all but the samples."""
+        samples = self.plan.samples.name
+        self.tiles.observers.append(lambda r: None if r.key.stage == samples else observer(r))
 
     @property
-    def mask_outcome(self) -> Outcome:
-        """How far the tiles of the mask are."""
-        return self.tiles.outcome.of(self.plan.sweep)
+    def outcome(self) -> Outcome:
+        """How far the tiles are that the mask needs."""
+        return self.tiles.outcome.without(self.plan.samples)
 
     def finish(self) -> dict[str, Any]:
         """The product if its tiles allow it, then the papers; returns the manifest.
 
         Raises FinishError, StoreError, SourceError or LeaseHeldError.
         """
-        outcome = self.tiles.outcome
-        allowed = len(self.mask_outcome.failed) <= self.options.allow_failed
-        seam = self._certified() if allowed and not outcome.interrupted else None
+        allowed = len(self.outcome.failed) <= self.options.allow_failed
+        seam = self._certified() if allowed and not self.tiles.outcome.interrupted else None
         if seam is not None:
             self.guard.check()
             write_product(self.product, store=self.mask, seam=seam.certificate)
             self.guard.check()
         values = manifest(
             self.product,
-            outcome,
+            self.tiles.outcome,
             seam=seam,
             new=self._new,
             seconds=time.monotonic() - self._started,
         )
-        return self._publisher.finish(values, outcome=self.mask_outcome, store=self.mask, seam=seam)
+        if seam is not None and self.sums is not None:
+            total_C = self.sums.total
+            digest = hashlib.sha256(total_C.tobytes()).hexdigest()
+            values["scene_mean"] = {"digest": digest, "features": int(total_C[-1])}
+        return self._publisher.finish(values, outcome=self.outcome, store=self.mask, seam=seam)
 
     def close(self) -> None:
         """Close the ledger."""
@@ -105,16 +110,24 @@ class ImageRun:
         """Records of tiles that are done and whose chunk still holds what they say."""
         scores = self._scores()
         self.mask.sweep()
+        stores: dict[str, list[ArrayStore]] = {"segment": [self.mask]}
+        if scores is not None:
+            stores["segment"].append(scores.store)
+        if self.sums is not None:
+            stores["context"] = [self.sums]
         found = [r for r in self._ledger.records().values() if r.status == "done"]
-        done = [r for r in found if r.key.stage == self.plan.sweep.name]
-        stores = [self.mask] if scores is None else [self.mask, scores.store]
-        lost = {*lost_chunks(done, self.plan, stores)}
-        lost |= {*lost_samples(found, self.plan, self._samples)}
+        done = [r for r in found if r.key.stage in stores]
+        lost = {*lost_samples(found, self.plan, self._samples)}
+        lost |= {
+            key
+            for stage, parts in stores.items()
+            for key in lost_chunks((r for r in done if r.key.stage == stage), self.plan, parts)
+        }
         for key in lost:
             log.warning("%s %d: what it wrote is damaged; done again", key.stage, key.number)
             self._ledger.append(Record(key=key, status="failed", error="damaged"))
         if done:
-            name, total = self.product.case.name, len(self.plan.sweep)
+            name, total = self.product.case.name, len(self.plan.tiles) - len(self.plan.samples)
             log.warning("resuming %s: %d of %d tiles are done", name, len(done), total)
         return [record for record in done if record.key not in lost]
 
@@ -149,23 +162,60 @@ class ImageRun:
         )
         return ScoreSink(store, dtype)
 
-    def _work(self) -> SegmentTiles:
+    def _source(self) -> Source:
+        """The source for workers, who come back to what neighbouring tiles share."""
+        from adapters.geotiff import GeoTiffSource
+
+        source = self.product.case.source
+        if isinstance(source, GeoTiffSource):
+            return source.remembering(self.plan.costs.cache_bytes)
+        return source
+
+    def _scene_sums(self) -> SceneSums:
+        grid = self.plan.sweep.grid
+        shape, chunks = sums_layout(grid, aspp_width(self.product.bundle.architecture))
+        store = ZarrStore.create(
+            self.run.sums, shape=shape, chunks=chunks, dtype="float64", fill=MISSING
+        )
+        store.sweep()
+        return SceneSums(store, grid)
+
+    def _works(self) -> dict[str, Work]:
+        """What is done in each pass."""
         plan, resolved = self.plan, self.plan.resolved
-        return SegmentTiles(
+        grid, source = plan.sweep.grid, self._source()
+        model = SegmentModel(
+            bundle=self.product.bundle,
+            device=resolved.device,
+            precision=resolved.precision,
+            context=resolved.context,
+            threads=resolved.threads,
+            canonical_px=resolved.canonical_px,
+        )
+        segment = SegmentTiles(
             key=plan.tiles.fingerprint,
-            model=SegmentModel(
-                bundle=self.product.bundle,
-                device=resolved.device,
-                precision=resolved.precision,
-                context=resolved.context,
-                threads=resolved.threads,
-            ),
-            source=self.product.case.source,
+            model=model,
+            source=source,
             channels=plan.channels,
-            padded_shape=plan.sweep.grid.padded_shape,
+            padded_shape=grid.padded_shape,
+            scene=None if plan.sweep.reach.pooled is None else self.sums or SceneInOneTile(grid),
             crf=plan.crf,
             mask=self.mask,
             scores=self._scores(),
             samples=self._samples.sink(plan),
             guard=self.guard,
         )
+        certify = certify_work(self.product, files=self._samples, sums=self.sums, guard=self.guard)
+        works: dict[str, Work] = {"segment": segment, plan.samples.name: certify}
+        if self.sums is None:
+            return works
+        context = ContextTiles(
+            key=f"{plan.tiles.fingerprint} context",
+            model=model,
+            source=source,
+            channels=plan.channels,
+            padded_shape=grid.padded_shape,
+            sums=self.sums,
+            guard=self.guard,
+        )
+        return {"context": context, **works}

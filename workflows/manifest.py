@@ -16,7 +16,8 @@ from pipeline.domain import ImageInfo
 from pipeline.ports import Record
 from pipeline.segment_image import Outcome
 from workflows.finish import Product
-from workflows.planning import SegmentPlan, halo_json
+from workflows.plan_json import halo_json, windows_json
+from workflows.planning import SegmentPlan
 from workflows.run_dir import file_digest
 from workflows.seam import Seam
 
@@ -26,12 +27,14 @@ def manifest(
 ) -> dict[str, Any]:
     """Keys as in the command's contract; ``seam`` is None while there is no product.
 
-    ``seconds``, throughput and memory are of this command, which did the ``new`` tiles alone.
+    So is ``scene_mean``, but where a context pass has taken one.
+
+    ``seconds``, throughput, stages and memory are of this command, which did the ``new`` tiles.
     """
     plan, info, bundle = product.plan, product.case.source.info, product.bundle
-    mask = outcome.of(plan.sweep)
+    mask, needed = outcome.of(plan.sweep), outcome.without(plan.samples)
     return {
-        "status": "interrupted" if outcome.interrupted else "partial" if mask.failed else "done",
+        "status": "interrupted" if outcome.interrupted else "partial" if needed.failed else "done",
         "output": str(product.output.resolve()) if seam else None,
         "output_sha256": file_digest(product.output) if seam else None,
         "fingerprint": plan.tiles.fingerprint,
@@ -49,7 +52,9 @@ def manifest(
         "tile": plan.sweep.grid.tile,
         "tiles": _tiles(mask),
         "halo_work_ratio": round(plan.costs.halo_work_ratio, 4),
+        "windows": windows_json(plan),
         "context": plan.resolved.context if bundle.architecture.image_pooling else "none",
+        "scene_mean": None,
         "crf": _crf(plan),
         "precision": plan.resolved.precision.name,
         "device": plan.resolved.device,
@@ -58,12 +63,13 @@ def manifest(
         "seam": seam.certificate.as_json() if seam else None,
         "seconds": round(seconds, 3),
         "throughput": _throughput(info, new, seconds),
+        "stages": stages(new),
         "peak_memory_bytes": peak_memory(new),
         "mlflow_run_id": None,
         "versions": _versions(plan),
         "notes": plan.notes + ((seam.complaint,) if seam and seam.complaint else ()),
         "failed_tiles": [
-            {"tile": r.key.number, "error": r.error, "deaths": r.deaths} for r in mask.failed
+            {"tile": r.key.number, "error": r.error, "deaths": r.deaths} for r in needed.failed
         ],
     }
 
@@ -115,6 +121,28 @@ def _throughput(info: ImageInfo, new: Sequence[Record], seconds: float) -> dict[
     pixels = sum(sum(record.counts.values()) for record in new)
     unit = "mpx_per_s" if info.ndim == 2 else "mvox_per_s"
     return {unit: round(pixels / 1e6 / max(seconds, 1e-9), 4)}
+
+
+def stages(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
+    """What each stage of the workers did and waited for, in seconds, all workers summed.
+
+    Per stage ``busy_s``, ``waited_s`` by what it waited for, and ``busy_share`` of both.
+    """
+    busy: Counter[str] = Counter()
+    waited: dict[str, Counter[str]] = {}
+    for record in records:
+        busy.update(record.seconds)
+        for stage, reasons in record.waits.items():
+            waited.setdefault(stage, Counter()).update(reasons)
+    return {
+        stage: {
+            "busy_s": round(seconds, 3),
+            "waited_s": {reason: round(s, 3) for reason, s in sorted(reasons.items())},
+            "busy_share": round(seconds / max(seconds + sum(reasons.values()), 1e-9), 4),
+        }
+        for stage, seconds in busy.items()
+        for reasons in [waited.get(stage, Counter())]
+    }
 
 
 def _versions(plan: SegmentPlan) -> Mapping[str, str]:

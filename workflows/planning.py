@@ -5,25 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 
-from pipeline.crf.dense import require_engine
-from pipeline.crf.params import CrfParams, ResolvedCrf
-from pipeline.domain import Halo, ImageInfo, Pass, Reach, SamplePass, Shape, TilePlan
-from pipeline.errors import CrfError, ExecutionError, PlanError, SourceError
+from pipeline.crf.params import ResolvedCrf
+from pipeline.domain import Pass, Reach, SamplePass, Shape, TilePlan
+from pipeline.errors import ExecutionError, PlanError, SourceError
 from pipeline.execution.identity import package_digest
 from pipeline.inference.precision import Precision, resolve_precision
+from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
 from pipeline.models.context_pool import Context
 from workflows.case import Case
 from workflows.config import SegmentOptions
+from workflows.crf_asked import resolve_crf
 from workflows.fitting import check_modality, check_spacing, match_channels
+from workflows.plan_json import halo_json, windows_json, windows_words
 from workflows.run_dir import canonical_digest
-from workflows.sizing import Budget, Costs, Sizer, Team, over_budget, store_bytes
+from workflows.short_halo import HaloTrial, Sampler, short_reach, shortest_halo
+from workflows.sizing import Budget, Costs, Sizer, Team, canonical_side, over_budget, store_bytes
 from workflows.tracing import traced
 from workflows.workplace import usual_workers, workers, workplace
 
@@ -37,6 +38,11 @@ class Resolved:
     precision: Precision
     threads: int
     context: Context
+
+    halo: HaloTrial | None
+    """The one that ``auto:TOL`` became; None for the exact halo, and for one that was given."""
+
+    canonical_px: int | None
     versions: Mapping[str, str]
 
     @classmethod
@@ -44,7 +50,9 @@ class Resolved:
         """The values as plan.json holds them. Raises PlanError when they are damaged."""
         try:
             precision = Precision(**values["precision"])
-            return cls(**{**values, "tile": tuple(values["tile"]), "precision": precision})
+            halo = HaloTrial(**values["halo"]) if values["halo"] else None
+            known = {"tile": tuple(values["tile"]), "precision": precision, "halo": halo}
+            return cls(**{**values, **known})
         except (KeyError, TypeError) as error:
             raise PlanError(
                 f"plan.json is damaged: 'resolved' holds {values!r}; start over with --fresh"
@@ -68,6 +76,9 @@ class SegmentPlan:
 
     receptive_field: Shape
     """Of a coarse logit, in pixels; image pooling left out."""
+
+    stages: int
+    """That the network was taken apart into."""
 
     costs: Costs
     workers: int
@@ -99,7 +110,7 @@ class SegmentPlan:
         side = " x ".join(map(str, sweep.grid.tile))
         return (
             f"{len(sweep)} tiles of {side} px, halo {sweep.reach.halo_with_window.largest} px,"
-            f" work {self.costs.halo_work_ratio:.2f} times that of one pass,"
+            f" work {self.costs.halo_work_ratio:.2f} times that of one pass, {windows_words(self)},"
             f" {resolved.precision.name} on {resolved.device} ({resolved.precision.why}),"
             f" CRF {'on' if self.crf else 'off'}"
         )
@@ -118,12 +129,14 @@ class SegmentPlan:
             "output_stride": sweep.grid.stride,
             "tile": sweep.grid.tile,
             "tiles": len(sweep),
+            "stages": self.stages,
             "halo": halo_json(sweep.reach),
             "crf_halo": sweep.crf_halo.before,
             "exact": self.exact,
             "receptive_field": self.receptive_field,
             **self.costs.as_json(),
             "workers": self.workers,
+            "windows": windows_json(self),
             "peak_memory_bytes": self.tiles.peak_bytes,
             "store_bytes": self.tiles.store_bytes,
             "crf": asdict(self.crf) if self.crf else None,
@@ -132,15 +145,6 @@ class SegmentPlan:
             "asked": self.asked,
             "notes": self.notes,
         }
-
-
-def halo_json(reach: Reach) -> dict[str, Any]:
-    """The halo in the manifest: per axis and side, and the pooling window in pixels."""
-    return {
-        "before": reach.halo.before,
-        "after": reach.halo.after,
-        "window": reach.window.size if reach.window else None,
-    }
 
 
 def make_plan(
@@ -181,12 +185,22 @@ def make_plan(
         }
     )
     known = traced(bundle, options.context)
-    reach, exact = _halo_asked(known.reach, bundle, options)
-    sizer = Sizer(bundle=bundle, info=info, traced=known, reach=reach, crf=crf)
+    sizer = Sizer(
+        bundle=bundle,
+        info=info,
+        traced=known,
+        reach=known.reach,
+        crf=crf,
+        canonical_px=canonical_side(options, bundle),
+    )
     if found is not None and found["request_digest"] == request:
         resolved = _resolved_before(found["resolved"], options, crf=crf)
     else:
-        resolved = resolve(options, sizer, alone=alone)
+        trial = try_halos(case, options, sizer, channels)
+        asked = replace(sizer, reach=reach_asked(known.reach, options, trial))
+        resolved = resolve(options, asked, halo=trial, alone=alone)
+    sizer = replace(sizer, reach=reach_asked(known.reach, options, resolved.halo))
+    notes += _halo_notes(resolved.halo, options)
     sweep = sizer.sweep(resolved.tile, case=case.name)
     fingerprint = canonical_digest(
         {
@@ -199,8 +213,9 @@ def make_plan(
             "scores": options.scores,
         }
     )
-    whole = traced(bundle, "window").reach  # of the layers, not as the options shorten it
-    samples = SamplePass.of(sweep, reach=whole, seed=fingerprint)
+    # Of the layers, not as the options shorten it; pooling over a tile is held against a window's.
+    whole = known if options.context == "scene" else traced(bundle, "window")
+    samples = SamplePass.of(sweep, reach=whole.reach, seed=fingerprint)
     count = min(len(sweep), workers(options, device=resolved.device, threads=resolved.threads))
     costs = sizer.costs(sweep, resolved.precision)
     peak = sizer.peak_bytes(costs, workers=count, device=resolved.device)
@@ -213,18 +228,19 @@ def make_plan(
     )
     return SegmentPlan(
         tiles=TilePlan(
-            passes=(sweep, samples),
+            passes=(*sweep.with_context(), samples),
             fingerprint=fingerprint,
             peak_bytes=peak,
-            store_bytes=store_bytes(bundle, info.shape, scores=options.scores),
+            store_bytes=store_bytes(bundle, sweep, scores=options.scores),
         ),
         resolved=resolved,
         request_digest=request,
         source_digest=case.digest,
         channels=channels,
         crf=crf,
-        network_exact=exact,
+        network_exact=is_exact(known.reach, bundle, options, reach=sizer.reach),
         receptive_field=known.receptive_field,
+        stages=len(known.chain.stages),
         costs=costs,
         workers=count,
         asked={
@@ -238,48 +254,61 @@ def make_plan(
     )
 
 
-def resolve_crf(asked: str, bundle: Bundle, info: ImageInfo) -> ResolvedCrf | None:
-    """The CRF on this image's grid; None for none. Raises CrfError."""
-    params = crf_params(asked, bundle)
-    if params is None:
+def reach_asked(exact: Reach, options: SegmentOptions, trial: HaloTrial | None) -> Reach:
+    """What is read around a tile."""
+    if options.halo.isdecimal():
+        return short_reach(exact, int(options.halo))
+    return short_reach(exact, trial.halo) if trial else exact
+
+
+def is_exact(exact: Reach, bundle: Bundle, options: SegmentOptions, *, reach: Reach) -> bool:
+    """Whether tiling with this ``reach`` changes nothing but roundings."""
+    local = options.context != "tile" or not bundle.architecture.image_pooling
+    enough = (exact.halo | reach.halo) == reach.halo and exact.window is None
+    return local and (reach == exact or enough)
+
+
+def try_halos(
+    case: Case, options: SegmentOptions, sizer: Sizer, channels: tuple[int, ...]
+) -> HaloTrial | None:
+    """What ``--halo auto:TOL`` becomes; None for the exact halo, and where it is not asked for.
+
+    Raises PlanError where nothing can be measured here, SourceReadError.
+    """
+    tolerance, bundle = options.halo_tolerance, sizer.bundle
+    if tolerance is None:
         return None
-    bands = bundle.input.bands
-    names = tuple(str(i + 1) for i in range(bands)) if isinstance(bands, int) else bands
-    crf = params.resolve(info.spacing, unit=info.unit, channels=names)
-    crf.check_extent(info.shape)
-    return crf
+    floats = resolve_floats(options)
+    if options.context != "window":
+        raise PlanError(f"--halo auto needs --context window, got {options.context}")
+    if floats.device == "cuda" and not torch.cuda.is_available():
+        raise PlanError("--halo auto is measured in this process, which sees no GPU: give a number")
+    predictor = Predictor(
+        bundle,
+        device=floats.device,
+        precision=floats.precision,
+        context=options.context,
+        threads=floats.threads,
+    )
+    tile = resolve(options, sizer, halo=None, alone=False).tile
+    sampler = Sampler(
+        source=case.source,
+        channels=channels,
+        scaling=bundle.input.scaling,
+        predictor=predictor,
+        sweep=replace(sizer, crf=None).sweep(tile, case=""),
+    )
+    return shortest_halo(sampler, tolerance=tolerance)
 
 
-def crf_params(asked: str, bundle: Bundle) -> CrfParams | None:
-    """What is asked of the CRF, whatever the image; None for none. Raises CrfError."""
-    mapping: object = bundle.crf
-    if asked == "off" or (asked == "auto" and bundle.crf is None):
-        return None
-    if asked != "auto":
-        try:
-            mapping = yaml.safe_load(Path(asked).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise CrfError(
-                f"--crf {asked}: not a readable YAML file: {error};"
-                " give one with a crf part, or auto, or off"
-            ) from error
-        if isinstance(mapping, Mapping) and set(mapping) == {"crf"}:
-            mapping = mapping["crf"]
-    if not isinstance(mapping, Mapping):
-        raise CrfError(f"--crf {asked}: a mapping of CRF parameters is needed, found {mapping!r}")
-    require_engine()
-    return CrfParams.from_mapping(mapping)
-
-
-def _halo_asked(reach: Reach, bundle: Bundle, options: SegmentOptions) -> tuple[Reach, bool]:
-    """What is read around a tile, and whether tiling with it is exact."""
-    exact = options.context == "window" or not bundle.architecture.image_pooling
-    if options.halo == "exact":
-        return reach, exact
-    short = Halo.uniform(int(options.halo), ndim=bundle.architecture.dims).round_up(reach.stride)
-    enough = (reach.halo | short) == short and reach.window is None
-    window = reach.window and replace(reach.window, outer=Halo.uniform(0, ndim=len(short.before)))
-    return replace(reach, halo=short, window=window), exact and enough
+def _halo_notes(trial: HaloTrial | None, options: SegmentOptions) -> tuple[str, ...]:
+    if options.halo_tolerance is None:
+        return ()
+    if trial is None:
+        return (f"--halo {options.halo}: no shorter halo than the exact one was shown to do",)
+    found = f"{trial.differ} of {trial.pixels} labels in corners of tiles differ"
+    bound = f"below {trial.upper_95:.1e}, with 95 % confidence"
+    return (f"halo {trial.halo} px was measured: {found} from the exact halo's ({bound})",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,7 +338,9 @@ def resolve_floats(options: SegmentOptions) -> Floats:
     return Floats(device=device, precision=precision, threads=threads)
 
 
-def resolve(options: SegmentOptions, sizer: Sizer, *, alone: bool) -> Resolved:
+def resolve(
+    options: SegmentOptions, sizer: Sizer, *, halo: HaloTrial | None, alone: bool
+) -> Resolved:
     """Turn every ``auto`` into a value. Raises PlanError where a wish cannot be met."""
     floats, place = resolve_floats(options), workplace(options)
     # Not the workers asked for: their number must not change the bytes.
@@ -328,6 +359,8 @@ def resolve(options: SegmentOptions, sizer: Sizer, *, alone: bool) -> Resolved:
         precision=floats.precision,
         threads=team.threads,
         context=options.context,
+        halo=halo,
+        canonical_px=sizer.canonical_px,
         versions=_versions(sizer.crf),
     )
 

@@ -144,6 +144,8 @@ def _final(manifest: Mapping[str, Any]) -> dict[str, float]:
         "peak_memory_bytes": float(manifest["peak_memory_bytes"]),
         "halo_work_ratio": float(manifest["halo_work_ratio"]),
     }
+    if "compute" in manifest["stages"]:
+        values["device_busy_share"] = float(manifest["stages"]["compute"]["busy_share"])
     seam = manifest["seam"]
     for key in SEAM_METRICS if seam and seam["pixels"] else ():
         values[f"seam_{key}"] = float(seam[key])

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline.ports import Record
 
-STAGES = {"read": "#4c78a8", "compute": "#f58518", "write": "#54a24b"}
+STAGES = {"read": "#4c78a8", "compute": "#f58518", "refine": "#b279a2", "write": "#54a24b"}
 """The stages of a tile, in order, and their colours."""
 
 SEAM_ROWS = {
@@ -28,6 +28,15 @@ SEAM_ROWS = {
     "label_disagreement_before_crf_upper_95": ("less than, with 95 %", "{:.3%}"),
 }
 """Keys of the manifest's ``seam``, what they are called, and how they are written."""
+WAITED_FOR = {
+    "read": "the reader",
+    "compute": "the device",
+    "refine": "labels and CRF",
+    "write": "the writer",
+    "model": "the model to load",
+    "tile": "a tile to be handed out",
+}
+"""What a stage can wait for, in words."""
 
 PROVENANCE = ("uri", "digest", "shape", "selection", "crs", "affine")
 
@@ -100,7 +109,7 @@ def write_report(
 {_result(pictures)}
 <div class="columns">
 <section>{_classes(manifest)}</section>
-<section>{_timings(records)}</section>
+<section>{_timings(records)}{_waits(manifest.get("stages", {}))}</section>
 </div>
 {_seam(manifest.get("seam"), seams)}
 <div class="columns">
@@ -221,6 +230,29 @@ def _timings(records: Iterable[Record]) -> str:
     )
 
 
+def _waits(stages: Mapping[str, Any]) -> str:
+    """Who stood idle, and for want of what; nothing where no stage ran."""
+    rows = "".join(
+        f'<tr><td>{WAITED_FOR[name]}</td><td class="n">{stage["busy_share"]:.0%}</td>'
+        f'<td class="n">{stage["busy_s"]:.1f}</td><td>{_reasons(stage["waited_s"])}</td></tr>'
+        for name, stage in stages.items()
+    )
+    if not rows:
+        return ""
+    return (
+        "<h2>Who waited for whom</h2>"
+        '<table><tr><th></th><th class="n">busy</th><th class="n">seconds</th>'
+        f"<th>stood idle, in seconds, for want of</th></tr>{rows}</table>"
+    )
+
+
+def _reasons(waited_s: Mapping[str, float]) -> str:
+    """The longest wait first; what is below a tenth of a second is left out."""
+    longest = sorted(waited_s.items(), key=lambda item: -item[1])
+    told = [f"{WAITED_FOR[name]} {s:.1f}" for name, s in longest if s >= 0.05]
+    return ", ".join(told) or "nothing"
+
+
 def _bar(totals: Mapping[str, float]) -> str:
     """The stages' shares of all seconds, as one bar."""
     whole, left, parts = sum(totals.values()) or 1.0, 0.0, ""
@@ -266,6 +298,7 @@ def _plan(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "halo work": f"{manifest['halo_work_ratio']:.2f} times the scene"
         if "halo_work_ratio" in manifest
         else None,
+        "windows": manifest.get("windows"),
         "context": manifest.get("context"),
         "CRF": "off" if crf is None else crf,
         "device": manifest.get("device"),

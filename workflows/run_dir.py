@@ -55,6 +55,11 @@ class RunDir:
         return self.path / "certificate.json"
 
     @property
+    def sums(self) -> Path:
+        """Zarr store of a context pass: sums of features, when the scene's mean is asked for."""
+        return self.path / "context.zarr"
+
+    @property
     def progress(self) -> Path:
         """How far the run is; rewritten about once a second."""
         return self.path / "progress.json"
@@ -83,7 +88,7 @@ class RunDir:
     def parts(self) -> tuple[Path, ...]:
         """All that a run makes here, the lease apart."""
         files = (self.plan, self.progress, self.tracking, self.report, self.manifest)
-        folders = (self.ledger, self.mask, self.scores, self.samples, self.scratch)
+        folders = (self.ledger, self.mask, self.scores, self.sums, self.samples, self.scratch)
         return (*folders, *files, self.certificate, self.path / "finishing.json")
 
     @property

@@ -13,6 +13,7 @@ from adapters.piece_files import PieceFiles
 from pipeline.certify_sample import CertifySamples, ReferenceModel
 from pipeline.domain import Region, TileKey
 from pipeline.errors import StoreError
+from pipeline.inference.scene_context import SceneSums
 from pipeline.ports import Guard, PieceStore, Record
 from pipeline.stitching.certificate import Certificate, Claim, Measured, certify
 from pipeline.stitching.samples import SampleSink
@@ -73,8 +74,13 @@ class Seam:
         return f"the seam certificate FAILED: {self.certificate.reason}"
 
 
-def certify_work(product: Product, *, files: SampleFiles, guard: Guard) -> CertifySamples:
-    """The recipe that computes the samples of a run again."""
+def certify_work(
+    product: Product, *, files: SampleFiles, sums: SceneSums | None, guard: Guard
+) -> CertifySamples:
+    """The recipe that computes the samples of a run again.
+
+    ``sums``: of the run's context pass; None where it has none.
+    """
     plan, resolved = product.plan, product.plan.resolved
     return CertifySamples(
         key=f"{plan.tiles.fingerprint} {plan.samples.name}",
@@ -87,6 +93,7 @@ def certify_work(product: Product, *, files: SampleFiles, guard: Guard) -> Certi
         source=product.case.source,
         channels=plan.channels,
         padded_shape=plan.sweep.grid.padded_shape,
+        scene=sums,
         crf=plan.crf,
         logits=files.logits,
         labels=files.labels,
@@ -140,6 +147,8 @@ def _holds(record: Record, plan: SegmentPlan, files: SampleFiles) -> bool:
     if record.key.stage == plan.samples.name:
         region = plan.samples.samples[number].region
         return _there(files.logits, [region]) and _there(files.labels, [region])
+    if record.key.stage != plan.sweep.name:
+        return True
     core = plan.sweep.grid.core(number)
     return record.skipped or _there(files.tiles, files.sink(plan).parts(core))
 

@@ -136,7 +136,7 @@ def _tiles_and_papers(
         log.warning("%s", note)
     progress = RunProgress(
         "tiles",
-        total=len(plan.sweep),
+        total=len(plan.tiles) - len(plan.samples),
         done=len(image.known),
         file=product.run.progress,
         console=console,
@@ -152,7 +152,7 @@ def _tiles_and_papers(
                 device=plan.resolved.device,
                 threads=plan.resolved.threads,
                 run_dir=product.run.path,
-                most=len(plan.tiles),
+                most=len(plan.sweep),
             )
             segment_images(
                 feed,

@@ -9,12 +9,16 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.crf.params import ResolvedCrf
-from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, Shape
+from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, Shape, Walk
 from pipeline.errors import PlanError
+from pipeline.inference.canonical import CANONICAL_PX
 from pipeline.inference.precision import Precision
 from pipeline.inference.predictor import WINDOW
+from pipeline.inference.scene_context import sums_layout
 from pipeline.inference.tile_cost import CostModel, TileCost
 from pipeline.models.bundle import Bundle
+from pipeline.models.deeplab import aspp_width
+from workflows.config import SegmentOptions
 from workflows.tracing import Traced
 
 AUTO_TILES = {2: (512, 1024, 2048, 4096, 8192), 3: (64, 96, 128, 192, 256, 384)}
@@ -68,12 +72,13 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What the tiles of a pass take."""
+    """What the tiles take: of one pass, or of two over the same grid."""
 
     tiles: int
+    """Of one pass."""
 
     work: int
-    """Multiply-adds of all tiles."""
+    """Multiply-adds of all tiles of all passes."""
 
     scene_work: int
     """Multiply-adds of one pass over the whole scene."""
@@ -87,10 +92,14 @@ class Costs:
     read_ratio: float
     """Pixels that tiles read over those of the scene."""
 
+    cache_bytes: int
+    """Decoded blocks that a worker's reader comes back to while it walks a band of tiles."""
+
     @classmethod
     def of(cls, sweep: Pass, model: CostModel) -> Costs:
         """Counted over one tile of each kind."""
-        kinds = [(tile, model.of(tile), alike) for tile, alike in sweep.kinds()]
+        cost_of = model.of_sums if sweep.name == "context" else model.of
+        kinds = [(tile, cost_of(tile), alike) for tile, alike in sweep.kinds()]
         return cls(
             tiles=len(sweep),
             work=sum(cost.work * alike for _, cost, alike in kinds),
@@ -102,6 +111,22 @@ class Costs:
             ),
             scored=max(tile.scored.size for tile, _, _ in kinds),
             read_ratio=sweep.read_ratio,
+            cache_bytes=Walk(sweep).remembered_pixels * model.pixel_bytes,
+        )
+
+    def __add__(self, other: Costs) -> Costs:
+        """Of this pass and another one over the same grid."""
+        pair = (self.largest, other.largest)
+        return replace(
+            self,
+            work=self.work + other.work,
+            largest=TileCost(
+                work=max(cost.work for cost in pair),
+                device_bytes=max(cost.device_bytes for cost in pair),
+                host_bytes=max(cost.host_bytes for cost in pair),
+            ),
+            scored=max(self.scored, other.scored),
+            read_ratio=self.read_ratio + other.read_ratio,
         )
 
     @property
@@ -137,6 +162,9 @@ class Sizer:
 
     crf: ResolvedCrf | None
 
+    canonical_px: int | None
+    """Side of canonical windows, in pixels; None where windows are rows of the tile."""
+
     def sweep(self, tile: Shape, *, case: str) -> Pass:
         """The pass that writes the mask, in such tiles."""
         return Pass(
@@ -148,20 +176,26 @@ class Sizer:
         )
 
     def costs(self, sweep: Pass, precision: Precision) -> Costs:
-        """What the tiles take in these floats."""
+        """What the tiles take in these floats, those of the context pass included."""
         model = CostModel(
             chain=self.traced.chain,
             classes=len(self.bundle.classes),
             window=WINDOW,
+            canonical_px=self.canonical_px,
             itemsize=precision.dtype.itemsize,
             pixel_bytes=len(self.info.channels) * np.dtype(self.info.dtype).itemsize,
             shape=sweep.grid.padded_shape,
         )
-        return Costs.of(sweep, model)
+        *before, last = sweep.with_context()
+        if not before:
+            return Costs.of(last, model)
+        return Costs.of(before[0], model) + Costs.of(last, model.given_the_mean())
 
     def peak_bytes(self, costs: Costs, *, workers: int, device: Literal["cpu", "cuda"]) -> int:
         """Predicted peak of the host's memory, driver and ``workers`` together."""
         tile = costs.largest.host_bytes + self.traced.weight_bytes
+        if self.info.ndim == 2:  # volumes are mapped into memory, or unpacked first
+            tile += costs.cache_bytes
         if device == "cpu":
             tile += costs.largest.device_bytes
         if self.crf is not None:
@@ -194,7 +228,31 @@ class Sizer:
         stride = self.reach.stride
         if side % stride:
             raise PlanError(f"--tile {side}: must be a multiple of the output stride, {stride} px")
+        if self.canonical_px is not None and side % self.canonical_px:
+            raise PlanError(
+                f"--tile {side}: must be a multiple of the canonical window, {self.canonical_px} px"
+            )
         return tuple(min(side, -(-n // stride) * stride) for n in self.info.shape)
+
+
+def canonical_side(options: SegmentOptions, bundle: Bundle) -> int | None:
+    """Side of canonical windows, in pixels; None where windows are rows of the tile.
+
+    Raises PlanError where the tile would decide the bytes for another reason.
+    """
+    if options.windows == "rows":
+        return None
+    others = {"--halo": options.halo != "exact" and options.halo}
+    others["--context"] = (
+        bundle.architecture.image_pooling and options.context != "window" and options.context
+    )
+    for name, value in others.items():
+        if value:
+            raise PlanError(
+                f"--windows canonical makes bytes that do not depend on the tile, {name} {value}"
+                " those that do: leave out one of them"
+            )
+    return CANONICAL_PX[bundle.architecture.dims]
 
 
 def over_budget(
@@ -216,8 +274,12 @@ def over_budget(
     return (f"{takes}, this machine has {here / 1e9:.1f} GB: fewer --workers or a smaller --tile",)
 
 
-def store_bytes(bundle: Bundle, shape: Shape, *, scores: str) -> int:
-    """Uncompressed bytes of the mask, and of the scores when they are asked for."""
+def store_bytes(bundle: Bundle, sweep: Pass, *, scores: str) -> int:
+    """Uncompressed bytes of mask, scores when asked for, and the sums of a context pass."""
     score_size = {"none": 0, "uint8": 1, "float16": 2}[scores]
     mask_size = 1 if bundle.mask_dtype == "uint8" else 2
-    return math.prod(shape) * (mask_size + score_size * len(bundle.classes))
+    sums = 0
+    if len(sweep.with_context()) > 1:
+        shape, _ = sums_layout(sweep.grid, aspp_width(bundle.architecture))
+        sums = 8 * math.prod(shape)
+    return math.prod(sweep.grid.shape) * (mask_size + score_size * len(bundle.classes)) + sums

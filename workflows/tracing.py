@@ -48,7 +48,7 @@ def traced(bundle: Bundle, context: Context) -> Traced:
     with _LOCK:
         if key not in _TRACED:
             network = bundle.network()
-            if context == "tile":
+            if context != "window":
                 network.pool_over(None)
             _TRACED[key] = Traced(
                 reach=reach_of(network, context=context),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from pipeline.domain.grid import Grid
@@ -76,6 +76,20 @@ class Pass:
         """All tiles, row-major."""
         return (self.tile(number) for number in range(len(self)))
 
+    @property
+    def needs(self) -> str:
+        """The pass whose results this one reads, by name; empty where there is none."""
+        return "context" if self.reach.pooled is not None and len(self) > 1 else ""
+
+    def with_context(self) -> tuple[Pass, ...]:
+        """This pass, after the one that finds the scene's mean where no tile sees all of it."""
+        pooled = self.reach.pooled
+        if pooled is None or not self.needs:
+            return (self,)
+        reach = Reach(stride=self.reach.stride, halo=pooled)
+        none = Halo.uniform(0, ndim=len(self.grid.shape))
+        return replace(self, name="context", reach=reach, crf_halo=none), self
+
     def kinds(self) -> Iterator[tuple[Tile, int]]:
         """One tile of each kind, and how many are of it: what holds for one holds for all.
 
@@ -114,6 +128,10 @@ class Sweep(Protocol):
     @property
     def name(self) -> str:
         """In the ledger's keys."""
+
+    @property
+    def needs(self) -> str:
+        """The pass whose results this one reads, by name; empty where there is none."""
 
     def __len__(self) -> int: ...
 

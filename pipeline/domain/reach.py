@@ -50,6 +50,12 @@ class Reach:
     window: ContextWindow | None = None
     """The image-pooling window; None for a network without one."""
 
+    pooled: Halo | None = None
+    """Halo of the features whose mean over the scene is taken by a pass of its own, in pixels.
+
+    Multiples of the stride; None where no such mean is taken.
+    """
+
     def __post_init__(self) -> None:
         if self.stride < 1:
             raise RegionError(f"an output stride is at least 1 px, got {self.stride}")

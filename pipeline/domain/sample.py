@@ -75,6 +75,11 @@ class SamplePass:
         """The pass's name in the ledger."""
         return "certify"
 
+    @property
+    def needs(self) -> str:
+        """As of the tiles: the scene's mean is the one that they pooled by."""
+        return "context" if self.reach.pooled is not None and len(self.grid) > 1 else ""
+
     def __len__(self) -> int:
         return len(self.samples)
 

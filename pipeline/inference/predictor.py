@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.domain import Region
-from pipeline.errors import SourceError
+from pipeline.errors import BundleError, SourceError
+from pipeline.inference.canonical import BoxMap, CanonicalNetwork, upsampled
 from pipeline.inference.precision import Precision, fix_kernels
-from pipeline.inference.stage_plan import coarse_region
+from pipeline.inference.stage_plan import coarse_region, feature_region, pixel_region
 from pipeline.inference.staged import StagedNetwork, WholeNetwork
 from pipeline.models.bundle import Bundle
 from pipeline.models.context_pool import Context
 from pipeline.models.frame import Frame
+from pipeline.models.scene_mean import GivenMean, OwnMean
+from pipeline.models.scene_stages import pooled_by, pooled_chain
 from pipeline.models.stages import stages_of
 
 _FORMAT = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -40,8 +43,11 @@ class Predictor:
         context: Context,
         threads: int,
         window: int | None = WINDOW,
+        canonical_px: int | None = None,
     ) -> None:
         """Load the network; ``window`` None runs it as one, as a network without stages must be.
+
+        With ``canonical_px``, a side in pixels, windows are canonical, and ``window`` is not used.
 
         Raises:
             BundleError: the weights do not fit, or a layer cannot run in windows.
@@ -52,20 +58,35 @@ class Predictor:
         self._format = _FORMAT[self._dims] if precision.channels_last else torch.contiguous_format
         self._stride, self._threads = bundle.architecture.output_stride, threads
         network = bundle.network()
-        if context == "tile":
+        if context != "window":
             network.pool_over(None)
         self._bands, self._upsample = network.bands, network.upsample
-        if window is None:
+        if window is None and context == "scene":
+            raise BundleError("context 'scene' needs a network in stages: give it windows")
+        self._canonical_px = canonical_px
+        self._network: CanonicalNetwork | StagedNetwork | WholeNetwork
+        if canonical_px is not None:
+            chain = stages_of(network).moved(self._moved)
+            self._network = CanonicalNetwork(chain, side_px=canonical_px)
+        elif window is None:
             for weight in (*network.parameters(), *network.buffers()):
                 weight.data = self._moved(weight.data)
-            self._network: StagedNetwork | WholeNetwork = WholeNetwork(network)
+            self._network = WholeNetwork(network)
         else:
             self._network = StagedNetwork(stages_of(network).moved(self._moved), window=window)
 
-    def logits(self, image_CS: NDArray[np.float32], frame: Frame, *, scored: Region) -> Tensor:
+    def logits(
+        self,
+        image_CS: NDArray[np.float32],
+        frame: Frame,
+        *,
+        scored: Region,
+        pooling: GivenMean | OwnMean | None = None,
+    ) -> Tensor:
         """Predict ``scored``, a region of the scene, from an input that lies at ``frame``.
 
-        Sides and origin of the input are multiples of the stride.
+        Sides and origin of the input are multiples of the stride. With context ``scene``,
+        ``pooling`` is the scene's mean, or how to take it where the input is all of the scene.
 
         Returns:
             (K, *S) float32 logits on the device, S as ``scored``; a new tensor.
@@ -73,29 +94,69 @@ class Predictor:
         Raises:
             SourceError: another number of bands than the network has.
             RegionError: the input does not lie on the stride, reaches outside the scene, does not
-                hold ``scored``, or is smaller than the window of image pooling.
+                hold ``scored``, or is smaller than the window of image pooling; or, with
+                canonical windows, does not hold all that ``scored`` needs.
         """
+        read = self._read(image_CS, frame)
+        coarse = coarse_region(read, scored=scored, stride=self._stride)
+        network = self._network
+        if pooling is not None:
+            assert isinstance(network, StagedNetwork)
+            chain = pooled_by(network.chain, pooling)
+            network = StagedNetwork(chain, window=network.window)
+        with torch.inference_mode():
+            coarse_BKS = network.coarse_logits(self._input(image_CS), frame, coarse)
+            at = coarse.move(tuple(a // self._stride for a in frame.origin))
+            # Interpolated in float32 in any case: bfloat16 would turn ramps into steps.
+            if self._canonical_px is not None:
+                return upsampled(
+                    self._upsample,
+                    BoxMap(coarse_BKS.movedim(1, -1), at),
+                    scored,
+                    side_px=self._canonical_px,
+                    shape=frame.shape,
+                    stride=self._stride,
+                )
+            logits_BKS: Tensor = self._upsample(coarse_BKS.float().contiguous())
+        index: tuple[Any, ...] = (
+            0,
+            ...,
+            *scored.slices(within=pixel_region(at, stride=self._stride)),
+        )
+        return logits_BKS[index]
+
+    def pooled(self, image_CS: NDArray[np.float32], frame: Frame, *, core: Region) -> Tensor:
+        """The features of ``core`` whose mean image pooling takes, after its convolution and norm.
+
+        ``core``, a region of the scene, lies on the stride; the input as in ``logits``.
+
+        Returns:
+            (C, *S / stride) in the network's floats, on the device; a new tensor.
+
+        Raises as ``logits`` does.
+        """
+        assert isinstance(self._network, StagedNetwork)
+        read = self._read(image_CS, frame)
+        places = feature_region(read, core=core, stride=self._stride)
+        network = StagedNetwork(pooled_chain(self._network.chain), window=self._network.window)
+        with torch.inference_mode():
+            return network.coarse_logits(self._input(image_CS), frame, places)[0]
+
+    def _read(self, image_CS: NDArray[np.float32], frame: Frame) -> Region:
+        """Where the input lies in the scene. Raises SourceError or RegionError."""
         if len(image_CS) != self._bands:
             raise SourceError(
                 f"the network takes {self._bands} bands, the input has {len(image_CS)}"
             )
         size = image_CS.shape[1:]
         frame.check(size, stride=self._stride)
-        read = Region(frame.origin, tuple(a + n for a, n in zip(frame.origin, size, strict=True)))
-        coarse = coarse_region(read, scored=scored, stride=self._stride)
+        return Region(frame.origin, tuple(a + n for a, n in zip(frame.origin, size, strict=True)))
+
+    def _input(self, image_CS: NDArray[np.float32]) -> Tensor:
+        """(1, C, *S) on the device."""
         # Here, not at construction: networks with other threads may share the process.
         torch.set_num_threads(self._threads)
-        with torch.inference_mode():
-            image_BCS = self._moved(torch.from_numpy(np.ascontiguousarray(image_CS)).unsqueeze(0))
-            coarse_BKS = self._network.coarse_logits(image_BCS, frame, coarse)
-            # Interpolated in float32 in any case: bfloat16 would turn ramps into steps.
-            logits_BKS: Tensor = self._upsample(coarse_BKS.float().contiguous())
-        around = Region(
-            tuple(a + n * self._stride for a, n in zip(frame.origin, coarse.start, strict=True)),
-            tuple(a + n * self._stride for a, n in zip(frame.origin, coarse.stop, strict=True)),
-        )
-        index: tuple[Any, ...] = (0, ..., *scored.slices(within=around))
-        return logits_BKS[index]
+        return self._moved(torch.from_numpy(np.ascontiguousarray(image_CS)).unsqueeze(0))
 
     def _moved(self, tensor: Tensor) -> Tensor:
         """On the device, in its floats and memory format."""

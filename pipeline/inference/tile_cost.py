@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from pipeline.domain import Region, Shape, Tile
-from pipeline.inference.stage_plan import needs_of, stage_bytes, stage_work
+from pipeline.inference.stage_plan import (
+    Needs,
+    feature_region,
+    needs_of,
+    stage_bytes,
+    stage_work,
+)
+from pipeline.models.frame import Frame
+from pipeline.models.scene_mean import GivenMean
+from pipeline.models.scene_stages import pooled_by, pooled_chain
 from pipeline.models.stages import Chain
 
 _FLOAT32 = 4
@@ -35,7 +46,10 @@ class CostModel:
     classes: int
 
     window: int
-    """Side of a window, in features."""
+    """Side of a window, in features, where windows are runs of rows."""
+
+    canonical_px: int | None
+    """Side of canonical windows, in pixels; None where windows are runs of rows."""
 
     itemsize: int
     """Bytes of a number in the network."""
@@ -49,21 +63,49 @@ class CostModel:
     def of(self, tile: Tile) -> TileCost:
         """Cost of one tile. Raises RegionError where its input holds no window of pooling."""
         chain = self.chain
-        needs = needs_of(chain, tile.read, scored=tile.scored, shape=self.shape)
+        needs = needs_of(
+            chain,
+            tile.read,
+            scored=tile.scored,
+            shape=self.shape,
+            canonical_px=self.canonical_px,
+        )
         maps = stage_bytes(chain, needs, window=self.window, itemsize=self.itemsize)
         image = tile.read.size * chain.bands * self.itemsize
         fine = needs.regions[chain.logits].size * chain.stride**tile.read.ndim
         upsampled = fine * self.classes * _FLOAT32
-        # Beside the tile that the device has: one that waits for it, one that is being read, of
-        # which the bands are picked in a copy, and logits that wait to be refined or written.
-        blocks = 3 * tile.read.size * (self.pixel_bytes + 1)
-        floats = tile.read.size * (chain.bands + 2) * _FLOAT32
+        # Logits are refined and written while the next are computed.
         kept = tile.scored.size * self.classes * _FLOAT32 + tile.core.size * _LABEL
         return TileCost(
             work=stage_work(chain, needs),
             device_bytes=max(maps, image + upsampled),
-            host_bytes=blocks + floats + kept,
+            host_bytes=self._read_bytes(tile) + kept,
         )
+
+    def of_sums(self, tile: Tile) -> TileCost:
+        """Cost of one tile of a context pass; the sums themselves are few."""
+        chain = pooled_chain(self.chain)
+        coarse = feature_region(tile.read, core=tile.scored, stride=chain.stride)
+        frame = Frame.of(tile.read, shape=self.shape)
+        needs = Needs.of(chain, tile.read.shape, frame=frame, coarse=coarse)
+        return TileCost(
+            work=stage_work(chain, needs),
+            device_bytes=stage_bytes(chain, needs, window=self.window, itemsize=self.itemsize),
+            host_bytes=self._read_bytes(tile),
+        )
+
+    def given_the_mean(self) -> CostModel:
+        """Costs of the pass after a context pass; ``scene_work`` is then without pooling."""
+        return replace(self, chain=pooled_by(self.chain, GivenMean(np.empty(0))))
+
+    def _read_bytes(self, tile: Tile) -> int:
+        """Of what is read, in the host's memory.
+
+        Of three tiles: on the device, being refined, and being read, of which the bands are picked
+        in a copy.
+        """
+        blocks = 4 * tile.read.size * (self.pixel_bytes + 1)
+        return blocks + tile.read.size * (self.chain.bands + 2) * _FLOAT32
 
     @property
     def scene_work(self) -> int:

@@ -19,8 +19,9 @@ from pipeline.models.frame import Frame
 
 _AVERAGE: dict[int, Callable[..., Tensor]] = {2: F.avg_pool2d, 3: F.avg_pool3d}
 
-Context = Literal["window", "tile"]
-"""``window``: mean over the training crop around each place. ``tile``: mean over what is read."""
+Context = Literal["window", "scene", "tile"]
+"""``window``: mean over the training crop around each place. ``scene``: mean over the whole scene.
+``tile``: mean over what is read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.models.architecture import Architecture
 from pipeline.models.context_pool import ContextPool, window_features
 from pipeline.models.frame import Frame
-from pipeline.models.trunks import build_trunk, classify, conv, conv_norm_relu, norm
+from pipeline.models.trunks import SLIM_WIDTH, build_trunk, classify, conv, conv_norm_relu, norm
 
 _UPSAMPLING = {2: "bilinear", 3: "trilinear"}
 
@@ -65,6 +65,11 @@ class Head(nn.Sequential):
         return logits_BKS
 
 
+def aspp_width(architecture: Architecture) -> int:
+    """Channels of every branch of ASPP, and so of the mean of image pooling."""
+    return SLIM_WIDTH[architecture.dims] if architecture.backbone == "slim" else 256
+
+
 class DeepLab(nn.Module):
     """A network whose tiles agree with the whole scene, given its reach (``reach_of``)."""
 
@@ -73,14 +78,14 @@ class DeepLab(nn.Module):
         dims = architecture.dims
         self.architecture, self.bands, self.classes = architecture, bands, classes
         self.backbone = build_trunk(architecture, bands=bands)
-        inputs = self.backbone.channels
+        inputs, width = self.backbone.channels, aspp_width(architecture)
         if architecture.backbone == "slim":
-            aspp = Aspp(architecture, inputs=inputs, width=inputs, dropout=0.1)
-            self.classifier = Head(aspp, classify(dims, inputs, classes))
+            aspp = Aspp(architecture, inputs=inputs, width=width, dropout=0.1)
+            self.classifier = Head(aspp, classify(dims, width, classes))
         else:
-            aspp = Aspp(architecture, inputs=inputs, width=256, dropout=0.5)
-            smooth = conv_norm_relu(dims, 256, 256, kernel=3)
-            self.classifier = Head(aspp, *smooth, classify(dims, 256, classes))
+            aspp = Aspp(architecture, inputs=inputs, width=width, dropout=0.5)
+            smooth = conv_norm_relu(dims, width, width, kernel=3)
+            self.classifier = Head(aspp, *smooth, classify(dims, width, classes))
         self.upsample = nn.Upsample(
             scale_factor=architecture.output_stride, mode=_UPSAMPLING[dims], align_corners=False
         )

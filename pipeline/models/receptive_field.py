@@ -20,6 +20,7 @@ from pipeline.domain import ContextWindow, Halo, Reach
 from pipeline.errors import BundleError
 from pipeline.models.context_pool import Context, ContextPool
 from pipeline.models.deeplab import DeepLab
+from pipeline.models.global_layers import GLOBAL_LAYERS, layer_label, mixes_scene
 
 _POINTWISE = (nn.BatchNorm2d, nn.BatchNorm3d, nn.ReLU, nn.Dropout, nn.Identity)
 _SLIDING = (nn.Conv2d, nn.Conv3d, nn.MaxPool2d, nn.MaxPool3d)
@@ -114,11 +115,12 @@ called beside threads that may trace."""
 
 
 class Tracer(fx.Tracer):
-    """Leaves image pooling whole: what it needs is not a span."""
+    """Leaves image pooling and global layers whole: what they need is not a span."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether to look no further into ``m``."""
-        return isinstance(m, ContextPool) or super().is_leaf_module(m, module_qualified_name)
+        whole = isinstance(m, (ContextPool, *GLOBAL_LAYERS))
+        return whole or super().is_leaf_module(m, module_qualified_name)
 
 
 def local_span(network: DeepLab) -> Span:
@@ -133,11 +135,13 @@ def reach_of(network: DeepLab, *, context: Context = "window") -> Reach:
 
     Args:
         network: as ``Bundle.network`` gives it.
-        context: ``window`` counts the image-pooling window; ``tile`` leaves it out, and the
-            network then is not exact.
+        context: ``window`` counts the image-pooling window. ``scene`` counts what the pooled
+            features need, whose mean a pass of its own takes. ``tile`` leaves pooling out, and
+            the network then is not exact.
 
     Raises:
-        BundleError: a layer whose receptive field is not known, or image pooling without window.
+        BundleError: a layer that mixes the whole scene or whose receptive field is not known, or
+            image pooling without window.
     """
     found = _walk(network)
     stride = network.architecture.output_stride
@@ -145,6 +149,9 @@ def reach_of(network: DeepLab, *, context: Context = "window") -> Reach:
     halo = found.logits.image.halo_upsampled(stride).round_up(stride)
     if network.pool is None or context == "tile":
         return Reach(stride=stride, halo=halo)
+    if context == "scene":
+        assert found.trunk is not None
+        return Reach(stride=stride, halo=halo, pooled=found.trunk.halo().round_up(stride))
     window = network.pool.mean.window
     if window is None or found.trunk is None or found.logits.pooled is None:
         raise BundleError(
@@ -184,6 +191,11 @@ def _walk(network: DeepLab) -> _Walk:
         if node.op == "placeholder":
             if not paths:  # the image; the frame, which is second, holds no pixels
                 paths[node] = _Paths(image, None)
+        elif mixes_scene(node, layer):
+            raise BundleError(
+                f"layer {layer_label(node, layer)} mixes the whole scene, so that no halo makes its"
+                " tiles agree: only the image pooling of ASPP may do that"
+            )
         elif layer is network.upsample:
             _check_stride(inputs[0], stride)
             return _Walk(inputs[0], trunk)
@@ -195,8 +207,9 @@ def _walk(network: DeepLab) -> _Walk:
         elif isinstance(layer, _POINTWISE) or (layer is None and node.target in _MERGES):
             paths[node] = _merge(inputs)
         else:
-            name = f"{node.target} ({type(layer).__name__})" if layer else str(node.target)
-            raise BundleError(f"the receptive field of layer {name} is not known")
+            raise BundleError(
+                f"the receptive field of layer {layer_label(node, layer)} is not known"
+            )
     raise BundleError("the network does not end with its upsampling layer")
 
 

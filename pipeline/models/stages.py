@@ -25,6 +25,7 @@ from pipeline.errors import BundleError
 from pipeline.models.context_pool import ContextPool, WindowMean
 from pipeline.models.deeplab import DeepLab
 from pipeline.models.receptive_field import TRACING, Tracer
+from pipeline.models.scene_mean import GivenMean, OwnMean
 
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 _POOLS = (nn.MaxPool2d, nn.MaxPool3d)
@@ -120,7 +121,8 @@ class MaxPool:
     slide: Slide
 
 
-Layer = Convolution | Norm | MaxPool | WindowMean | Literal["relu", "add", "cat"]
+Mean = WindowMean | GivenMean | OwnMean
+Layer = Convolution | Norm | MaxPool | Mean | Literal["relu", "add", "cat"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -149,7 +151,7 @@ class Step:
     @property
     def spreads(self) -> bool:
         """Whether it reads beyond its own place, so that its input must be a map."""
-        return self.slide is not None or isinstance(self.layer, WindowMean)
+        return self.slide is not None or isinstance(self.layer, (WindowMean, OwnMean))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -177,7 +179,10 @@ class Stage:
     @property
     def whole(self) -> bool:
         """Whether it must run at once: a mean over all that is read is the same everywhere."""
-        return any(isinstance(s.layer, WindowMean) and s.layer.window is None for s in self.steps)
+        return any(
+            isinstance(layer, OwnMean) or (isinstance(layer, WindowMean) and layer.window is None)
+            for layer in (step.layer for step in self.steps)
+        )
 
     @property
     def work(self) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.domain import Sample
+from pipeline.stitching.bound import upper_bound
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 """How far logits may lie from the reference, in their deviations, by the floats of the run.
@@ -253,26 +254,6 @@ def certify(measured: Sequence[Measured], claim: Claim) -> Certificate:
         passed=passed,
         reason=reason,
     )
-
-
-def upper_bound(count: int, of: int, *, confidence: float = 0.95) -> float:
-    """The greatest share with which ``count`` or fewer of ``of`` are not yet a rare event.
-
-    >>> round(upper_bound(0, 4096) * 4096, 2), round(upper_bound(1, 10), 4), upper_bound(5, 5)
-    (2.99, 0.3942, 1.0)
-    """
-    if count >= of:
-        return 1.0
-    terms = np.arange(1, count + 1)
-    steps = np.concatenate([[0.0], np.cumsum(np.log((of - terms + 1) / terms))])
-    low, high = count / of, 1.0
-    for _ in range(60):
-        share = (low + high) / 2
-        odds = np.log(share) - np.log1p(-share) if 0 < share < 1 else np.inf
-        logs = steps + np.arange(count + 1) * odds + of * np.log1p(-share)
-        rare = float(np.exp(logs).sum()) < 1 - confidence
-        low, high = (low, share) if rare else (share, high)
-    return high
 
 
 def _deviation(measured: Sequence[Measured]) -> float:

@@ -46,6 +46,9 @@ class Hashes:
         time.sleep(self.seconds)
         return hashlib.sha256(model.encode() + data).hexdigest()
 
+    def refine(self, tile: Tile, data: str) -> str:
+        return data
+
     def write(self, tile: Tile, result: Any) -> Record:
         return Record(key=tile.key, status="done", digest=str(result))
 
@@ -55,7 +58,8 @@ def feed(*, seconds: float) -> FairFeed:
     for case in CASES:
         work = Hashes(key=case, seconds=seconds)
         keys = [TileKey(case, "segment", n) for n in range(TILES)]
-        feed.add([Job(work=work, tile=Tile(key=k, core=box, scored=box, read=box)) for k in keys])
+        tiles = [Tile(key=key, core=box, scored=box, read=box) for key in keys]
+        feed.add([[Job(work=work, tile=tile) for tile in tiles]])
     feed.close()
     return feed
 

@@ -108,6 +108,20 @@ def test_core_lies_in_scored_in_read_in_the_padded_scene_on_the_stride(grid, dat
 
 
 @unhurried
+@given(grids(), st.data())
+def test_kinds_stand_for_all_tiles(grid, data):
+    """The work and the memory of a plan would be those of other tiles than its own."""
+    ndim, stride = len(grid.shape), grid.stride
+    reach = Reach(stride=stride, halo=data.draw(halos(ndim)), window=None)
+    sweep = Pass(case="a", name="a", grid=grid, reach=reach, crf_halo=data.draw(halos(ndim)))
+    assume(len(sweep) <= 2000)
+    kinds = list(sweep.kinds())
+    assert sum(alike for _, alike in kinds) == len(sweep)
+    assert sum(alike * t.read.size for t, alike in kinds) == sum(t.read.size for t in sweep.tiles())
+    assert {t.read.shape for t, _ in kinds} == {t.read.shape for t in sweep.tiles()}
+
+
+@unhurried
 @given(ranks.flatmap(lambda n: st.tuples(regions(n), regions(n))))
 def test_and_or_and_contains_are_those_of_sets_of_voxels(pair):
     """Every crop and every read rests on them."""

@@ -9,7 +9,8 @@ import pytest
 from scipy.stats import beta
 
 from pipeline.domain import Region, Sample
-from pipeline.stitching.certificate import Certificate, Claim, Measured, certify, upper_bound
+from pipeline.stitching.bound import upper_bound
+from pipeline.stitching.certificate import Certificate, Claim, Measured, certify
 
 CLAIM = Claim(samples=2, network_exact=True, precision="fp32", with_crf=False)
 

@@ -17,6 +17,7 @@ from pipeline.models.bundle import Architecture, Bundle, save_bundle
 from pipeline.models.context_pool import Context
 from pipeline.models.frame import Frame
 from pipeline.models.fresh import new_bundle
+from pipeline.models.scene_mean import GivenMean, OwnMean, block_sums, mean_of, total_of
 
 FP32 = Precision(name="fp32", channels_last=True, why="")
 BF16 = Precision(name="bf16", channels_last=True, why="")
@@ -81,6 +82,25 @@ def test_context_is_the_one_asked_for(bundle: Bundle) -> None:
     assert not torch.allclose(window_KS, tile_KS, atol=1e-3)
     wide_KS = predictor_of(whole).logits(image_of(), FRAME, scored=WHOLE)
     assert torch.allclose(wide_KS, tile_KS, atol=1e-4)
+
+
+@pytest.mark.parametrize(("precision", "worst"), [(FP32, 1e-4), (BF16, 0.2)])
+def test_a_scene_of_one_tile_pools_over_itself_as_two_passes_would(
+    bundle: Bundle, precision: Precision, worst: float
+) -> None:
+    """Sums in the floats of the features, or of other features, would give another mean."""
+    predictor, ones = predictor_of(bundle, precision, context="scene"), np.ones((12, 16), bool)
+    features_CS = predictor.pooled(image_of(), FRAME, core=WHOLE)
+    assert (features_CS.dtype, tuple(features_CS.shape)) == (precision.dtype, (64, 12, 16))
+    given = GivenMean(mean_of(total_of([block_sums(features_CS, ones, block=(8, 8))])))
+    own = OwnMean(valid_S=ones, block=(8, 8))
+    two_KS, one_KS = (
+        predictor.logits(image_of(), FRAME, scored=WHOLE, pooling=pooling)
+        for pooling in (given, own)
+    )
+    assert torch.equal(one_KS, two_KS)
+    plain_KS = predictor_of(bundle, context="tile").logits(image_of(), FRAME, scored=WHOLE)
+    assert (one_KS - plain_KS).abs().max() <= worst * plain_KS.std()
 
 
 def test_an_input_off_the_stride_or_the_scene_is_refused(bundle: Bundle) -> None:

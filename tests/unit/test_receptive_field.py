@@ -4,13 +4,15 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torchvision.ops import SqueezeExcitation
 
 from pipeline.domain import Halo, Region
 from pipeline.errors import BundleError
 from pipeline.models.architecture import Architecture
 from pipeline.models.deeplab import DeepLab, build_network
 from pipeline.models.frame import Frame
+from pipeline.models.nan_probe import probe_network
 from pipeline.models.receptive_field import local_span, reach_of
 
 
@@ -28,13 +30,19 @@ def network_of(
     return build_network(architecture, bands=1, classes=2).eval()
 
 
-def test_resnet50_at_stride_8_reaches_509_px_and_needs_a_halo_of_520() -> None:
-    """Published figures (517 before and 510 after an aligned core) would not be met."""
-    network = network_of("resnet50", 2, 8, (12, 24, 36))
+@pytest.mark.parametrize(
+    ("backbone", "radius", "before", "after"),
+    [("resnet50", 509, 520, 512), ("resnet101", 781, 792, 784)],
+)
+def test_deep_networks_at_stride_8_reach_as_far_as_published(
+    backbone: str, radius: int, before: int, after: int
+) -> None:
+    """Published figures (radius + 8 before and + 1 after an aligned core) would not be met."""
+    network = network_of(backbone, 2, 8, (12, 24, 36))
     span = local_span(network)
-    assert (span.low, span.high) == ((-509, -509), (509, 509))
-    assert span.halo_upsampled(8) == Halo((517, 517), (510, 510))
-    assert reach_of(network).halo == Halo((520, 520), (512, 512))
+    assert (span.low, span.high) == ((-radius,) * 2, (radius,) * 2)
+    assert span.halo_upsampled(8) == Halo((radius + 8,) * 2, (radius + 1,) * 2)
+    assert reach_of(network).halo == Halo((before,) * 2, (after,) * 2)
 
 
 @pytest.mark.parametrize(
@@ -124,3 +132,65 @@ def test_an_unknown_layer_is_named() -> None:
     network.backbone.append(nn.AvgPool2d(3, stride=1, padding=1))
     with pytest.raises(BundleError, match=r"backbone\.9 \(AvgPool2d\)"):
         reach_of(network)
+
+
+class GlobalMean(nn.Module):
+    """A mean that no layer names: it is called in the midst of a block."""
+
+    def forward(self, features_BCS: Tensor) -> Tensor:
+        return features_BCS + features_BCS.mean(dim=(2, 3), keepdim=True)
+
+
+class ChannelMean(nn.Module):
+    def forward(self, features_BCS: Tensor) -> Tensor:
+        return features_BCS + features_BCS.mean(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        (SqueezeExcitation(64, 8), "backbone.9 (SqueezeExcitation)"),
+        (nn.GroupNorm(4, 64), "backbone.9 (GroupNorm)"),
+        (nn.InstanceNorm2d(64), "backbone.9 (InstanceNorm2d)"),
+        (nn.BatchNorm2d(64, track_running_stats=False), "backbone.9 (BatchNorm2d)"),
+        (GlobalMean(), "backbone.9 (GlobalMean, mean)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_layer_that_mixes_the_whole_scene_is_named(layer: nn.Module, said: str) -> None:
+    """Its tiles would differ at every seam, and the run be called exact."""
+    network = network_of("slim", 2, 4, (1,))
+    network.backbone.append(layer.eval())
+    with pytest.raises(BundleError, match="mixes the whole scene") as refusal:
+        reach_of(network)
+    assert f"layer {said} " in str(refusal.value)
+    # The NaN probe, which knows no layer, finds the same one.
+    assert said.split()[0] in probe_network(network, most_px=256).layers[0]
+
+
+def test_a_layer_that_mixes_channels_alone_is_not_called_global() -> None:
+    """A person would be told to take out what does no harm."""
+    network = network_of("slim", 2, 4, (1,))
+    network.backbone.append(ChannelMean())
+    with pytest.raises(BundleError, match=r"layer backbone\.9 \(ChannelMean, mean\) is not known"):
+        reach_of(network)
+
+
+@pytest.mark.parametrize(("backbone", "stride"), [("slim", 8), ("resnet18", 16)])
+def test_the_features_that_a_scene_pools_need_the_trunk_alone(backbone: str, stride: int) -> None:
+    """The first pass would read the halo of ASPP for nothing, or too little for its trunk."""
+    network = network_of(backbone, 2, stride, (1, 2), pooling=True)
+    reach = reach_of(network, context="scene")
+    assert reach.window is None
+    assert reach.pooled is not None
+    assert reach.halo == reach_of(network, context="tile").halo
+    side = 4 * reach.halo.largest
+    core = Region((0, side // 2), (2 * stride, side // 2 + stride))
+    read = core.grow(reach.pooled)
+    for lacking, seen in ((0, False), (stride, True)):
+        image_BCS = torch.full((1, 1, 2 * stride, side), math.nan)
+        image_BCS[..., read.start[1] + lacking : read.stop[1]] = 0.0
+        with torch.inference_mode():
+            features_BCS = network.backbone(image_BCS)
+        kept_BCS = features_BCS[..., core.start[1] // stride : core.stop[1] // stride]
+        assert bool(kept_BCS.isnan().any()) is seen

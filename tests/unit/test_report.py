@@ -170,6 +170,11 @@ MANIFEST = {
     },
     "seconds": 12.34,
     "peak_memory_bytes": 3 << 20,
+    "stages": {
+        "read": {"busy_s": 3.0, "waited_s": {"compute": 17.0}, "busy_share": 0.15},
+        "compute": {"busy_s": 18.5, "waited_s": {"read": 0.3, "model": 1.2}, "busy_share": 0.925},
+        "write": {"busy_s": 1.0, "waited_s": {"read": 0.01}, "busy_share": 0.9901},
+    },
     "notes": ("no CRS",),
     "failed_tiles": [{"tile": 7, "error": "disk <full>", "deaths": 3}],
 }
@@ -243,7 +248,8 @@ def test_the_page_says_what_was_done_and_what_was_not(page):
         "astride tile borders within tiles windows 2 2 pixels 8,192 4,096",
         "logits apart, at most 1.5e-06 7e-07 labels that differ 12.500% 0.000%",
         "1.23 times the scene", "3 MiB",
-        "compute 2.000 2.900 6.0", "all 3",
+        "compute 2.000 2.900 6.0", "all 3", "the reader 15% 3.0 the device 17.0",
+        "the device 92% 18.5 the model to load 1.2, the reader 0.3", "the writer 99% 1.0 nothing",
     ):  # fmt: skip
         assert said in text, said
 

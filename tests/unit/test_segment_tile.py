@@ -41,7 +41,14 @@ def bundle(slim: Path) -> Bundle:
 
 @pytest.fixture
 def model(bundle: Bundle) -> SegmentModel:
-    return SegmentModel(bundle=bundle, device="cpu", precision=FP32, context="window", threads=1)
+    return SegmentModel(
+        bundle=bundle,
+        device="cpu",
+        precision=FP32,
+        context="window",
+        threads=1,
+        canonical_px=None,
+    )
 
 
 @pytest.fixture
@@ -65,6 +72,7 @@ def case_of(model: SegmentModel, *, seed: int = 0) -> tuple[SegmentTiles, Pass, 
         source=MemorySource(image_CYX, valid_S=valid_YX),
         channels=(2, 1, 0),
         padded_shape=grid.padded_shape,
+        scene=None,
         crf=None,
         mask=mask,
         scores=None,
@@ -148,7 +156,8 @@ def test_each_model_computes_with_its_own_threads(worker: TileWorker, model: Seg
     for seed, recipe in enumerate((model, two, model, two)):
         work, sweep, _ = case_of(recipe, seed=seed)
         assert worker.run(Job(work=work, tile=sweep.tile(0))).status == "done"
-        seen.append(worker._device.run(torch.get_num_threads)[0])
+        asked = (lambda value: value, lambda _: torch.get_num_threads())
+        seen.append(worker._line.run(*asked, asked[0], asked[0])[0])
     assert seen == [1, 2, 1, 2]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +16,7 @@ from pipeline.domain import Region, Tile, TileKey
 from pipeline.errors import BundleError, ExecutionError, LeaseHeldError, StoreError
 from pipeline.execution.feed import FairFeed
 from pipeline.execution.serial import SerialBackend
-from pipeline.execution.worker import KEPT_CASES, Stage, TileWorker
+from pipeline.execution.worker import KEPT_CASES, STAGES, TileWorker
 from pipeline.ports import Job, Record
 
 
@@ -40,9 +42,7 @@ class Watched:
     model: CountedModel = field(default_factory=CountedModel)
     key: str = "work"
     error: Exception | None = None
-    seen: dict[str, set[str]] = field(
-        default_factory=lambda: {"read": set(), "compute": set(), "write": set()}
-    )
+    seen: dict[str, set[str]] = field(default_factory=lambda: {stage: set() for stage in STAGES})
     models: list[str] = field(default_factory=list)
     reads: int = 0
 
@@ -59,6 +59,10 @@ class Watched:
         self.models.append(model)
         if self.error is not None:
             raise self.error
+        return data
+
+    def refine(self, tile: Tile, data: int) -> int:
+        self._note("refine")
         return data
 
     def write(self, tile: Tile, result: Any) -> Record:
@@ -92,9 +96,9 @@ def test_each_stage_stays_in_one_thread_whoever_asks(worker: TileWorker) -> None
     for asker in askers:
         asker.join()
     assert sorted(record.digest for record in records) == sorted(str(n) for n in range(8))
-    assert work.seen == {"read": {"read"}, "compute": {"device"}, "write": {"write"}}
-    assert work.model.loaded_in == ["device"]
-    assert all(set(record.seconds) == {"read", "compute", "write"} for record in records)
+    assert work.seen == {stage: {stage} for stage in STAGES}
+    assert work.model.loaded_in == ["compute"]
+    assert all(tuple(record.seconds) == STAGES for record in records)
 
 
 def test_cases_with_equal_models_share_one_that_is_loaded_once(worker: TileWorker) -> None:
@@ -127,6 +131,12 @@ def test_equal_work_of_two_cases_is_not_mixed_up(worker: TileWorker) -> None:
     assert (one.reads, copy.reads) == (1, 1)
 
 
+def both(worker: TileWorker, work: Watched) -> list[Record]:
+    """Two tiles at a time."""
+    with ThreadPoolExecutor(2) as askers:
+        return list(askers.map(lambda n: worker.run(job(work, n)), range(2)))
+
+
 @dataclass
 class Overlapping(Watched):
     """Its first tile computes until the second tile was read."""
@@ -146,16 +156,29 @@ class Overlapping(Watched):
 
 def test_the_next_tile_is_read_while_this_one_is_on_the_device(worker: TileWorker) -> None:
     """The device would idle during every read: the pool's whole point."""
-    work, records = Overlapping(), []
-    askers = [
-        threading.Thread(target=lambda n=n: records.append(worker.run(job(work, n))))
-        for n in range(2)
-    ]
-    for asker in askers:
-        asker.start()
-    for asker in askers:
-        asker.join()
-    assert [record.status for record in records] == ["done", "done"], records
+    assert [r.error for r in both(worker, Overlapping())] == ["", ""]
+
+
+@dataclass
+class Refining(Watched):
+    """The CRF of its first tile ends once the second tile is on the device."""
+
+    second_computed: threading.Event = field(default_factory=threading.Event)
+
+    def compute(self, model: str, tile: Tile, data: int) -> int:
+        if tile.key.number == 1:
+            self.second_computed.set()
+        return data
+
+    def refine(self, tile: Tile, data: int) -> int:
+        if tile.key.number == 0 and not self.second_computed.wait(10.0):
+            raise TimeoutError("the device waits for the CRF of the tile before")
+        return data
+
+
+def test_the_next_tile_is_on_the_device_while_this_one_is_refined(worker: TileWorker) -> None:
+    """A device would idle through every CRF, which takes as long as a small network."""
+    assert [r.error for r in both(worker, Refining())] == ["", ""]
 
 
 def test_a_model_that_cannot_be_loaded_is_not_a_bad_tile(worker: TileWorker) -> None:
@@ -196,10 +219,10 @@ def test_a_lost_device_is_not_the_tiles_fault(worker: TileWorker) -> None:
 def test_the_serial_backend_waits_for_a_case_that_comes_late() -> None:
     """Between two cases of a batch the run would end."""
     feed, work = FairFeed(), Watched()
-    feed.add([job(work, 0)])
+    feed.add([[job(work, 0)]])
 
     def later() -> None:
-        feed.add([job(work, 1)])
+        feed.add([[job(work, 1)]])
         feed.close()
 
     records = []
@@ -210,20 +233,15 @@ def test_the_serial_backend_waits_for_a_case_that_comes_late() -> None:
     assert records == [0, 1]
 
 
-def test_a_stage_raises_where_the_call_was_made_and_goes_on() -> None:
-    """An error that stayed in the thread would leave the caller waiting for ever."""
-    with closing(Stage("x")) as stage:
-        with pytest.raises(ZeroDivisionError):
-            stage.run(lambda: 1 / 0)
-        assert stage.run(lambda: 5)[0] == 5
+@dataclass
+class SlowModel(CountedModel):
+    def load(self) -> str:
+        time.sleep(0.05)
+        return super().load()
 
 
-def test_a_closed_stage_ends_its_thread() -> None:
-    """A batch of a thousand scenes must not leave three thousand threads."""
-    stage = Stage("short-lived")
-    assert any(thread.name == "short-lived" for thread in threading.enumerate())
-    stage.close()
-    for thread in threading.enumerate():
-        if thread.name == "short-lived":
-            thread.join(timeout=5)
-    assert not any(thread.name == "short-lived" for thread in threading.enumerate())
+def test_loading_the_model_is_a_wait_of_the_device_and_not_its_work(worker: TileWorker) -> None:
+    """The first tile would look slow, and a device that loads models all day look busy."""
+    first, second = (worker.run(job(Watched(model=SlowModel()), n)) for n in range(2))
+    assert first.waits["compute"]["model"] >= 0.05 > first.seconds["compute"]
+    assert "model" not in second.waits.get("compute", {})

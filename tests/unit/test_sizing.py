@@ -1,0 +1,171 @@
+"""Which tile a plan takes, what it says of it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command import Command
+from scenes import fresh, texture, write_raster
+
+from pipeline.domain import ImageInfo
+from pipeline.inference.precision import Precision
+from pipeline.models.architecture import Architecture
+from pipeline.models.bundle import load_bundle
+from pipeline.models.deeplab import build_network
+from pipeline.models.receptive_field import local_span, reach_of
+from pipeline.models.stages import stages_of
+from workflows.config import SegmentOptions
+from workflows.segment import plan_only
+from workflows.sizing import Budget, Sizer, Team
+from workflows.tracing import Traced
+
+FP32 = Precision(name="fp32", channels_last=True, why="")
+PAIR = Team(workers=2, threads=1, device="cpu", alone=True)
+AMPLE = Budget(host=10**15, device=None)
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], slim: Path
+) -> Command:
+    return Command(monkeypatch, capsys, slim)
+
+
+def raster(side: int) -> ImageInfo:
+    return ImageInfo(
+        shape=(side, side), axes=("y", "x"), channels=("1", "2", "3"), dtype="uint16",
+        nodata=(0, 0, 0), spacing=(10.0, 10.0), unit="m",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def resnet50(tmp_path_factory: pytest.TempPathFactory) -> Sizer:
+    """As published, its weights not filled; over a scene of 65536 px a side."""
+    architecture = Architecture(
+        family="v3", backbone="resnet50", dims=2, output_stride=8, rates=(12, 24, 36),
+        image_pooling=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        network = build_network(architecture, bands=3, classes=4).eval().pool_over((512, 512))
+    traced = Traced(
+        reach=reach_of(network),
+        span=local_span(network),
+        chain=stages_of(network),
+        weight_bytes=160_000_000,
+    )
+    bundle = fresh(tmp_path_factory.mktemp("bundle") / "slim")
+    return Sizer(
+        bundle=bundle,
+        info=raster(65536),
+        traced=traced,
+        reach=traced.reach,
+        crf=None,
+        canonical_px=None,
+    )
+
+
+def test_the_receptive_field_is_that_of_the_literature(resnet50: Sizer) -> None:
+    """The plan would state another network than torchvision's ResNet-50 (1019 px)."""
+    assert resnet50.traced.receptive_field == (1019, 1019)
+
+
+def test_a_deep_network_gets_large_tiles_and_a_tight_budget_smaller_ones(resnet50: Sizer) -> None:
+    """Tiles of 512 px cost four times the work; tiles that do not fit kill the worker."""
+    tiles = {
+        gigabytes: resnet50.choose(
+            None, PAIR, precision=FP32, budget=Budget(host=gigabytes * 10**9, device=None)
+        )[0][0]
+        for gigabytes in (1, 6, 20, 200)
+    }
+    assert tiles[1] == 512
+    assert tiles[1] < tiles[6] < tiles[20] == 4096 < tiles[200] == 8192
+
+
+def test_the_memory_of_the_device_bounds_the_tile_as_well(resnet50: Sizer) -> None:
+    """A card of 16 GB would be given maps of 19."""
+    card = replace(PAIR, device="cuda")
+    budget = Budget(host=10**15, device=16 * 10**9)
+    tile, _ = resnet50.choose(None, card, precision=FP32, budget=budget)
+    sweep = resnet50.sweep(tile, case="")
+    assert tile == (4096, 4096)
+    assert resnet50.costs(sweep, FP32).largest.device_bytes <= budget.device
+
+
+def test_few_tiles_get_the_threads_of_the_workers_that_are_left_over(resnet50: Sizer) -> None:
+    """A scene of one tile would leave every core but one idle."""
+    small = replace(resnet50, info=raster(4096))
+    tile, team = small.choose(None, PAIR, precision=FP32, budget=AMPLE)
+    assert tile == (4096, 4096)
+    assert (team.workers, team.threads) == (1, 2)
+    shared, crowd = small.choose(None, replace(PAIR, alone=False), precision=FP32, budget=AMPLE)
+    assert (crowd.workers, crowd.threads) == (2, 1)
+    assert shared == (2048, 2048)
+
+
+def test_the_threads_do_not_depend_on_the_workers_asked_for(tmp_path: Path) -> None:
+    """Two commands that differ in --workers alone would give different bytes."""
+    scene = write_raster(tmp_path / "s.tif", np.stack([texture((1100, 700), seed=1)] * 3))
+    fresh(tmp_path / "slim")
+    plans = [
+        plan_only(scene, model=tmp_path / "slim", options=SegmentOptions(workers=count))
+        for count in (1, 2, 5)
+    ]
+    assert len({plan["fingerprint"] for plan in plans}) == 1
+
+
+def test_a_plan_over_the_budget_is_refused_with_what_it_takes(
+    command: Command, scene: Path, slim: Path
+) -> None:
+    """A node would be lent less memory than the run needs, and kill it at night."""
+    answer = command("plan", scene, "--model", slim, "--memory-budget", "1GB")
+    answer.refuses("--memory-budget 1.0 GB", "the plan takes", "--workers")
+    answer = command("plan", scene, "--model", slim, "--memory-budget", "64GB", "--json")
+    assert answer.code == 0
+    assert answer.manifest["peak_memory_bytes"] < 64e9
+    command("plan", scene, "--model", slim, "--memory-budget", "much").refuses("--memory-budget")
+
+
+def test_the_plan_says_what_a_user_wants_to_know(command: Command, scene: Path, slim: Path) -> None:
+    """Halo, work, reading, memory, storage and time, before anything runs."""
+    plan = command("plan", scene, "--model", slim, "--tile", "256", "--json").manifest
+    bundle = load_bundle(slim)
+    assert plan["receptive_field"] == [119, 119]
+    assert 1.0 < plan["halo_work_ratio"] < plan["read_ratio"] < 2.3
+    assert plan["store_bytes"] == 700 * 900
+    assert plan["windows"]["kind"] == "rows"
+    assert plan["stages"] == len(stages_of(bundle.network()).stages)
+    assert 0 < plan["network_seconds"] < 300
+
+
+MEASURE = """
+import json, sys
+from workflows.config import SegmentOptions
+from workflows.segment import segment
+scene, mask, model = sys.argv[1:]
+fp32 = SegmentOptions(precision="fp32", crf="off", tile=1024)
+asked = fp32.model_copy(update={"backend": "serial", "tracking_uri": "none"})
+segment(scene, mask, model=model, options=asked)
+plan = json.load(open(mask + ".run/plan.json"))
+lines = open("/proc/self/status")
+peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+print(json.dumps({"measured": peak, "predicted": plan["peak_memory_bytes"]}))
+"""
+
+
+def test_a_run_takes_no_more_memory_than_its_plan_said(tmp_path: Path) -> None:
+    """Whoever sizes a node by the plan would see it killed, or pay twice for memory."""
+    image = np.stack([texture((1500, 2100), seed=1)] * 3)
+    scene = write_raster(tmp_path / "s.tif", image)
+    fresh(tmp_path / "slim", classes=12)
+    words = [str(scene), str(tmp_path / "mask.tif"), str(tmp_path / "slim")]
+    call = [sys.executable, "-c", MEASURE, *words]
+    out = subprocess.run(call, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    found = json.loads(out.splitlines()[-1])
+    assert 0.4 * found["predicted"] < found["measured"] <= found["predicted"]
