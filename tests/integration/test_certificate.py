@@ -22,6 +22,7 @@ from pipeline.models.architecture import Architecture
 from pipeline.models.bundle import save_bundle
 from pipeline.models.fresh import new_bundle
 from pipeline.ports import Block
+from workflows.certify import certify
 from workflows.config import SegmentOptions
 from workflows.segment import segment
 
@@ -98,9 +99,18 @@ def test_a_sound_run_passes_and_its_file_says_so(run: Segment, tmp_path: Path, d
         assert f"seam {seam['max_abs_logit']:.1e} 0/{seam['pixels']}" in said
 
 
-def test_a_network_that_pools_passes(run: Segment, pooled: Path) -> None:
-    """The window around each place is a part of what a sample must read."""
-    seam = run(model=pooled, tile=64)["seam"]
+@pytest.mark.parametrize("changes", [{"context": "window"}, {"context": "scene"}])
+def test_a_network_that_pools_passes(run: Segment, pooled: Path, changes: dict[str, str]) -> None:
+    """The window around each place, or the scene's mean, is a part of what a sample must have."""
+    manifest = run(model=pooled, tile=64, **changes)
+    assert (manifest["seam"]["passed"], manifest["seam"]["exact"]) == (True, True)
+    again = certify(manifest["output"] + ".run")
+    assert again["max_abs_logit"] == manifest["seam"]["max_abs_logit"]
+
+
+def test_canonical_windows_pass(run: Segment) -> None:
+    """They compute in other pieces, and must say the same."""
+    seam = run(windows="canonical")["seam"]
     assert (seam["passed"], seam["exact"]) == (True, True)
 
 
