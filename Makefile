@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo demo-bundles test lint bench bench-batch bench-memory stress clean
+.PHONY: setup demo demo-bundles test lint bench bench-batch bench-dispatch bench-memory bench-reads stress clean
 
 setup: .venv/.ready
 
@@ -33,8 +33,14 @@ bench: setup
 bench-batch: setup
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.batch
 
+bench-dispatch: setup
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.dispatch
+
 bench-memory: setup
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.memory
+
+bench-reads: setup
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.reads
 
 stress: setup
 	PYTHONPATH=tests $(BIN)/python -m stress.kill

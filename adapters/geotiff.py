@@ -29,8 +29,8 @@ from pipeline.domain import ImageInfo, Region
 from pipeline.errors import RegionError, SourceError, SourceReadError
 from pipeline.ports import Block
 
-# A block cache is per process and by default 5 % of the machine: memory would grow with the scene.
-_GDAL_ENV = {"GDAL_CACHEMAX": 64 * 2**20, "GDAL_VRT_ENABLE_PYTHON": "NO"}
+CACHE_BYTES = 64 * 2**20
+"""Decoded blocks that GDAL keeps, per process; by itself it would keep 5 % of the machine."""
 
 _GDAL_FAILURES = (RasterioError, CPLE_BaseError, OSError)  # some of GDAL's come unwrapped
 _TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -62,18 +62,23 @@ class _Bands:
 class GeoTiffSource:
     """A raster file. Opens it lazily, once in each process and thread; picklable."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, cache_bytes: int = CACHE_BYTES) -> None:
         self._path = Path(path).absolute()  # a worker has another working directory
+        self._cache_bytes = cache_bytes
         self._local = threading.local()
 
-    def __reduce__(self) -> tuple[type[GeoTiffSource], tuple[Path]]:
-        return (GeoTiffSource, (self._path,))
+    def __reduce__(self) -> tuple[type[GeoTiffSource], tuple[Path, int]]:
+        return (GeoTiffSource, (self._path, self._cache_bytes))
+
+    def remembering(self, cache_bytes: int) -> GeoTiffSource:
+        """The same file, for a reader that comes back to decoded blocks of that many bytes."""
+        return GeoTiffSource(self._path, max(cache_bytes, CACHE_BYTES))
 
     @cached_property
     def info(self) -> ImageInfo:
         """Shape, channels and geometry. Raises SourceError."""
         try:
-            with rasterio.Env(**_GDAL_ENV):
+            with rasterio.Env(**self._env):
                 return _describe(self._dataset(), self._bands, path=self._path)
         except _GDAL_FAILURES as error:
             raise SourceError(
@@ -94,7 +99,7 @@ class GeoTiffSource:
         (top, left), (height, width) = region.start, region.shape
         window = Window(left, top, width, height)
         try:
-            with rasterio.Env(**_GDAL_ENV):
+            with rasterio.Env(**self._env):
                 dataset = self._dataset()
                 image_CS = dataset.read(list(bands.channels), window=window)
                 valid_S = _stored_validity(dataset, bands, window=window)
@@ -125,6 +130,10 @@ class GeoTiffSource:
             raise SourceReadError(f"{self._path} could not be read: {_line(error)}") from error
         prefix = _SAMPLED if content.startswith(_SAMPLED) else ""
         return prefix + hashlib.sha256(f"{content}\n{facts}".encode()).hexdigest()
+
+    @property
+    def _env(self) -> dict[str, Any]:
+        return {"GDAL_CACHEMAX": self._cache_bytes, "GDAL_VRT_ENABLE_PYTHON": "NO"}
 
     @cached_property
     def _bands(self) -> _Bands:

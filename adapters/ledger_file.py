@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from adapters.json_lines import JsonLines
 from pipeline.domain import CaseRecord, TileKey
 from pipeline.ports import Record
+
+_FIELDS = tuple(each.name for each in fields(Record))
 
 
 class LedgerFile:
@@ -28,7 +30,9 @@ class LedgerFile:
 
     def append(self, record: Record) -> None:
         """Add one line. Raises StoreError when it cannot be written whole."""
-        self._lines.append(asdict(record), what=f"tile {record.key.number}")
+        # Not asdict, whose deep copies take longer than the rest: quick tiles come by the thousand.
+        values = {name: getattr(record, name) for name in _FIELDS}
+        self._lines.append(values, what=f"tile {record.key.number}")
 
     def close(self) -> None:
         """Close the segment of this process."""

@@ -6,7 +6,7 @@ open files lazily, in the process that uses them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -79,6 +79,10 @@ class Record:
 
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Seconds per stage: read, compute, refine, write."""
+
+    waits: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Seconds that a stage of that process stood idle around this tile, by what it waited for:
+    another stage, or ``tile`` where none was there."""
 
     peak_bytes: int = 0
     """Peak resident memory of that process so far, in bytes."""
@@ -173,12 +177,15 @@ class Job:
 class Feed(Protocol):
     """Jobs of many cases, more of which may come while they run."""
 
-    def take(self) -> Job | None:
-        """The next job; None when there is none now. Raises what a case's own jobs raise."""
+    def take(self, worker: Hashable) -> Job | None:
+        """The next job for ``worker``, near its last one where that can be; None if there is none.
+
+        Raises what a case's own jobs raise.
+        """
 
     @property
     def ended(self) -> bool:
-        """True when no job is left and none will come."""
+        """True when no job is left and none will come. Raises what a case's own jobs raise."""
 
     def wait(self, timeout_s: float) -> None:
         """Return when a job may have come, or the feed ended, or ``timeout_s`` seconds passed."""

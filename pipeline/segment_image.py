@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pipeline.domain import Pass, TileKey, TilePlan
+from pipeline.domain import Pass, TileKey, TilePlan, Walk
 from pipeline.ports import Backend, Feed, Job, Ledger, Record, Work
 
 Observer = Callable[[Record], None]
@@ -67,14 +67,18 @@ class ImageTiles:
         self._left.subtract(key.stage for key in done)
         self.outcome = Outcome(done, len(plan))
 
-    def jobs(self) -> Iterator[Job | None]:
-        """What is to be done, in the plan's order; None while a pass waits for the one before."""
+    def jobs(self) -> Iterator[list[Job] | None]:
+        """What is to be done: stretches of neighbours, each best done by one worker.
+
+        None while a pass waits for the one before.
+        """
         before = ""
         for sweep in self._plan.passes:
             while self._left[before]:
                 yield None
-            tiles = (tile for tile in sweep.tiles() if tile.key not in self.outcome.records)
-            yield from (Job(work=self._works[sweep.name], tile=tile) for tile in tiles)
+            for tiles in Walk(sweep).stretches():
+                wanted = (tile for tile in tiles if tile.key not in self.outcome.records)
+                yield [Job(work=self._works[sweep.name], tile=tile) for tile in wanted]
             before = sweep.name
 
     def note(self, record: Record) -> None:

@@ -14,7 +14,7 @@ from pipeline.context_tile import ContextTiles
 from pipeline.errors import PlanError
 from pipeline.inference.scene_context import MISSING, SceneInOneTile, SceneSums, sums_layout
 from pipeline.models.deeplab import aspp_width
-from pipeline.ports import ArrayStore, Guard, Record, Work
+from pipeline.ports import ArrayStore, Guard, Record, Source, Work
 from pipeline.segment_image import ImageTiles
 from pipeline.segment_tile import SegmentModel, SegmentTiles
 from pipeline.stitching.scores import ScoreSink
@@ -23,6 +23,7 @@ from workflows.finish import Product, lost_chunks, write_product
 from workflows.manifest import manifest
 from workflows.publish import Publisher
 from workflows.run_dir import read_plan, write_json
+from workflows.sizing import remembered_bytes
 
 log = logging.getLogger(__name__)
 
@@ -151,10 +152,19 @@ class ImageRun:
         store.sweep()
         return SceneSums(store, grid)
 
+    def _source(self) -> Source:
+        """The source for workers, who come back to what neighbouring tiles share."""
+        from adapters.geotiff import GeoTiffSource
+
+        source = self.product.case.source
+        if isinstance(source, GeoTiffSource):
+            return source.remembering(remembered_bytes(self.plan.sweep, source.info))
+        return source
+
     def _works(self) -> dict[str, Work]:
         """What is done in each pass."""
         plan, resolved = self.plan, self.plan.resolved
-        grid = plan.sweep.grid
+        grid, source = plan.sweep.grid, self._source()
         model = SegmentModel(
             bundle=self.product.bundle,
             device=resolved.device,
@@ -165,7 +175,7 @@ class ImageRun:
         segment = SegmentTiles(
             key=plan.tiles.fingerprint,
             model=model,
-            source=self.product.case.source,
+            source=source,
             channels=plan.channels,
             padded_shape=grid.padded_shape,
             scene=None if plan.sweep.reach.pooled is None else self.sums or SceneInOneTile(grid),
@@ -179,7 +189,7 @@ class ImageRun:
         context = ContextTiles(
             key=f"{plan.tiles.fingerprint} context",
             model=model,
-            source=self.product.case.source,
+            source=source,
             channels=plan.channels,
             padded_shape=grid.padded_shape,
             sums=self.sums,

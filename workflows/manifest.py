@@ -27,7 +27,7 @@ def manifest(
 
     So is ``scene_mean``, but where a context pass has taken one.
 
-    ``seconds``, throughput and memory are of this command, which did the ``new`` tiles alone.
+    ``seconds``, throughput, stages and memory are of this command, which did the ``new`` tiles.
     """
     plan, info, bundle = product.plan, product.case.source.info, product.bundle
     mask = outcome.of(plan.sweep)
@@ -60,6 +60,7 @@ def manifest(
         "seam": None,
         "seconds": round(seconds, 3),
         "throughput": _throughput(info, new, seconds),
+        "stages": stages(new),
         "peak_memory_bytes": peak_memory(new),
         "mlflow_run_id": None,
         "versions": _versions(plan),
@@ -124,6 +125,28 @@ def _throughput(info: ImageInfo, new: Sequence[Record], seconds: float) -> dict[
     pixels = sum(sum(record.counts.values()) for record in new)
     unit = "mpx_per_s" if info.ndim == 2 else "mvox_per_s"
     return {unit: round(pixels / 1e6 / max(seconds, 1e-9), 4)}
+
+
+def stages(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
+    """What each stage of the workers did and waited for, in seconds, all workers summed.
+
+    Per stage ``busy_s``, ``waited_s`` by what it waited for, and ``busy_share`` of both.
+    """
+    busy: Counter[str] = Counter()
+    waited: dict[str, Counter[str]] = {}
+    for record in records:
+        busy.update(record.seconds)
+        for stage, reasons in record.waits.items():
+            waited.setdefault(stage, Counter()).update(reasons)
+    return {
+        stage: {
+            "busy_s": round(seconds, 3),
+            "waited_s": {reason: round(s, 3) for reason, s in sorted(reasons.items())},
+            "busy_share": round(seconds / max(seconds + sum(reasons.values()), 1e-9), 4),
+        }
+        for stage, seconds in busy.items()
+        for reasons in [waited.get(stage, Counter())]
+    }
 
 
 def _versions(plan: SegmentPlan) -> Mapping[str, str]:

@@ -130,6 +130,8 @@ def _final(manifest: Mapping[str, Any]) -> dict[str, float]:
         "peak_memory_bytes": float(manifest["peak_memory_bytes"]),
         "halo_work_ratio": float(manifest["halo_work_ratio"]),
     }
+    if "compute" in manifest["stages"]:
+        values["device_busy_share"] = float(manifest["stages"]["compute"]["busy_share"])
     for row in manifest["classes"]:
         for key in ("pixels", "area_m2", "volume_ml"):
             if key in row:

@@ -17,6 +17,16 @@ from pipeline.ports import Record
 STAGES = {"read": "#4c78a8", "compute": "#f58518", "refine": "#b279a2", "write": "#54a24b"}
 """The stages of a tile, in order, and their colours."""
 
+WAITED_FOR = {
+    "read": "the reader",
+    "compute": "the device",
+    "refine": "labels and CRF",
+    "write": "the writer",
+    "model": "the model to load",
+    "tile": "a tile to be handed out",
+}
+"""What a stage can wait for, in words."""
+
 PROVENANCE = ("uri", "digest", "shape", "selection", "crs", "affine")
 
 STYLE = """
@@ -85,7 +95,7 @@ def write_report(
 {_pictures(pictures)}
 <div class="columns">
 <section>{_classes(manifest)}</section>
-<section>{_timings(records)}</section>
+<section>{_timings(records)}{_waits(manifest.get("stages", {}))}</section>
 </div>
 <div class="columns">
 <section><h2>Plan</h2>{_table(_plan(manifest))}</section>
@@ -199,6 +209,29 @@ def _timings(records: Iterable[Record]) -> str:
         '<table><tr><th>seconds a tile</th><th class="n">p50</th><th class="n">p95</th>'
         f'<th class="n">all {len(worked)}</th></tr>{cells}</table>'
     )
+
+
+def _waits(stages: Mapping[str, Any]) -> str:
+    """Who stood idle, and for want of what; nothing where no stage ran."""
+    rows = "".join(
+        f'<tr><td>{WAITED_FOR[name]}</td><td class="n">{stage["busy_share"]:.0%}</td>'
+        f'<td class="n">{stage["busy_s"]:.1f}</td><td>{_reasons(stage["waited_s"])}</td></tr>'
+        for name, stage in stages.items()
+    )
+    if not rows:
+        return ""
+    return (
+        "<h2>Who waited for whom</h2>"
+        '<table><tr><th></th><th class="n">busy</th><th class="n">seconds</th>'
+        f"<th>stood idle, in seconds, for want of</th></tr>{rows}</table>"
+    )
+
+
+def _reasons(waited_s: Mapping[str, float]) -> str:
+    """The longest wait first; what is below a tenth of a second is left out."""
+    longest = sorted(waited_s.items(), key=lambda item: -item[1])
+    told = [f"{WAITED_FOR[name]} {s:.1f}" for name, s in longest if s >= 0.05]
+    return ", ".join(told) or "nothing"
 
 
 def _bar(totals: Mapping[str, float]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.crf.params import ResolvedCrf
-from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, Shape
+from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, Shape, Walk
 from pipeline.errors import PlanError
 from pipeline.inference.precision import Precision
 from pipeline.inference.predictor import WINDOW
@@ -247,3 +247,12 @@ def store_bytes(bundle: Bundle, sweep: Pass, *, scores: str) -> int:
         shape, _ = sums_layout(sweep.grid, aspp_width(bundle.architecture))
         sums = 8 * math.prod(shape)
     return math.prod(sweep.grid.shape) * (mask_size + score_size * len(bundle.classes)) + sums
+
+
+def remembered_bytes(sweep: Pass, info: ImageInfo) -> int:
+    """Decoded blocks that a worker's reader comes back to while it walks a band of tiles.
+
+    Of rasters alone: a volume that is not compressed is mapped into memory, any other is unpacked
+    first.
+    """
+    return Walk(sweep).remembered_pixels * len(info.channels) * np.dtype(info.dtype).itemsize

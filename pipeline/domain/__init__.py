@@ -7,6 +7,7 @@ Reach           what an output region needs of the input: halo, and context wind
 Grid            how an image is cut: disjoint cores covering it, anchored at the scene's (0, 0)
 Tile            one core (what it alone writes), what the network predicts, and what is read
 Pass            one sweep over the tiles of one case
+Walk            the order in which the tiles of a pass are run: bands of neighbours
 TilePlan        all passes, with bytes and the fingerprint that names the run
 TileKey         (case, pass, tile number): the key of the ledger
 CaseRecord      what became of one scene or scan of a batch: a line of the batch's ledger
@@ -20,6 +21,7 @@ from pipeline.domain.image_info import ImageInfo
 from pipeline.domain.plan import Pass, Tile, TileKey, TilePlan
 from pipeline.domain.reach import ContextWindow, Reach
 from pipeline.domain.region import Halo, Region, Shape
+from pipeline.domain.walk import Walk
 
 __all__ = [
     "CaseRecord",
@@ -35,5 +37,6 @@ __all__ = [
     "Tile",
     "TileKey",
     "TilePlan",
+    "Walk",
     "check_case_id",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Hashable
 from dataclasses import replace
 
 from pipeline.domain import TileKey
@@ -22,15 +23,14 @@ class TileQueue:
 
     def __init__(self, feed: Feed) -> None:
         self._feed = feed
-        self._next: Job | None = None
         self._again: deque[Job] = deque()
         self._turn = False
         self._suspects: deque[Job] = deque()
         self._attempts: dict[TileKey, int] = {}
         self._deaths: dict[TileKey, int] = {}
 
-    def take(self, *, alone: bool) -> Job | None:
-        """The next job, or None. A suspect is handed out only to a worker that is ``alone``.
+    def take(self, worker: Hashable, *, alone: bool) -> Job | None:
+        """The next job for ``worker``, or None; a suspect only while it is ``alone``.
 
         Raises what the feed raises.
         """
@@ -39,7 +39,7 @@ class TileQueue:
         self._turn = not self._turn
         if self._turn and self._again:  # or failed tiles would wait for the end of a giant case
             return self._again.popleft()
-        job, self._next = self._next or self._feed.take(), None
+        job = self._feed.take(worker)
         if job is None and self._again:
             return self._again.popleft()
         return job
@@ -51,15 +51,14 @@ class TileQueue:
     @property
     def held(self) -> int:
         """How many jobs wait that the feed has given."""
-        return len(self._again) + len(self._suspects) + (self._next is not None)
+        return len(self._again) + len(self._suspects)
 
     @property
     def empty(self) -> bool:
         """True when nothing is left to hand out and nothing more will come.
 
-        Raises what the feed raises: it does not know that it ended until it is asked for a job.
+        Raises what the feed raises.
         """
-        self._next = self._next or self._feed.take()
         return not self.held and self._feed.ended
 
     def settle(self, job: Job, record: Record) -> Record | None:

@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 
 # The last three are not subclasses of RayActorError.
 DEATHS = (rex.RayActorError, rex.NodeDiedError, rex.WorkerCrashedError, rex.OutOfMemoryError)
-IN_FLIGHT = 2
+IN_FLIGHT = 3
+"""Tiles that an actor holds: one is read, one is on the device, one is refined or written."""
 START_TIMEOUT_S, JOIN_TIMEOUT_S = 300.0, 1800.0
 """How long no worker may live: here, and where a node may have to be made first."""
 CONNECT_TIMEOUT_S = 10.0
@@ -180,7 +181,8 @@ class _Pool:
                 return
             waiting |= {m.starting: m for m in self._members if not m.ready}
             for ref in self._answers(list(waiting)):
-                yield from self._settle(waiting[ref], ref)
+                if waiting[ref] in self._members:  # a death takes the actor's other answers along
+                    yield from self._settle(waiting[ref], ref)
             self._check_alive()
 
     def _resize(self) -> None:
@@ -208,19 +210,21 @@ class _Pool:
             for member in self._members:
                 if not member.free:
                     continue
-                job = self._queue.take(alone=not member.jobs)
+                job = self._queue.take(member.handle, alone=not member.jobs)
                 if job is not None:
                     member.exclusive = self._queue.is_suspect(job)
                     member.jobs[member.handle.run.remote(job)] = job
 
     def _answers(self, refs: list[Any]) -> list[Any]:
-        """The next reference that is ready, if one is before the feed should be asked again."""
+        """All references that are ready, once one is or the feed should be asked again."""
         hungry = not self._feed.ended and any(m.free for m in self._members)
         timeout_s = HUNGRY_S if hungry else FED_S
         if not refs:
             self._feed.wait(timeout_s)
             return []
         done, _ = ray.wait(refs, num_returns=1, timeout=timeout_s, fetch_local=False)
+        if done:  # with many actors several are: a round for each would grow with their number
+            done, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
         return list(done)
 
     def _settle(self, member: _Member, ref: Any) -> Iterator[Record]:

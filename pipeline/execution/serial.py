@@ -17,11 +17,11 @@ class SerialBackend:
     """Runs every tile here and now; every other backend must give the same bytes."""
 
     def run(self, feed: Feed, *, stop: Callable[[], bool]) -> Iterator[Record]:
-        """Yield one record per tile, in order but for retries. Raises as ``TileWorker.run``."""
+        """A record per tile, in the feed's order but for retries. Raises as ``TileWorker.run``."""
         queue = TileQueue(feed)
         with closing(TileWorker()) as worker:
             while not (stop() or queue.empty):
-                job = queue.take(alone=True)
+                job = queue.take(worker.name, alone=True)
                 if job is None:
                     feed.wait(POLL_S)
                     continue

@@ -1,68 +1,32 @@
-"""One worker: four stages, each a thread that takes one tile at a time, so that tiles overlap."""
+"""One worker: tiles pass through four stages, each a thread, so that they overlap."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
 import os
-import queue
 import resource
 import socket
 import threading
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from pipeline.domain import Tile
 from pipeline.errors import ExecutionError, LeaseHeldError, no_space
+from pipeline.execution.line import Line, waits
 from pipeline.ports import Job, Model, Record, Work
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
+STAGES = ("read", "compute", "refine", "write")
 
 _M_MMAP_THRESHOLD = -3  # from malloc.h
 
 KEPT_CASES = 256
 """Cases whose files a worker keeps open: more than take turns, or each turn would open them."""
-
-
-class Stage:
-    """A thread that runs one call after another.
-
-    A thread of its own, not a lock: the C library keeps a heap for each thread, and a device whose
-    tiles wander over threads holds its working memory several times (1.5 GB against 1.0, measured).
-    """
-
-    def __init__(self, name: str) -> None:
-        self._inbox: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
-        # Daemon: a worker that Ray ends must not wait for it.
-        threading.Thread(target=self._serve, name=name, daemon=True).start()
-
-    def run(self, function: Callable[..., T], *args: Any) -> tuple[T, float]:
-        """Call in the stage's thread, after what was asked before; the answer and its seconds."""
-        future: Future[tuple[T, float]] = Future()
-        self._inbox.put((future, function, args))
-        return future.result()
-
-    def close(self) -> None:
-        """End the thread once it has answered what it was asked."""
-        self._inbox.put(None)
-
-    def _serve(self) -> None:
-        while (call := self._inbox.get()) is not None:
-            future, function, args = call
-            start = time.perf_counter()
-            try:
-                future.set_result((function(*args), time.perf_counter() - start))
-            except BaseException as error:  # noqa: BLE001  it is raised where the call was made
-                future.set_exception(error)
-            del call, future, function, args  # or the tile stays until the next one comes
 
 
 class TileWorker:
@@ -75,8 +39,7 @@ class TileWorker:
 
     def __init__(self) -> None:
         _give_back_large_blocks()
-        self._reader, self._device = Stage("read"), Stage("device")
-        self._refiner, self._writer = Stage("refine"), Stage("write")
+        self._line = Line(*STAGES)
         self._models: dict[str, Any] = {}
         self._works: OrderedDict[tuple[str, str], Work] = OrderedDict()
         self._lock = threading.Lock()
@@ -106,33 +69,51 @@ class TileWorker:
 
     def close(self) -> None:
         """End the threads; what they hold is freed."""
-        for stage in (self._reader, self._device, self._refiner, self._writer):
-            stage.close()
+        self._line.close()
 
     def _run(self, work: Work, tile: Tile) -> Record:
-        data, read_s = self._reader.run(work.read, tile)
-        model, _ = self._device.run(self._loaded, work.model)
-        data, compute_s = self._device.run(work.compute, model, tile, data)
-        result, refine_s = self._refiner.run(work.refine, tile, data)
-        del data
-        record, write_s = self._writer.run(work.write, tile, result)
+        came, loading_s = time.perf_counter(), 0.0
+
+        def compute(data: Any) -> Any:
+            nonlocal loading_s
+            model, loading_s = self._loaded(work.model)
+            return work.compute(model, tile, data)
+
+        record: Record
+        record, turns = self._line.run(
+            lambda _: work.read(tile),
+            compute,
+            lambda data: work.refine(tile, data),
+            lambda result: work.write(tile, result),
+        )
+        seconds = {stage: turn.busy for stage, turn in zip(STAGES, turns, strict=True)}
+        waited = waits(STAGES, turns, came=came)
+        if loading_s:
+            seconds["compute"] -= loading_s
+            waited["compute"] = waited.get("compute", {}) | {"model": loading_s}
         return replace(
             record,
             worker=self.name,
             loads=len(self._models),
-            seconds={"read": read_s, "compute": compute_s, "refine": refine_s, "write": write_s},
+            seconds=seconds,
+            waits=waited,
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
 
-    def _loaded(self, recipe: Model) -> Any:
-        """The model, loaded when it is asked for first; called in the device thread alone."""
-        if recipe.key not in self._models:
-            try:
-                self._models[recipe.key] = recipe.load()
-            except Exception as error:
-                self._unloadable = error
-                raise
-        return self._models[recipe.key]
+    def _loaded(self, recipe: Model) -> tuple[Any, float]:
+        """The model, and the seconds it took to load it when it was asked for first.
+
+        Called in the device's thread alone.
+        """
+        if recipe.key in self._models:
+            return self._models[recipe.key], 0.0
+        start = time.perf_counter()
+        try:
+            model = self._models[recipe.key] = recipe.load()
+        except Exception as error:
+            self._unloadable = error
+            raise
+        return model, time.perf_counter() - start
 
     def _kept(self, job: Job) -> Work:
         """The instance that did earlier tiles of the case, whose files are open."""

@@ -58,7 +58,8 @@ def feed(*, seconds: float) -> FairFeed:
     for case in CASES:
         work = Hashes(key=case, seconds=seconds)
         keys = [TileKey(case, "segment", n) for n in range(TILES)]
-        feed.add([Job(work=work, tile=Tile(key=k, core=box, scored=box, read=box)) for k in keys])
+        tiles = [Tile(key=key, core=box, scored=box, read=box) for key in keys]
+        feed.add([[Job(work=work, tile=tile) for tile in tiles]])
     feed.close()
     return feed
 

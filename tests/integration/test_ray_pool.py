@@ -101,7 +101,7 @@ def feed_of(**works: FakeWork) -> FairFeed:
     """A closed feed of 40 tiles a case, cases by name."""
     feed = FairFeed()
     for case, work in works.items():
-        feed.add([Job(work=work, tile=tile) for tile in tiles_of(case)])
+        feed.add([[Job(work=work, tile=tile) for tile in tiles_of(case)]])
     feed.close()
     return feed
 
@@ -197,10 +197,10 @@ def test_a_case_that_comes_late_is_begun_at_once(tmp_path: Path, cluster: None) 
 
     def later() -> None:
         came.append(time.monotonic())
-        feed.add([Job(work=FakeWork(), tile=tile) for tile in tiles_of("late", 3)])
+        feed.add([[Job(work=FakeWork(), tile=tile) for tile in tiles_of("late", 3)]])
         feed.close()
 
-    feed.add([Job(work=FakeWork(), tile=tile) for tile in tiles_of("first", 3)])
+    feed.add([[Job(work=FakeWork(), tile=tile) for tile in tiles_of("first", 3)]])
     seen = []
     for record in RayBackend(run_dir=tmp_path, workers=1, threads=1).run(feed, stop=never):
         seen.append((record.key.case, time.monotonic()))
@@ -250,9 +250,9 @@ def test_an_actor_that_finds_no_room_is_spoken_of_and_the_others_do_its_work(
     def warnings() -> list[str]:
         return [r.getMessage() for r in caplog.records if "found room" in r.getMessage()]
 
-    def until_it_warns() -> Iterator[Job]:
+    def until_it_warns() -> Iterator[list[Job]]:
         for tile in tiles_of("scene", 2000):
-            yield Job(work=FakeWork(), tile=tile)
+            yield [Job(work=FakeWork(), tile=tile)]
             if len(warnings()) == 1:
                 return
 

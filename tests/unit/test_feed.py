@@ -13,19 +13,26 @@ from pipeline.execution.feed import FairFeed
 from pipeline.ports import Job
 
 
-def jobs(case: str, count: int) -> Iterator[Job]:
+def jobs(case: str, count: int, *, stretch: int = 1) -> Iterator[list[Job]]:
     box = Region.whole((4, 4))
-    for number in range(count):
-        tile = Tile(key=TileKey(case, "segment", number), core=box, scored=box, read=box)
-        yield Job(work=None, tile=tile)  # type: ignore[arg-type]
+    for first in range(0, count, stretch):
+        keys = [TileKey(case, "segment", n) for n in range(first, min(first + stretch, count))]
+        tiles = [Tile(key=key, core=box, scored=box, read=box) for key in keys]
+        yield [Job(work=None, tile=tile) for tile in tiles]  # type: ignore[arg-type]
 
 
-def taken(feed: FairFeed) -> list[tuple[str, int]]:
+def taken(feed: FairFeed, *, worker: str = "w") -> list[tuple[str, int]]:
     """All that can be taken now, as (case, number)."""
     keys = []
-    while (job := feed.take()) is not None:
+    while (job := feed.take(worker)) is not None:
         keys.append((job.tile.key.case, job.tile.key.number))
     return keys
+
+
+def numbers(feed: FairFeed, workers: str) -> list[int]:
+    """What each worker, one letter each, gets in turn."""
+    got = [feed.take(worker) for worker in workers]
+    return [job.tile.key.number for job in got if job is not None]
 
 
 def test_one_case_comes_in_its_own_order() -> None:
@@ -39,7 +46,7 @@ def test_a_small_case_does_not_wait_behind_a_giant_one() -> None:
     """A scan of two tiles would be done a day later because a country came first."""
     feed = FairFeed()
     feed.add(jobs("giant", 1000))
-    first = [feed.take() for _ in range(3)]
+    first = [feed.take("w") for _ in range(3)]
     assert all(job is not None for job in first)
     feed.add(jobs("small", 2))
     feed.add(jobs("other", 1))
@@ -50,25 +57,49 @@ def test_a_small_case_does_not_wait_behind_a_giant_one() -> None:
     assert len(order) == 1000
 
 
-def test_jobs_are_made_when_they_are_taken() -> None:
-    """The tiles of a continent would fill the driver's memory."""
-    made: list[Job] = []
+def test_each_worker_keeps_to_a_stretch_of_neighbours() -> None:
+    """Two workers that share a band both decode all of it."""
+    feed = FairFeed()
+    feed.add(jobs("a", 12, stretch=4))
+    assert numbers(feed, "xyxyxxyzx") == [0, 4, 1, 5, 2, 3, 6, 8, 10]
 
-    def counted() -> Iterator[Job]:
+
+def test_a_worker_without_a_stretch_takes_the_far_half_of_the_longest() -> None:
+    """Workers would idle while one walks the last band alone, or follow one another through it."""
+    feed = FairFeed()
+    feed.add(jobs("a", 9, stretch=9))
+    assert numbers(feed, "xyxyzxyyxx") == [0, 5, 1, 6, 3, 2, 7, 8, 4]
+    feed.close()
+    assert feed.ended
+
+
+def test_what_a_lost_worker_had_left_is_done_by_others() -> None:
+    """A band would be left undone with the node that had begun it."""
+    feed = FairFeed()
+    feed.add(jobs("a", 6, stretch=3))
+    assert numbers(feed, "xy") == [0, 3]
+    assert sorted(n for _, n in taken(feed, worker="y")) == [1, 2, 4, 5]
+
+
+def test_stretches_are_made_when_they_are_begun() -> None:
+    """The tiles of a continent would fill the driver's memory."""
+    made: list[list[Job]] = []
+
+    def counted() -> Iterator[list[Job]]:
         for job in jobs("a", 10**9):
             made.append(job)
             yield job
 
     feed = FairFeed()
     feed.add(counted())
-    feed.take()
+    feed.take("w")
     assert len(made) == 1
 
 
 def test_the_feed_ends_when_it_is_closed_and_used_up_and_not_before() -> None:
     """A backend would end early and leave tiles undone, or never end."""
     feed = FairFeed()
-    assert feed.take() is None
+    assert feed.take("w") is None
     assert not feed.ended
     feed.add(jobs("a", 1))
     feed.close()
@@ -80,7 +111,7 @@ def test_the_feed_ends_when_it_is_closed_and_used_up_and_not_before() -> None:
 def test_a_case_that_raises_is_heard_of_and_the_others_go_on() -> None:
     """One bad plan would silently end, or endlessly break, the feed of a whole archive."""
 
-    def broken() -> Iterator[Job]:
+    def broken() -> Iterator[list[Job]]:
         yield from jobs("broken", 1)
         raise ValueError("no plan")
 
@@ -89,9 +120,9 @@ def test_a_case_that_raises_is_heard_of_and_the_others_go_on() -> None:
     feed.add(jobs("good", 3))
     feed.close()
     for _ in range(2):
-        feed.take()
+        feed.take("w")
     with pytest.raises(ValueError, match="no plan"):
-        feed.take()
+        feed.take("w")
     assert taken(feed) == [("good", 1), ("good", 2)]
     assert feed.ended
 
@@ -111,7 +142,7 @@ def test_a_case_that_has_no_job_now_is_kept_and_the_others_go_on() -> None:
     """The second pass of a scene would be lost, or a whole archive wait for its first."""
     open_ = False
 
-    def two_passes() -> Iterator[Job | None]:
+    def two_passes() -> Iterator[list[Job] | None]:
         yield from jobs("a", 1)
         while not open_:
             yield None
@@ -131,13 +162,13 @@ def test_a_case_that_has_no_job_now_is_kept_and_the_others_go_on() -> None:
 def test_waiting_does_not_end_at_once_while_all_cases_are_held_up() -> None:
     """A driver would spin while the last tiles of a first pass are under way."""
 
-    def held_up() -> Iterator[Job | None]:
+    def held_up() -> Iterator[list[Job] | None]:
         while True:
             yield None
 
     feed = FairFeed()
     feed.add(held_up())
-    assert feed.take() is None
+    assert feed.take("w") is None
     start = time.monotonic()
     feed.wait(0.05)
     assert 0.04 < time.monotonic() - start < 5.0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -296,3 +298,31 @@ def test_a_copy_elsewhere_has_the_digest_of_the_original(tmp_path: Path) -> None
         shutil.copyfile(path, tmp_path / path.name)
     original = GeoTiffSource(GEO / "zion_landsat8/landsat_b2345.vrt").digest()
     assert GeoTiffSource(tmp_path / "landsat_b2345.vrt").digest() == original
+
+
+def taken_from_files(read: Callable[[], object]) -> int:
+    """Bytes that this process reads from files meanwhile, as the kernel counts them."""
+
+    def so_far() -> int:
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
+
+    before = so_far()
+    read()
+    return so_far() - before
+
+
+@pytest.mark.parametrize(("cache_bytes", "again"), [(2**20, True), (8 * 2**20, False)])
+def test_a_source_comes_back_to_as_many_decoded_blocks_as_it_is_told(
+    tmp_path: Path, cache_bytes: int, again: bool
+) -> None:
+    """Neighbouring tiles would decode what they share once each: 2.1 times the scene."""
+    noise_CYX = np.random.default_rng(0).integers(0, 256, (1, 2048, 2048), dtype=np.uint8)
+    blocks = {"tiled": True, "blockxsize": 512, "blockysize": 512, "compress": "deflate"}
+    path = write(tmp_path / "scene.tif", noise_CYX, **blocks)
+    source = pickle.loads(pickle.dumps(GeoTiffSource(path, cache_bytes)))
+    whole = Region.whole(source.info.shape)
+    first, second = (taken_from_files(lambda: source.read(whole)) for _ in range(2))
+    assert first > 4_000_000
+    assert (second > 4_000_000) is again
+    assert again or second < 10_000

@@ -154,6 +154,11 @@ MANIFEST = {
     "seam": None,
     "seconds": 12.34,
     "peak_memory_bytes": 3 << 20,
+    "stages": {
+        "read": {"busy_s": 3.0, "waited_s": {"compute": 17.0}, "busy_share": 0.15},
+        "compute": {"busy_s": 18.5, "waited_s": {"read": 0.3, "model": 1.2}, "busy_share": 0.925},
+        "write": {"busy_s": 1.0, "waited_s": {"read": 0.01}, "busy_share": 0.9901},
+    },
     "notes": ("no CRS",),
     "failed_tiles": [{"tile": 7, "error": "disk <full>", "deaths": 3}],
 }
@@ -218,7 +223,8 @@ def test_the_page_says_what_was_done_and_what_was_not(page):
     for said in (
         "partial", "3 of 4 tiles, 1 failed", "no CRS", "tile 7 failed", "750 75.00% 7.50",
         "nodata 40", "CRF off", "seam not measured", "1.23 times the scene", "3 MiB",
-        "compute 2.000 2.900 6.0", "all 3",
+        "compute 2.000 2.900 6.0", "all 3", "the reader 15% 3.0 the device 17.0",
+        "the device 92% 18.5 the model to load 1.2, the reader 0.3", "the writer 99% 1.0 nothing",
     ):  # fmt: skip
         assert said in text, said
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -15,7 +16,7 @@ from pipeline.domain import Region, Tile, TileKey
 from pipeline.errors import BundleError, ExecutionError, LeaseHeldError, StoreError
 from pipeline.execution.feed import FairFeed
 from pipeline.execution.serial import SerialBackend
-from pipeline.execution.worker import KEPT_CASES, Stage, TileWorker
+from pipeline.execution.worker import KEPT_CASES, STAGES, TileWorker
 from pipeline.ports import Job, Record
 
 
@@ -41,9 +42,7 @@ class Watched:
     model: CountedModel = field(default_factory=CountedModel)
     key: str = "work"
     error: Exception | None = None
-    seen: dict[str, set[str]] = field(
-        default_factory=lambda: {stage: set() for stage in ("read", "compute", "refine", "write")}
-    )
+    seen: dict[str, set[str]] = field(default_factory=lambda: {stage: set() for stage in STAGES})
     models: list[str] = field(default_factory=list)
     reads: int = 0
 
@@ -97,11 +96,9 @@ def test_each_stage_stays_in_one_thread_whoever_asks(worker: TileWorker) -> None
     for asker in askers:
         asker.join()
     assert sorted(record.digest for record in records) == sorted(str(n) for n in range(8))
-    assert work.seen == {
-        "read": {"read"}, "compute": {"device"}, "refine": {"refine"}, "write": {"write"},
-    }  # fmt: skip
-    assert work.model.loaded_in == ["device"]
-    assert all(list(record.seconds) == list(work.seen) for record in records)
+    assert work.seen == {stage: {stage} for stage in STAGES}
+    assert work.model.loaded_in == ["compute"]
+    assert all(tuple(record.seconds) == STAGES for record in records)
 
 
 def test_cases_with_equal_models_share_one_that_is_loaded_once(worker: TileWorker) -> None:
@@ -222,10 +219,10 @@ def test_a_lost_device_is_not_the_tiles_fault(worker: TileWorker) -> None:
 def test_the_serial_backend_waits_for_a_case_that_comes_late() -> None:
     """Between two cases of a batch the run would end."""
     feed, work = FairFeed(), Watched()
-    feed.add([job(work, 0)])
+    feed.add([[job(work, 0)]])
 
     def later() -> None:
-        feed.add([job(work, 1)])
+        feed.add([[job(work, 1)]])
         feed.close()
 
     records = []
@@ -236,20 +233,15 @@ def test_the_serial_backend_waits_for_a_case_that_comes_late() -> None:
     assert records == [0, 1]
 
 
-def test_a_stage_raises_where_the_call_was_made_and_goes_on() -> None:
-    """An error that stayed in the thread would leave the caller waiting for ever."""
-    with closing(Stage("x")) as stage:
-        with pytest.raises(ZeroDivisionError):
-            stage.run(lambda: 1 / 0)
-        assert stage.run(lambda: 5)[0] == 5
+@dataclass
+class SlowModel(CountedModel):
+    def load(self) -> str:
+        time.sleep(0.05)
+        return super().load()
 
 
-def test_a_closed_stage_ends_its_thread() -> None:
-    """A batch of a thousand scenes must not leave three thousand threads."""
-    stage = Stage("short-lived")
-    assert any(thread.name == "short-lived" for thread in threading.enumerate())
-    stage.close()
-    for thread in threading.enumerate():
-        if thread.name == "short-lived":
-            thread.join(timeout=5)
-    assert not any(thread.name == "short-lived" for thread in threading.enumerate())
+def test_loading_the_model_is_a_wait_of_the_device_and_not_its_work(worker: TileWorker) -> None:
+    """The first tile would look slow, and a device that loads models all day look busy."""
+    first, second = (worker.run(job(Watched(model=SlowModel()), n)) for n in range(2))
+    assert first.waits["compute"]["model"] >= 0.05 > first.seconds["compute"]
+    assert "model" not in second.waits.get("compute", {})

@@ -1,0 +1,64 @@
+"""In which order the tiles of a pass are best run: so that little of the image is read twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeline.domain.plan import Pass, Tile
+from pipeline.domain.region import Region, Shape
+
+BLOCK = 512
+"""Side of the blocks that most rasters are stored in, in pixels: what is decoded at once."""
+
+SIDE_SHARE = 4
+"""A band is this many times as wide as what is read on both its sides."""
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """Bands of tiles along the last axis, each walked row by row.
+
+    What neighbours in a band share is read once by a reader that remembers one row of the band:
+    memory that does not grow with the scene, as a whole row of the scene would. The sides of a
+    band are read by both its neighbours; they are a quarter of it.
+    """
+
+    sweep: Pass
+
+    @property
+    def width(self) -> int:
+        """Tiles side by side in a band; at least 1."""
+        tile = self.sweep.grid.tile[-1]
+        wanted = -(-2 * SIDE_SHARE * self._margin[-1] // tile)
+        return min(max(wanted, 1), self.sweep.grid.counts[-1])
+
+    @property
+    def remembered_pixels(self) -> int:
+        """What a reader that forgets the longest unused must hold, so that rows share their blocks.
+
+        One row of a band with all that its tiles read, but for one core: that is done with.
+        """
+        tile, shape = self.sweep.grid.tile, self.sweep.grid.shape
+        sides = (*tile[:-1], self.width * tile[-1])
+        row = tuple(
+            min(side + 2 * margin, length)
+            for side, margin, length in zip(sides, self._margin, shape, strict=True)
+        )
+        core = self.sweep.grid.core(0)
+        return Region.whole(row).size - core.size
+
+    def stretches(self) -> Iterator[list[Tile]]:
+        """The tiles of one band after another: each tile of the pass once."""
+        *others, last = self.sweep.grid.counts
+        for left in range(0, last, self.width):
+            band = range(left, min(left + self.width, last))
+            rows = range(Region.whole(tuple(others)).size)
+            yield [self.sweep.tile(row * last + column) for row in rows for column in band]
+
+    @property
+    def _margin(self) -> Shape:
+        """What is read beyond a core, per axis, in pixels of whole blocks."""
+        halo = self.sweep.reach.halo_with_window + self.sweep.crf_halo
+        sides = zip(halo.before, halo.after, strict=True)
+        return tuple(-(-max(side) // BLOCK) * BLOCK for side in sides)
