@@ -1,7 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo demo-bundles test lint bench bench-batch bench-dispatch bench-memory bench-reads stress clean
+BENCHMARKS := bench-batch bench-deep-memory bench-dispatch bench-equality bench-memory bench-reads \
+	bench-seams bench-throughput bench-work
+
+.PHONY: setup demo demo-bundles test lint bench $(BENCHMARKS) stress clean
 
 setup: .venv/.ready
 
@@ -27,23 +30,20 @@ lint: setup
 test: setup
 	$(BIN)/python -m pytest
 
-bench: setup
-	PYTHONPATH=tests $(BIN)/python -m benchmarks.throughput
+bench: bench-throughput
 
-bench-batch: setup
-	PYTHONPATH=tests $(BIN)/python -m benchmarks.batch
+# Options of a benchmark: make bench-throughput ARGS='--network resnet50'
+$(BENCHMARKS): bench-%: setup
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.$(subst -,_,$*) $(ARGS)
 
-bench-dispatch: setup
-	PYTHONPATH=tests $(BIN)/python -m benchmarks.dispatch
+bench-seams bench-throughput: .venv/.bench
 
-bench-memory: setup
-	PYTHONPATH=tests $(BIN)/python -m benchmarks.memory
-
-bench-reads: setup
-	PYTHONPATH=tests $(BIN)/python -m benchmarks.reads
+.venv/.bench: .venv/.ready
+	$(BIN)/python -m pip install --quiet --constraint infra/constraints.txt --editable '.[bench]'
+	@touch $@
 
 stress: setup
 	PYTHONPATH=tests $(BIN)/python -m stress.kill
 
 clean:
-	rm -rf .venv build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist demo-out bench-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

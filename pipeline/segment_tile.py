@@ -39,11 +39,15 @@ class SegmentModel:
     threads: int
     """Threads of a worker, fixed by the plan whatever the number of workers."""
 
+    canonical_px: int | None
+    """Side of canonical windows, in pixels; None: windows are rows of the tile."""
+
     @property
     def key(self) -> str:
         """All that decides what is loaded: two cases with equal keys share the network."""
         floats = f"{self.precision.name}-{'last' if self.precision.channels_last else 'first'}"
-        return f"{self.bundle.digest} {self.device} {floats} {self.context} {self.threads}"
+        windows = f"{self.context} {self.canonical_px}"
+        return f"{self.bundle.digest} {self.device} {floats} {windows} {self.threads}"
 
     def load(self) -> Predictor:
         """Load the network. Raises BundleError, or PlanError where it would be emulated."""
@@ -54,6 +58,7 @@ class SegmentModel:
             precision=self.precision,
             context=self.context,
             threads=self.threads,
+            canonical_px=self.canonical_px,
         )
 
 

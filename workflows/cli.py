@@ -49,6 +49,10 @@ Context = Annotated[
     str,
     typer.Option(help="Image pooling over a window, the scene (two passes) or the tile (inexact)."),
 ]
+Windows = Annotated[
+    str,
+    typer.Option(help="rows, or canonical: with --crf off, the same bytes for any tile."),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Floats = Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")]
 Budget = Annotated[
@@ -86,6 +90,7 @@ def segment(
     tile: TileSide = None,
     halo: HaloAsked = "exact",
     context: Context = "window",
+    windows: Windows = "rows",
     backend: Annotated[str, typer.Option(help="ray, or serial (this process).")] = "ray",
     ray_address: Cluster = None,
     workers: Workers = None,
@@ -132,6 +137,7 @@ def batch(
     tile: TileSide = None,
     halo: HaloAsked = "exact",
     context: Context = "window",
+    windows: Windows = "rows",
     backend: Annotated[str, typer.Option(help="ray, or serial (this process).")] = "ray",
     ray_address: Cluster = None,
     workers: Workers = None,
@@ -173,6 +179,7 @@ def plan(
     tile: TileSide = None,
     halo: HaloAsked = "exact",
     context: Context = "window",
+    windows: Windows = "rows",
     workers: Workers = None,
     device: Device = "auto",
     precision: Floats = "auto",

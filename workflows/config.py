@@ -24,6 +24,8 @@ class SegmentOptions(BaseModel):
     halo: str = "exact"
     """exact, a number of pixels, or auto:TOL, the share of labels that may differ."""
     context: Literal["window", "scene", "tile"] = "window"
+    windows: Literal["rows", "canonical"] = "rows"
+    """What is computed at once: rows of the tile, or windows of the scene, whatever the tile."""
     backend: Literal["ray", "serial"] = "ray"
     workers: int | None = Field(default=None, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -58,7 +60,8 @@ class SegmentOptions(BaseModel):
         """The options that decide the bytes of the result, as asked (``auto`` stays ``auto``)."""
         return self.model_dump(
             include={
-                "crf", "tile", "halo", "context", "device", "precision", "memory_budget",
+                "crf", "tile", "halo", "context", "windows", "device", "precision",
+                "memory_budget",
                 "any_resolution", "scores", "volume", "series",
             }
         )  # fmt: skip

@@ -15,6 +15,7 @@ from pipeline.errors import SourceError, StoreError
 from pipeline.models.bundle import Bundle
 from pipeline.ports import ArrayStore, Record
 from workflows.case import Case
+from workflows.plan_json import windows_json
 from workflows.planning import SegmentPlan
 from workflows.run_dir import RunDir, write_json
 
@@ -89,6 +90,7 @@ def _write_raster(product: Product, store: ArrayStore) -> None:
             "TERRAVOX_SOURCE_DIGEST": plan.source_digest,
             "TERRAVOX_HALO": " ".join(map(str, plan.sweep.reach.halo.before)),
             "TERRAVOX_TILE": " ".join(map(str, plan.sweep.grid.tile)),
+            "TERRAVOX_WINDOWS": windows_json(plan)["kind"],
             "TERRAVOX_PRECISION": plan.resolved.precision.name,
             "TERRAVOX_CRF": "on" if plan.crf else "off",
         },

@@ -23,7 +23,6 @@ from workflows.finish import Product, lost_chunks, write_product
 from workflows.manifest import manifest
 from workflows.publish import Publisher
 from workflows.run_dir import read_plan, write_json
-from workflows.sizing import remembered_bytes
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +142,15 @@ class ImageRun:
         )
         return ScoreSink(store, dtype)
 
+    def _source(self) -> Source:
+        """The source for workers, who come back to what neighbouring tiles share."""
+        from adapters.geotiff import GeoTiffSource
+
+        source = self.product.case.source
+        if isinstance(source, GeoTiffSource):
+            return source.remembering(self.plan.costs.cache_bytes)
+        return source
+
     def _scene_sums(self) -> SceneSums:
         grid = self.plan.sweep.grid
         shape, chunks = sums_layout(grid, aspp_width(self.product.bundle.architecture))
@@ -151,15 +159,6 @@ class ImageRun:
         )
         store.sweep()
         return SceneSums(store, grid)
-
-    def _source(self) -> Source:
-        """The source for workers, who come back to what neighbouring tiles share."""
-        from adapters.geotiff import GeoTiffSource
-
-        source = self.product.case.source
-        if isinstance(source, GeoTiffSource):
-            return source.remembering(remembered_bytes(self.plan.sweep, source.info))
-        return source
 
     def _works(self) -> dict[str, Work]:
         """What is done in each pass."""
@@ -171,6 +170,7 @@ class ImageRun:
             precision=resolved.precision,
             context=resolved.context,
             threads=resolved.threads,
+            canonical_px=resolved.canonical_px,
         )
         segment = SegmentTiles(
             key=plan.tiles.fingerprint,

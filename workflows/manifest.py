@@ -16,7 +16,8 @@ from pipeline.domain import ImageInfo
 from pipeline.ports import Record
 from pipeline.segment_image import Outcome
 from workflows.finish import Product
-from workflows.planning import SegmentPlan, halo_json
+from workflows.plan_json import halo_json, windows_json
+from workflows.planning import SegmentPlan
 from workflows.run_dir import file_digest
 
 
@@ -50,6 +51,7 @@ def manifest(
         "tile": plan.sweep.grid.tile,
         "tiles": _tiles(mask),
         "halo_work_ratio": round(plan.costs.halo_work_ratio, 4),
+        "windows": windows_json(plan),
         "context": plan.resolved.context if bundle.architecture.image_pooling else "none",
         "scene_mean": None,
         "crf": _crf(plan),

@@ -17,15 +17,16 @@ from pipeline.domain import ImageInfo, Pass, Reach, Shape, TilePlan
 from pipeline.errors import CrfError, ExecutionError, PlanError, SourceError
 from pipeline.execution.identity import package_digest
 from pipeline.inference.precision import Precision, resolve_precision
-from pipeline.inference.predictor import WINDOW, Predictor
+from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
 from pipeline.models.context_pool import Context
 from workflows.case import Case
 from workflows.config import SegmentOptions
 from workflows.fitting import check_modality, check_spacing, match_channels
+from workflows.plan_json import halo_json, windows_json, windows_words
 from workflows.run_dir import canonical_digest
 from workflows.short_halo import HaloTrial, Sampler, short_reach, shortest_halo
-from workflows.sizing import Budget, Costs, Sizer, Team, over_budget, store_bytes
+from workflows.sizing import Budget, Costs, Sizer, Team, canonical_side, over_budget, store_bytes
 from workflows.tracing import traced
 from workflows.workplace import usual_workers, workers, workplace
 
@@ -43,6 +44,7 @@ class Resolved:
     halo: HaloTrial | None
     """The one that ``auto:TOL`` became; None for the exact halo, and for one that was given."""
 
+    canonical_px: int | None
     versions: Mapping[str, str]
 
     @classmethod
@@ -97,7 +99,7 @@ class SegmentPlan:
         side = " x ".join(map(str, sweep.grid.tile))
         return (
             f"{len(sweep)} tiles of {side} px, halo {sweep.reach.halo_with_window.largest} px,"
-            f" work {self.costs.halo_work_ratio:.2f} times that of one pass,"
+            f" work {self.costs.halo_work_ratio:.2f} times that of one pass, {windows_words(self)},"
             f" {resolved.precision.name} on {resolved.device} ({resolved.precision.why}),"
             f" CRF {'on' if self.crf else 'off'}"
         )
@@ -116,7 +118,6 @@ class SegmentPlan:
             "output_stride": sweep.grid.stride,
             "tile": sweep.grid.tile,
             "tiles": len(sweep),
-            "window": WINDOW,
             "stages": self.stages,
             "halo": halo_json(sweep.reach),
             "crf_halo": sweep.crf_halo.before,
@@ -124,21 +125,13 @@ class SegmentPlan:
             "receptive_field": self.receptive_field,
             **self.costs.as_json(),
             "workers": self.workers,
+            "windows": windows_json(self),
             "peak_memory_bytes": self.tiles.peak_bytes,
             "store_bytes": self.tiles.store_bytes,
             "crf": asdict(self.crf) if self.crf else None,
             "channels": self.channels,
             "notes": self.notes,
         }
-
-
-def halo_json(reach: Reach) -> dict[str, Any]:
-    """The halo in the manifest: per axis and side, and the pooling window in pixels."""
-    return {
-        "before": reach.halo.before,
-        "after": reach.halo.after,
-        "window": reach.window.size if reach.window else None,
-    }
 
 
 def make_plan(
@@ -179,7 +172,14 @@ def make_plan(
         }
     )
     known = traced(bundle, options.context)
-    sizer = Sizer(bundle=bundle, info=info, traced=known, reach=known.reach, crf=crf)
+    sizer = Sizer(
+        bundle=bundle,
+        info=info,
+        traced=known,
+        reach=known.reach,
+        crf=crf,
+        canonical_px=canonical_side(options, bundle),
+    )
     if found is not None and found["request_digest"] == request:
         resolved = _resolved_before(found["resolved"], options, crf=crf)
     else:
@@ -370,6 +370,7 @@ def resolve(
         threads=team.threads,
         context=options.context,
         halo=halo,
+        canonical_px=sizer.canonical_px,
         versions=_versions(sizer.crf),
     )
 

@@ -259,6 +259,7 @@ def _plan(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "halo work": f"{manifest['halo_work_ratio']:.2f} times the scene"
         if "halo_work_ratio" in manifest
         else None,
+        "windows": manifest.get("windows"),
         "context": manifest.get("context"),
         "CRF": "off" if crf is None else crf,
         "device": manifest.get("device"),

@@ -11,12 +11,14 @@ import numpy as np
 from pipeline.crf.params import ResolvedCrf
 from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, Shape, Walk
 from pipeline.errors import PlanError
+from pipeline.inference.canonical import CANONICAL_PX
 from pipeline.inference.precision import Precision
 from pipeline.inference.predictor import WINDOW
 from pipeline.inference.scene_context import sums_layout
 from pipeline.inference.tile_cost import CostModel, TileCost
 from pipeline.models.bundle import Bundle
 from pipeline.models.deeplab import aspp_width
+from workflows.config import SegmentOptions
 from workflows.tracing import Traced
 
 AUTO_TILES = {2: (512, 1024, 2048, 4096, 8192), 3: (64, 96, 128, 192, 256, 384)}
@@ -90,6 +92,9 @@ class Costs:
     read_ratio: float
     """Pixels that tiles read over those of the scene."""
 
+    cache_bytes: int
+    """Decoded blocks that a worker's reader comes back to while it walks a band of tiles."""
+
     @classmethod
     def of(cls, sweep: Pass, model: CostModel) -> Costs:
         """Counted over one tile of each kind."""
@@ -106,6 +111,7 @@ class Costs:
             ),
             scored=max(tile.scored.size for tile, _, _ in kinds),
             read_ratio=sweep.read_ratio,
+            cache_bytes=Walk(sweep).remembered_pixels * model.pixel_bytes,
         )
 
     def __add__(self, other: Costs) -> Costs:
@@ -156,6 +162,9 @@ class Sizer:
 
     crf: ResolvedCrf | None
 
+    canonical_px: int | None
+    """Side of canonical windows, in pixels; None where windows are rows of the tile."""
+
     def sweep(self, tile: Shape, *, case: str) -> Pass:
         """The pass that writes the mask, in such tiles."""
         return Pass(
@@ -172,6 +181,7 @@ class Sizer:
             chain=self.traced.chain,
             classes=len(self.bundle.classes),
             window=WINDOW,
+            canonical_px=self.canonical_px,
             itemsize=precision.dtype.itemsize,
             pixel_bytes=len(self.info.channels) * np.dtype(self.info.dtype).itemsize,
             shape=sweep.grid.padded_shape,
@@ -184,6 +194,8 @@ class Sizer:
     def peak_bytes(self, costs: Costs, *, workers: int, device: Literal["cpu", "cuda"]) -> int:
         """Predicted peak of the host's memory, driver and ``workers`` together."""
         tile = costs.largest.host_bytes + self.traced.weight_bytes
+        if self.info.ndim == 2:  # volumes are mapped into memory, or unpacked first
+            tile += costs.cache_bytes
         if device == "cpu":
             tile += costs.largest.device_bytes
         if self.crf is not None:
@@ -216,7 +228,31 @@ class Sizer:
         stride = self.reach.stride
         if side % stride:
             raise PlanError(f"--tile {side}: must be a multiple of the output stride, {stride} px")
+        if self.canonical_px is not None and side % self.canonical_px:
+            raise PlanError(
+                f"--tile {side}: must be a multiple of the canonical window, {self.canonical_px} px"
+            )
         return tuple(min(side, -(-n // stride) * stride) for n in self.info.shape)
+
+
+def canonical_side(options: SegmentOptions, bundle: Bundle) -> int | None:
+    """Side of canonical windows, in pixels; None where windows are rows of the tile.
+
+    Raises PlanError where the tile would decide the bytes for another reason.
+    """
+    if options.windows == "rows":
+        return None
+    others = {"--halo": options.halo != "exact" and options.halo}
+    others["--context"] = (
+        bundle.architecture.image_pooling and options.context != "window" and options.context
+    )
+    for name, value in others.items():
+        if value:
+            raise PlanError(
+                f"--windows canonical makes bytes that do not depend on the tile, {name} {value}"
+                " those that do: leave out one of them"
+            )
+    return CANONICAL_PX[bundle.architecture.dims]
 
 
 def over_budget(
@@ -247,12 +283,3 @@ def store_bytes(bundle: Bundle, sweep: Pass, *, scores: str) -> int:
         shape, _ = sums_layout(sweep.grid, aspp_width(bundle.architecture))
         sums = 8 * math.prod(shape)
     return math.prod(sweep.grid.shape) * (mask_size + score_size * len(bundle.classes)) + sums
-
-
-def remembered_bytes(sweep: Pass, info: ImageInfo) -> int:
-    """Decoded blocks that a worker's reader comes back to while it walks a band of tiles.
-
-    Of rasters alone: a volume that is not compressed is mapped into memory, any other is unpacked
-    first.
-    """
-    return Walk(sweep).remembered_pixels * len(info.channels) * np.dtype(info.dtype).itemsize

@@ -119,6 +119,13 @@ class Region:
         """The part inside an image of this shape."""
         return self & Region.whole(shape)
 
+    def move(self, by: tuple[int, ...]) -> Region:
+        """The box of the same shape that starts ``by`` voxels further, per axis."""
+        return Region(
+            tuple(a + n for a, n in zip(self.start, by, strict=True)),
+            tuple(b + n for b, n in zip(self.stop, by, strict=True)),
+        )
+
     def align(self, stride: int) -> Region:
         """The smallest box with sides at multiples of ``stride`` that contains this one."""
         return Region(

@@ -13,9 +13,8 @@ class _Case:
     """The stretches of one case; a worker keeps to its own while something is left of it."""
 
     def __init__(self, stretches: Iterable[Sequence[Job] | None]) -> None:
-        self._fresh = iter(stretches)
-        self._over = False
-        self._next: deque[Job] | None = None
+        self._stretches, self._over = iter(stretches), False
+        self._next: deque[Job] = deque()
         self._begun: dict[Hashable, deque[Job]] = {}
 
     def take(self, worker: Hashable) -> Job | None:
@@ -30,26 +29,26 @@ class _Case:
 
     @property
     def used_up(self) -> bool:
-        """True when every job was taken."""
+        """True when every job was taken and none will come."""
         return not self._begun and not self._peek() and self._over
 
-    def _peek(self) -> deque[Job] | None:
-        """The stretch that comes next; None where there is none now, or none any more."""
+    def _peek(self) -> deque[Job]:
+        """A stretch that nobody has begun; empty where there is none, or none now."""
         while not self._next and not self._over:
             try:
-                stretch = next(self._fresh)
+                jobs = next(self._stretches)
             except StopIteration:
                 self._over = True
                 break
-            if stretch is None:
+            if jobs is None:
                 break
-            self._next = deque(stretch)
+            self._next = deque(jobs)
         return self._next
 
     def _another(self) -> deque[Job] | None:
         """A stretch that nobody has begun, else the far half of the longest that is left."""
         if self._peek():
-            fresh, self._next = self._next, None
+            fresh, self._next = self._next, deque()
             return fresh
         # Of a worker that is busy, or that died.
         holder = max(self._begun, key=lambda worker: len(self._begun[worker]), default=None)
@@ -78,7 +77,8 @@ class FairFeed:
     def add(self, stretches: Iterable[Sequence[Job] | None]) -> None:
         """Open a case; its turn comes after those of the cases that are open.
 
-        None among its stretches means that it has none now: tiles under way must end first.
+        None among its stretches means that it has none now: tiles that are under way must end
+        first.
         """
         with self._changed:
             assert not self._closed, "a case was added to a closed feed"

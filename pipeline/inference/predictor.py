@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pipeline.domain import Region
 from pipeline.errors import BundleError, SourceError
+from pipeline.inference.canonical import BoxMap, CanonicalNetwork, upsampled
 from pipeline.inference.precision import Precision
-from pipeline.inference.stage_plan import coarse_region, feature_region
+from pipeline.inference.stage_plan import coarse_region, feature_region, pixel_region
 from pipeline.inference.staged import StagedNetwork, WholeNetwork
 from pipeline.models.bundle import Bundle
 from pipeline.models.context_pool import Context
@@ -42,8 +43,11 @@ class Predictor:
         context: Context,
         threads: int,
         window: int | None = WINDOW,
+        canonical_px: int | None = None,
     ) -> None:
         """Load the network; ``window`` None runs it as one, as a network without stages must be.
+
+        With ``canonical_px``, a side in pixels, windows are canonical, and ``window`` is not used.
 
         Raises:
             BundleError: the weights do not fit, or a layer cannot run in windows.
@@ -63,10 +67,15 @@ class Predictor:
         self._bands, self._upsample = network.bands, network.upsample
         if window is None and context == "scene":
             raise BundleError("context 'scene' needs a network in stages: give it windows")
-        if window is None:
+        self._canonical_px = canonical_px
+        self._network: CanonicalNetwork | StagedNetwork | WholeNetwork
+        if canonical_px is not None:
+            chain = stages_of(network).moved(self._moved)
+            self._network = CanonicalNetwork(chain, side_px=canonical_px)
+        elif window is None:
             for weight in (*network.parameters(), *network.buffers()):
                 weight.data = self._moved(weight.data)
-            self._network: StagedNetwork | WholeNetwork = WholeNetwork(network)
+            self._network = WholeNetwork(network)
         else:
             self._network = StagedNetwork(stages_of(network).moved(self._moved), window=window)
 
@@ -89,7 +98,8 @@ class Predictor:
         Raises:
             SourceError: another number of bands than the network has.
             RegionError: the input does not lie on the stride, reaches outside the scene, does not
-                hold ``scored``, or is smaller than the window of image pooling.
+                hold ``scored``, or is smaller than the window of image pooling; or, with
+                canonical windows, does not hold all that ``scored`` needs.
         """
         read = self._read(image_CS, frame)
         coarse = coarse_region(read, scored=scored, stride=self._stride)
@@ -100,13 +110,23 @@ class Predictor:
             network = StagedNetwork(chain, window=network.window)
         with torch.inference_mode():
             coarse_BKS = network.coarse_logits(self._input(image_CS), frame, coarse)
+            at = coarse.move(tuple(a // self._stride for a in frame.origin))
             # Interpolated in float32 in any case: bfloat16 would turn ramps into steps.
+            if self._canonical_px is not None:
+                return upsampled(
+                    self._upsample,
+                    BoxMap(coarse_BKS.movedim(1, -1), at),
+                    scored,
+                    side_px=self._canonical_px,
+                    shape=frame.shape,
+                    stride=self._stride,
+                )
             logits_BKS: Tensor = self._upsample(coarse_BKS.float().contiguous())
-        around = Region(
-            tuple(a + n * self._stride for a, n in zip(frame.origin, coarse.start, strict=True)),
-            tuple(a + n * self._stride for a, n in zip(frame.origin, coarse.stop, strict=True)),
+        index: tuple[Any, ...] = (
+            0,
+            ...,
+            *scored.slices(within=pixel_region(at, stride=self._stride)),
         )
-        index: tuple[Any, ...] = (0, ..., *scored.slices(within=around))
         return logits_BKS[index]
 
     def pooled(self, image_CS: NDArray[np.float32], frame: Frame, *, core: Region) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.domain import Region, Shape
 from pipeline.models.context_pool import WindowMean
@@ -17,16 +17,20 @@ from pipeline.models.stages import Chain, Convolution, Stage, Step
 class Needs:
     """The part of every map that a tile needs: it shrinks from ``read`` to ``scored``.
 
-    Regions are in features of their map, from the first that the input gives.
+    Regions are in features of their map, from the first that the input gives; with canonical
+    windows, from the scene's first.
     """
 
     frame: Frame
     """Where the input lies."""
 
     shapes: Mapping[str, Shape]
-    """Shape that each map would have over all of the input."""
+    """Shape that each map would have over all of the input, or of the scene."""
 
     regions: Mapping[str, Region]
+
+    sides: Mapping[str, int] | None = None
+    """Side of the canonical windows of each map, in its features; None: runs of rows instead."""
 
     @classmethod
     def of(cls, chain: Chain, size: Shape, *, frame: Frame, coarse: Region) -> Needs:
@@ -42,6 +46,28 @@ class Needs:
                 part = _reads(step, regions[stage.name], shapes[name], frame)
                 regions[name] = part | regions.get(name, part)
         return cls(frame=frame, shapes=shapes, regions=regions)
+
+    @classmethod
+    def canonical(cls, chain: Chain, shape: Shape, *, coarse: Region, side_px: int) -> Needs:
+        """For the logits ``coarse`` of a padded scene, in windows that are the scene's own.
+
+        Args:
+            chain: the network's stages.
+            shape: of the padded scene, in px.
+            coarse: in features of the scene.
+            side_px: of a window, a multiple of the output stride: the same pixels in every map.
+        """
+        ndim = len(shape)
+        needs = cls.of(chain, shape, frame=Frame((0,) * ndim, shape), coarse=coarse)
+        sides = {name: side for name, (side, *_) in chain.shapes((side_px,) * ndim).items()}
+        return replace(needs, sides=sides)
+
+    def computed(self, name: str) -> Region:
+        """What is computed of a map: what is needed, or the canonical windows that hold it."""
+        region = self.regions[name]
+        if self.sides is None:
+            return region
+        return region.align(self.sides[name]).clip(self.shapes[name])
 
 
 def coarse_region(read: Region, *, scored: Region, stride: int) -> Region:
@@ -65,8 +91,26 @@ def feature_region(read: Region, *, core: Region, stride: int) -> Region:
     )
 
 
-def needs_of(chain: Chain, read: Region, *, scored: Region, shape: Shape) -> Needs:
-    """What a tile that reads ``read`` of a padded scene of ``shape`` px needs for ``scored``."""
+def pixel_region(coarse: Region, *, stride: int) -> Region:
+    """The pixels that logits at the output stride are upsampled to."""
+    return Region(tuple(a * stride for a in coarse.start), tuple(b * stride for b in coarse.stop))
+
+
+def needs_of(
+    chain: Chain,
+    read: Region,
+    *,
+    scored: Region,
+    shape: Shape,
+    canonical_px: int | None = None,
+) -> Needs:
+    """What a tile that reads ``read`` of a padded scene of ``shape`` px needs for ``scored``.
+
+    With ``canonical_px``, the side of canonical windows, whole windows of it are computed.
+    """
+    if canonical_px is not None:
+        coarse = coarse_region(Region.whole(shape), scored=scored, stride=chain.stride)
+        return Needs.canonical(chain, shape, coarse=coarse, side_px=canonical_px)
     coarse = coarse_region(read, scored=scored, stride=chain.stride)
     return Needs.of(chain, read.shape, frame=Frame.of(read, shape=shape), coarse=coarse)
 
@@ -76,7 +120,7 @@ def stage_work(chain: Chain, needs: Needs) -> int:
 
     A scene's own work, against which halo work is counted, is that of one tile that is the scene.
     """
-    return sum(stage.work * needs.regions[stage.name].size for stage in chain.stages)
+    return sum(stage.work * needs.computed(stage.name).size for stage in chain.stages)
 
 
 def stage_bytes(chain: Chain, needs: Needs, *, window: int, itemsize: int) -> int:
@@ -85,10 +129,10 @@ def stage_bytes(chain: Chain, needs: Needs, *, window: int, itemsize: int) -> in
     Args:
         chain: the network's stages.
         needs: of the tile.
-        window: side of a window, in features.
+        window: side of a window, in features, where windows are runs of rows.
         itemsize: bytes of a number in the maps.
     """
-    image = math.prod(needs.shapes[chain.image]) * chain.bands
+    image = needs.regions[chain.image].size * chain.bands
     held = {chain.image: image}
     peak = 0
     for stage in chain.stages:
@@ -105,18 +149,35 @@ def stage_bytes(chain: Chain, needs: Needs, *, window: int, itemsize: int) -> in
 
 def _scratch(stage: Stage, needs: Needs, *, channels: Mapping[str, int], window: int) -> int:
     """Numbers that one window takes beside the maps."""
-    region = needs.regions[stage.name]
-    most = region.size if stage.whole else window**region.ndim
-    block = Region.whole(row_block(region.shape, most))
+    block = Region.whole(_block(stage, needs, window=window))
     made = sum(step.channels for step in stage.steps if not step.scratch) * block.size
-    # A part of a map that is padded, or narrower than the map, is copied; weights are reordered.
+    # A part of a map that is padded, or narrower than the map, is copied, and all that a canonical
+    # window reads; weights are reordered.
     copies = [
-        step.slide.reads(block).size * channels[step.inputs[0]]
-        for step in stage.steps
-        if step.slide is not None
+        _copied(step, block, needs.shapes[name]) * channels[name]
+        for step, name in stage.reads()
+        if step.slide is not None or needs.sides is not None
     ]
     weights = [s.layer.weight.numel() for s in stage.steps if isinstance(s.layer, Convolution)]
-    return made + max(copies, default=0) + max(weights, default=0)
+    return made + sum(copies) + max(weights, default=0)
+
+
+def _block(stage: Stage, needs: Needs, *, window: int) -> Shape:
+    """The largest box of a stage that is computed at once."""
+    region = needs.computed(stage.name)
+    if needs.sides is not None:
+        return tuple(min(needs.sides[stage.name], side) for side in region.shape)
+    return row_block(region.shape, region.size if stage.whole else window**region.ndim)
+
+
+def _copied(step: Step, block: Region, shape: Shape) -> int:
+    """Places of a map of ``shape`` that the step reads for ``block``."""
+    if isinstance(step.layer, WindowMean):
+        spans = step.layer.window or shape
+        return math.prod(
+            min(side, span + n) for side, span, n in zip(shape, spans, block.shape, strict=True)
+        )
+    return step.slide.reads(block).size if step.slide else block.size
 
 
 def row_block(shape: Shape, most: int) -> Shape:

@@ -2,7 +2,7 @@
 
 Zeros are added at the border of what is read, and only there: that is the scene's border wherever
 the tile reads what ``Reach.read`` asks for. Maps keep channels innermost in memory, and a window
-is a run of whole rows (or planes), so that most are read without a copy.
+is a run of whole rows (or planes), so that most are read without a copy; ``canonical`` has others.
 
 Axes in array names: B batch, C channel, K class, S space, (y, x) or (z, y, x).
 """
@@ -10,7 +10,7 @@ Axes in array names: B batch, C channel, K class, S space, (y, x) or (z, y, x).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -66,6 +66,14 @@ class FeatureMap:
         index: tuple[slice, ...] = (slice(None), *region.slices(within=self.region))
         return self.array_BSC[index].movedim(-1, 1)
 
+    def read(self, region: Region) -> Tensor:
+        """What a layer that needs ``region`` is given: (1, C, *S), not to be written."""
+        return self.view(region)
+
+
+Windows = Callable[[Stage, Needs], Iterable[Region]]
+"""The boxes of a stage's output that are computed at once; together they hold what is needed."""
+
 
 class StagedNetwork:
     """The stages of a network, ready to run."""
@@ -82,32 +90,13 @@ class StagedNetwork:
         image_BSC = image_BCS.movedim(1, -1).contiguous()
         size = tuple(image_BSC.shape[1:-1])
         needs = Needs.of(self.chain, size, frame=frame, coarse=coarse)
-        maps = {self.chain.image: FeatureMap(image_BSC, Region.whole(size))}
-        for stage in self.chain.stages:
-            maps[stage.name] = self._run(stage, maps, needs)
-            for name in stage.frees:
-                del maps[name]
-        return maps[self.chain.logits].view(coarse)
+        image = FeatureMap(image_BSC, Region.whole(size))
+        return run(self.chain, image, needs, windows=self._rows).view(coarse)
 
-    def _run(self, stage: Stage, maps: Mapping[str, FeatureMap], needs: Needs) -> FeatureMap:
+    def _rows(self, stage: Stage, needs: Needs) -> Iterable[Region]:
         region = needs.regions[stage.name]
-        if stage.overwrites is None:
-            _, first = next(stage.reads())
-            result = FeatureMap.empty(region, stage.channels, like=maps[first].array_BSC)
-        else:
-            result = maps[stage.overwrites].reused(region)
         most = region.size if stage.whole else self.window**region.ndim
-        for window in region.blocks(row_block(region.shape, most)):
-            values: dict[str, Tensor] = {}
-            for step in stage.steps[:-1]:
-                values[step.name] = _apply(step, window, values=values, maps=maps, needs=needs)
-            last = stage.steps[-1]
-            target_BCS = result.view(window)
-            if last.layer == "relu" and last.scratch:  # with the copy, in one
-                torch.clamp_min(values[last.inputs[0]], 0, out=target_BCS)
-            else:
-                target_BCS.copy_(_apply(last, window, values=values, maps=maps, needs=needs))
-        return result
+        return region.blocks(row_block(region.shape, most))
 
 
 class WholeNetwork:
@@ -124,6 +113,40 @@ class WholeNetwork:
         return logits_BKS[index]
 
 
+def run(chain: Chain, image: FeatureMap, needs: Needs, *, windows: Windows) -> FeatureMap:
+    """The coarse logits that are needed of an image, by every stage in turn."""
+    maps = {chain.image: image}
+    for stage in chain.stages:
+        maps[stage.name] = _run_stage(stage, maps, needs, windows(stage, needs))
+        for name in stage.frees:
+            del maps[name]
+    return maps[chain.logits]
+
+
+def _run_stage(
+    stage: Stage, maps: Mapping[str, FeatureMap], needs: Needs, windows: Iterable[Region]
+) -> FeatureMap:
+    region = needs.regions[stage.name]
+    if stage.overwrites is None:
+        _, first = next(stage.reads())
+        result = maps[first].empty(region, stage.channels, like=maps[first].array_BSC)
+    else:
+        result = maps[stage.overwrites].reused(region)
+    for window in windows:
+        values: dict[str, Tensor] = {}
+        for step in stage.steps[:-1]:
+            values[step.name] = _apply(step, window, values=values, maps=maps, needs=needs)
+        last, kept = stage.steps[-1], window & region
+        target_BCS = result.view(kept)
+        index: tuple[Any, ...] = (..., *kept.slices(within=window))
+        if last.layer == "relu" and last.scratch:  # with the copy, in one
+            torch.clamp_min(values[last.inputs[0]][index], 0, out=target_BCS)
+        else:
+            value_BCS = _apply(last, window, values=values, maps=maps, needs=needs)
+            target_BCS.copy_(value_BCS[index])
+    return result
+
+
 def _apply(
     step: Step,
     window: Region,
@@ -135,7 +158,7 @@ def _apply(
     """The step's value in ``window`` of the stage's output."""
     if isinstance(step.layer, WindowMean):
         means = step.layer.windows(window, size=needs.shapes[step.inputs[0]], frame=needs.frame)
-        mean_BCS = means.mean(maps[step.inputs[0]].view(means.reads), within=means.reads)
+        mean_BCS = means.mean(maps[step.inputs[0]].read(means.reads), within=means.reads)
         return mean_BCS.expand(-1, -1, *window.shape)
     if isinstance(step.layer, (GivenMean, OwnMean)):
         source = maps[step.inputs[0]]
@@ -143,7 +166,7 @@ def _apply(
     if isinstance(step.layer, (Convolution, MaxPool)) and step.spreads:
         name = step.inputs[0]
         return _slide(step.layer, maps[name], window, shape=needs.shapes[name])
-    inputs = [values[n] if n in values else maps[n].view(window) for n in step.inputs]
+    inputs = [values[n] if n in values else maps[n].read(window) for n in step.inputs]
     if step.layer == "cat":
         return torch.cat(inputs, dim=1)
     if isinstance(step.layer, Convolution):
@@ -172,7 +195,7 @@ def _slide(
         _own_padding(ends, side, stride)
         for ends, side, stride in zip(lacks, window.shape, layer.slide.stride, strict=True)
     )
-    part_BCS = source.view(inside)
+    part_BCS = source.read(inside)
     fill = [
         max(0, side - own)
         for ends, own in zip(reversed(lacks), reversed(padding), strict=True)
@@ -229,10 +252,19 @@ def without_idle_taps(layer: Convolution, window: Region, shape: Shape) -> Convo
 
 
 def _convolve(layer: Convolution, part_BCS: Tensor, *, padding: Sequence[int]) -> Tensor:
-    slide = layer.slide
+    slide, weight, bias = layer.slide, layer.weight, layer.bias
+    if len(padding) == 3 and not slide.pointwise and _onednn_takes(part_BCS):
+        # torch leaves what is short along z and y to a kernel of a fifth of the speed.
+        shape = padding, slide.stride, slide.dilation, layer.groups
+        return torch.mkldnn_convolution(part_BCS, weight, bias, *shape)
     convolve = _CONVOLVE[len(padding)]
-    weight, bias = layer.weight, layer.bias
     return convolve(part_BCS, weight, bias, slide.stride, padding, slide.dilation, layer.groups)
+
+
+def _onednn_takes(part_BCS: Tensor) -> bool:
+    if part_BCS.device.type != "cpu" or part_BCS.dtype != torch.float32:
+        return False
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def _normalise(norm: Norm, features_BCS: Tensor, *, scratch: bool) -> Tensor:

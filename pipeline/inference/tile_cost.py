@@ -46,7 +46,10 @@ class CostModel:
     classes: int
 
     window: int
-    """Side of a window, in features."""
+    """Side of a window, in features, where windows are runs of rows."""
+
+    canonical_px: int | None
+    """Side of canonical windows, in pixels; None where windows are runs of rows."""
 
     itemsize: int
     """Bytes of a number in the network."""
@@ -60,12 +63,18 @@ class CostModel:
     def of(self, tile: Tile) -> TileCost:
         """Cost of one tile. Raises RegionError where its input holds no window of pooling."""
         chain = self.chain
-        needs = needs_of(chain, tile.read, scored=tile.scored, shape=self.shape)
+        needs = needs_of(
+            chain,
+            tile.read,
+            scored=tile.scored,
+            shape=self.shape,
+            canonical_px=self.canonical_px,
+        )
         maps = stage_bytes(chain, needs, window=self.window, itemsize=self.itemsize)
         image = tile.read.size * chain.bands * self.itemsize
         fine = needs.regions[chain.logits].size * chain.stride**tile.read.ndim
         upsampled = fine * self.classes * _FLOAT32
-        # Logits wait to be refined or written.
+        # Logits are refined and written while the next are computed.
         kept = tile.scored.size * self.classes * _FLOAT32 + tile.core.size * _LABEL
         return TileCost(
             work=stage_work(chain, needs),
@@ -92,10 +101,10 @@ class CostModel:
     def _read_bytes(self, tile: Tile) -> int:
         """Of what is read, in the host's memory.
 
-        Beside the tile that the device has: one that waits for it, and one that is being read, of
-        which the bands are picked in a copy.
+        Of three tiles: on the device, being refined, and being read, of which the bands are picked
+        in a copy.
         """
-        blocks = 3 * tile.read.size * (self.pixel_bytes + 1)
+        blocks = 4 * tile.read.size * (self.pixel_bytes + 1)
         return blocks + tile.read.size * (self.chain.bands + 2) * _FLOAT32
 
     @property

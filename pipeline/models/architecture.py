@@ -11,6 +11,7 @@ STRIDES = MappingProxyType(
     {
         ("resnet18", 2): (8, 16),
         ("resnet50", 2): (8, 16),
+        ("resnet101", 2): (8, 16),
         ("slim", 2): (4, 8),
         ("slim", 3): (2, 4),
     }
@@ -26,7 +27,7 @@ class Architecture:
     """``v3``; the other families of DeepLab are not built yet."""
 
     backbone: str
-    """The trunk: ``resnet18``, ``resnet50`` or ``slim``."""
+    """The trunk: ``resnet18``, ``resnet50``, ``resnet101`` or ``slim``."""
 
     dims: int
     """Number of spatial axes: 2 or 3."""

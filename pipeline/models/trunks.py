@@ -16,6 +16,15 @@ from pipeline.models.architecture import Architecture
 _CONV: dict[int, Callable[..., nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
 _NORM: dict[int, Callable[[int], nn.Module]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
+RESNETS: MappingProxyType[str, tuple[Any, tuple[int, ...]]] = MappingProxyType(
+    {
+        "resnet18": (BasicBlock, (2, 2, 2, 2)),
+        "resnet50": (Bottleneck, (3, 4, 6, 3)),
+        "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    }
+)
+"""Residual block of each ResNet, and how many of it make each of its four layers."""
+
 SLIM_DILATIONS = MappingProxyType(
     {(2, 4): (1, 1, 2), (2, 8): (1, 1), (3, 2): (1, 1, 2), (3, 4): (1, 1)}
 )
@@ -129,6 +138,5 @@ def build_trunk(architecture: Architecture, *, bands: int) -> ResNetTrunk | Slim
     stride = architecture.output_stride
     if architecture.backbone == "slim":
         return SlimTrunk(architecture.dims, bands=bands, output_stride=stride)
-    if architecture.backbone == "resnet18":
-        return ResNetTrunk(BasicBlock, [2, 2, 2, 2], bands=bands, output_stride=stride)
-    return ResNetTrunk(Bottleneck, [3, 4, 6, 3], bands=bands, output_stride=stride)
+    block, depths = RESNETS[architecture.backbone]
+    return ResNetTrunk(block, list(depths), bands=bands, output_stride=stride)

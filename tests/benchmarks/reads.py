@@ -20,7 +20,6 @@ from pipeline.domain import Grid, Halo, Pass, Reach, Region, Tile, Walk
 from pipeline.execution.feed import FairFeed
 from pipeline.inference.padding import read_padded
 from pipeline.ports import Job
-from workflows.sizing import remembered_bytes
 
 SIDE, BLOCK = 24576, 512
 CASES = {"slim": (2048, 64), "ResNet-50": (4096, 520)}
@@ -92,7 +91,7 @@ def main() -> None:
             )
             plain = GeoTiffSource(scene, CACHE_BYTES // PIXEL_BYTES)
             rows = amplification(scene, plain, ([tile] for tile in sweep.tiles()))
-            held = remembered_bytes(sweep, plain.info)
+            held = Walk(sweep).remembered_pixels
             bands = amplification(scene, GeoTiffSource(scene, held), Walk(sweep).stretches())
             print(
                 f"{label}, {tile} px tiles, halo {halo} px: blocks decoded {bands:.2f} times with"

@@ -1,64 +1,95 @@
-"""``make bench``: the whole command beside a plain torch loop over the same scene, in one run."""
+"""``make bench-throughput``: the whole command beside one pass of torch and beside MONAI's windows.
+
+All have the same network, whose image pooling (ResNet only) is the mean over 512 px: of the crop
+around each place in the pass and in terravox, of the window in MONAI. Every run is a process of
+its own, from the scene's file to the mask's; CRF off. Ratios are of one call of this program.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.memory import write_wallpaper
+import rasterio
+from benchmarks.memory import BLOCK, write_wallpaper
 from benchmarks.process_memory import Measured, measure
 from scenes import fresh
 
-SIDE = 4096
-PLAIN = """
-import sys
-import rasterio, torch
-from pipeline.models.bundle import load_bundle
-from pipeline.models.frame import Frame
-scene, bundle_path, output = sys.argv[1:]
-torch.set_num_threads(2)
-bundle = load_bundle(bundle_path)
-network = bundle.network().to(memory_format=torch.channels_last)
-with rasterio.open(scene) as source:
-    image, profile = source.read().astype("float32"), source.profile
-scaling = bundle.input.scaling
-image = (torch.from_numpy(image) - scaling.mean[0]) / scaling.std[0]
-with torch.inference_mode():
-    image = image.unsqueeze(0).contiguous(memory_format=torch.channels_last)
-    labels = network(image, Frame((0, 0), image.shape[2:]))[0].argmax(0).to(torch.uint8).numpy()
-with rasterio.open(output, "w", **(profile | {"count": 1, "dtype": "uint8", "nodata": 255})) as f:
-    f.write(labels, 1)
-"""
+PASS = "one pass of torch, fp32"
+"""The run that speed and labels are compared with."""
+
+
+def runs_of(scene: Path, bundle: Path, folder: Path) -> Iterator[tuple[str, Path, list[str]]]:
+    """Label, output and command of each run."""
+
+    def module(name: str, output: Path, *arguments: str) -> list[str]:
+        line = [sys.executable, "-m", f"benchmarks.{name}", str(scene), str(bundle), str(output)]
+        return [*line, *arguments]
+
+    def terravox(output: Path, *options: str) -> list[str]:
+        script = str(Path(sys.executable).with_name("terravox"))
+        line = [script, "segment", str(scene), "-o", str(output), "--model", str(bundle)]
+        return [*line, "--crf", "off", *options]
+
+    outputs = (folder / f"mask{number}.tif" for number in range(6))
+    output = next(outputs)
+    yield PASS, output, module("whole_pass", output)
+    output = next(outputs)
+    yield "terravox, fp32", output, terravox(output, "--precision", "fp32")
+    for overlap in ("0.25", "0.5"):
+        output = next(outputs)
+        command = module("monai_windows", output, overlap, "gaussian", "channels_last")
+        yield f"MONAI, gaussian, overlap {overlap}, fp32", output, command
+    output = next(outputs)
+    yield "terravox, its defaults", output, terravox(output)
+    output = next(outputs)
+    command = module("monai_windows", output, "0.25", "constant", "contiguous_format")
+    yield "MONAI, its defaults (roi 512)", output, command
+
+
+def share_that_differs(one: Path, other: Path) -> float:
+    """Share of pixels whose labels differ between two masks."""
+    with rasterio.open(one) as first, rasterio.open(other) as second:
+        windows = [window for _, window in first.block_windows()]
+        differ = sum(
+            int((first.read(1, window=window) != second.read(1, window=window)).sum())
+            for window in windows
+        )
+        return differ / (first.width * first.height)
 
 
 def main() -> None:
-    """Print seconds, peak memory and their ratios; slim network, fp32, two cores."""
+    """Print seconds, peak memory and ratios of every run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--network", default="slim", help="slim, resnet18, resnet50 or resnet101")
+    parser.add_argument("--side", type=int, default=4096, help="of the scene, in px")
+    asked = parser.parse_args()
+    if asked.side % BLOCK:
+        parser.error(f"--side {asked.side}: must be a multiple of {BLOCK} px")
     with tempfile.TemporaryDirectory(prefix="terravox-bench-") as name:
         folder = Path(name)
-        scene, bundle = folder / "scene.tif", folder / "slim"
-        fresh(bundle, bands=4, classes=6)
-        write_wallpaper(scene, SIDE)
+        scene, bundle = folder / "scene.tif", folder / asked.network
+        fresh(bundle, backbone=asked.network, bands=4, classes=6)
+        write_wallpaper(scene, asked.side)
         env = os.environ | {"HOME": name}
-        script = str(Path(sys.executable).with_name("terravox"))
-        runs: dict[str, Measured] = {}
-        plain = [sys.executable, "-c", PLAIN, str(scene), str(bundle), f"{name}/plain.tif"]
-        runs["plain torch, whole scene, fp32"] = measure(plain, env=env)
-        for precision in ("fp32", "bf16"):
-            command = [
-                script, "segment", str(scene), "-o", f"{name}/{precision}.tif",
-                "--model", str(bundle), "--crf", "off", "--precision", precision,
-            ]  # fmt: skip
-            runs[f"terravox segment, {precision}"] = measure(command, env=env)
-        base = next(iter(runs.values()))
-        for label, each in runs.items():
+        base: Measured | None = None
+        print(f"{asked.network}, {asked.side} x {asked.side} px, {os.cpu_count()} cores")
+        for label, output, command in runs_of(scene, bundle, folder):
+            each = measure(command, env=env)
+            base = base or each
+            differ = share_that_differs(folder / "mask0.tif", output)
             print(
-                f"{label:32} {each.seconds:6.1f} s  {SIDE * SIDE / 1e6 / each.seconds:5.2f} Mpx/s"
-                f"  {each.peak_bytes / 2**20:6.0f} MiB"
+                f"{label:38} {each.seconds:7.1f} s {asked.side**2 / 1e6 / each.seconds:6.2f} Mpx/s"
+                f" {each.peak_bytes / 2**20:7.0f} MiB"
                 f"  speed x{base.seconds / each.seconds:.2f}"
                 f"  memory x{each.peak_bytes / base.peak_bytes:.2f}"
+                f"  other labels {differ:.2e}",
+                flush=True,
             )
 
 

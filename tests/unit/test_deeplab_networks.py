@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 from torchvision.models import resnet18
-from torchvision.models.segmentation import deeplabv3_resnet50
+from torchvision.models.segmentation import deeplabv3_resnet50, deeplabv3_resnet101
 
 from pipeline.errors import BundleError, RegionError
 from pipeline.models.architecture import Architecture
@@ -37,18 +39,31 @@ def shake(network: nn.Module, *, seed: int) -> None:
             layer.bias.data.normal_(0, 0.3, generator=generator)
 
 
-def test_resnet50_is_torchvisions_deeplab_key_for_key_and_value_for_value() -> None:
+@pytest.mark.parametrize(
+    ("backbone", "published"),
+    [("resnet50", deeplabv3_resnet50), ("resnet101", deeplabv3_resnet101)],
+)
+def test_a_deep_network_is_torchvisions_key_for_key_and_value_for_value(
+    backbone: str, published: Callable[..., nn.Module]
+) -> None:
     """Published weights would load into another network: other rates, order or upsampling."""
-    theirs = deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=7).eval()
+    theirs = published(weights=None, weights_backbone=None, num_classes=7).eval()
     shake(theirs, seed=3)
-    ours = build_network(architecture_of(), bands=3, classes=7).eval()
+    ours = build_network(architecture_of(backbone=backbone), bands=3, classes=7).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     ours.pool_over((513, 513))
-    image_BCS = torch.randn(1, 3, 88, 120, generator=torch.Generator().manual_seed(0))
+    image_BCS = torch.randn(1, 3, 88, 120, generator=torch.Generator().manual_seed(0)).double()
     with torch.inference_mode():
-        want_BKS = theirs(image_BCS)["out"]
-        got_BKS = ours(image_BCS, Frame((0, 0), (88, 120)))
-    assert (got_BKS - want_BKS).abs().max() <= 1e-5 * want_BKS.std()
+        want_BKS = theirs.double()(image_BCS)["out"]
+        got_BKS = ours.double()(image_BCS, Frame((0, 0), (88, 120)))
+    assert (got_BKS - want_BKS).abs().max() <= 1e-9 * want_BKS.std()
+
+
+def test_resnet101_has_as_many_parameters_as_published() -> None:
+    """A layer would be missing or twice there: 58,630,997 without the auxiliary classifier."""
+    with torch.device("meta"):
+        network = build_network(architecture_of(backbone="resnet101"), bands=3, classes=21)
+    assert sum(weight.numel() for weight in network.parameters()) == 58_630_997
 
 
 @pytest.mark.parametrize("stride", [8, 16])

@@ -187,6 +187,7 @@ def test_a_network_is_global_on_some_axes_alone() -> None:
         ("resnet18", 2, 8, (1, 2)),
         ("resnet18", 2, 16, (1, 2)),
         ("resnet50", 2, 8, (1, 3)),
+        ("resnet101", 2, 8, (1, 2)),
     ],
 )
 def test_the_probe_and_the_arithmetic_agree_on_our_networks(

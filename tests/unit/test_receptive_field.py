@@ -30,13 +30,19 @@ def network_of(
     return build_network(architecture, bands=1, classes=2).eval()
 
 
-def test_resnet50_at_stride_8_reaches_509_px_and_needs_a_halo_of_520() -> None:
-    """Published figures (517 before and 510 after an aligned core) would not be met."""
-    network = network_of("resnet50", 2, 8, (12, 24, 36))
+@pytest.mark.parametrize(
+    ("backbone", "radius", "before", "after"),
+    [("resnet50", 509, 520, 512), ("resnet101", 781, 792, 784)],
+)
+def test_deep_networks_at_stride_8_reach_as_far_as_published(
+    backbone: str, radius: int, before: int, after: int
+) -> None:
+    """Published figures (radius + 8 before and + 1 after an aligned core) would not be met."""
+    network = network_of(backbone, 2, 8, (12, 24, 36))
     span = local_span(network)
-    assert (span.low, span.high) == ((-509, -509), (509, 509))
-    assert span.halo_upsampled(8) == Halo((517, 517), (510, 510))
-    assert reach_of(network).halo == Halo((520, 520), (512, 512))
+    assert (span.low, span.high) == ((-radius,) * 2, (radius,) * 2)
+    assert span.halo_upsampled(8) == Halo((radius + 8,) * 2, (radius + 1,) * 2)
+    assert reach_of(network).halo == Halo((before,) * 2, (after,) * 2)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,14 @@ def bundle(slim: Path) -> Bundle:
 
 @pytest.fixture
 def model(bundle: Bundle) -> SegmentModel:
-    return SegmentModel(bundle=bundle, device="cpu", precision=FP32, context="window", threads=1)
+    return SegmentModel(
+        bundle=bundle,
+        device="cpu",
+        precision=FP32,
+        context="window",
+        threads=1,
+        canonical_px=None,
+    )
 
 
 @pytest.fixture

@@ -61,7 +61,14 @@ def resnet50(tmp_path_factory: pytest.TempPathFactory) -> Sizer:
         weight_bytes=160_000_000,
     )
     bundle = fresh(tmp_path_factory.mktemp("bundle") / "slim")
-    return Sizer(bundle=bundle, info=raster(65536), traced=traced, reach=traced.reach, crf=None)
+    return Sizer(
+        bundle=bundle,
+        info=raster(65536),
+        traced=traced,
+        reach=traced.reach,
+        crf=None,
+        canonical_px=None,
+    )
 
 
 def test_the_receptive_field_is_that_of_the_literature(resnet50: Sizer) -> None:
@@ -132,6 +139,7 @@ def test_the_plan_says_what_a_user_wants_to_know(command: Command, scene: Path, 
     assert plan["receptive_field"] == [119, 119]
     assert 1.0 < plan["halo_work_ratio"] < plan["read_ratio"] < 2.3
     assert plan["store_bytes"] == 700 * 900
+    assert plan["windows"]["kind"] == "rows"
     assert plan["stages"] == len(stages_of(bundle.network()).stages)
     assert 0 < plan["network_seconds"] < 300
 

@@ -42,21 +42,30 @@ def tiles_of(network: DeepLab, scene: int, side: int) -> list[Tile]:
     return list(sweep.tiles())
 
 
-def work_ratio(network: DeepLab, scene: int, tiles: list[Tile]) -> float:
+def work_ratio(
+    network: DeepLab, scene: int, tiles: list[Tile], *, canonical_px: int | None = None
+) -> float:
     """Work of the tiles over that of one pass, by the share of the scene that they are."""
     chain, shape = stages_of(network), (scene, scene)
     whole = Region.whole(shape)
     one = stage_work(chain, needs_of(chain, whole, scored=whole, shape=shape))
-    works = (
-        stage_work(chain, needs_of(chain, tile.read, scored=tile.scored, shape=shape))
+    needs = (
+        needs_of(chain, tile.read, scored=tile.scored, shape=shape, canonical_px=canonical_px)
         for tile in tiles
     )
+    works = (stage_work(chain, each) for each in needs)
     return sum(works) / one * whole.size / sum(tile.core.size for tile in tiles)
 
 
 @pytest.mark.parametrize(
     ("backbone", "dims", "pooled"),
-    [("resnet50", 2, True), ("resnet18", 2, False), ("slim", 2, True), ("slim", 3, False)],
+    [
+        ("resnet101", 2, False),
+        ("resnet50", 2, True),
+        ("resnet18", 2, False),
+        ("slim", 2, True),
+        ("slim", 3, False),
+    ],
 )
 def test_the_work_of_a_scene_is_what_torch_counts_for_one_pass(
     backbone: str, dims: int, pooled: bool
@@ -77,16 +86,21 @@ def test_a_tile_that_is_the_scene_does_the_work_of_one_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scene", "side", "number", "limit"),
-    [(8192, 4096, None, 1.20), (5 * 4096, 4096, 12, 1.35), (5 * 8192, 8192, 12, 1.20)],
-    ids=["8192 in four 4096", "interior 4096", "interior 8192"],
+    ("backbone", "scene", "side", "number", "limit"),
+    [
+        pytest.param("resnet50", 8192, 4096, None, 1.20, id="resnet50, 8192 in four 4096"),
+        pytest.param("resnet50", 5 * 4096, 4096, 12, 1.35, id="resnet50, interior 4096"),
+        pytest.param("resnet50", 5 * 8192, 8192, 12, 1.20, id="resnet50, interior 8192"),
+        pytest.param("resnet101", 5 * 4096, 4096, 12, 1.50, id="resnet101, interior 4096"),
+        pytest.param("resnet101", 5 * 8192, 8192, 12, 1.30, id="resnet101, interior 8192"),
+    ],
 )
 @pytest.mark.parametrize("pooled", [False, True])
 def test_halo_work_of_a_deep_network_is_a_small_share(
-    scene: int, side: int, number: int | None, limit: float, *, pooled: bool
+    backbone: str, scene: int, side: int, number: int | None, limit: float, *, pooled: bool
 ) -> None:
     """Every layer would be computed over the halo of all layers, as one pass over a tile does."""
-    network = network_of("resnet50", pooled=pooled)
+    network = network_of(backbone, pooled=pooled)
     tiles = tiles_of(network, scene, side)
     if number is not None:
         tiles = [tiles[number]]
@@ -97,9 +111,23 @@ def test_halo_work_of_a_deep_network_is_a_small_share(
     assert ratio < 1 + 0.5 * (naive - 1)
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+def test_canonical_windows_cost_a_known_share_more(*, pooled: bool) -> None:
+    """Each layer's windows would be grown by those of the layers after it: 3 times the work."""
+    network = network_of("resnet50", pooled=pooled)
+    scene = 5 * 4096
+    interior = tiles_of(network, scene, 4096)[12:13]
+    rows = work_ratio(network, scene, interior)
+    canonical = work_ratio(network, scene, interior, canonical_px=256)
+    assert rows < 1.26 < 1.44 < canonical < 1.46
+    whole = tiles_of(network, 4096, 4096)
+    assert work_ratio(network, 4096, whole, canonical_px=256) == 1.0
+
+
 MEASURE = """
 import sys, torch
 from pipeline.domain import Region
+from pipeline.inference.canonical import CanonicalNetwork
 from pipeline.inference.stage_plan import needs_of, stage_bytes
 from pipeline.inference.staged import StagedNetwork
 from pipeline.models.architecture import Architecture
@@ -118,8 +146,9 @@ slim = Architecture(
 network = build_network(slim, bands=3, classes=6).eval().pool_over((256, 256))
 chain, shape = stages_of(network), (1024, 1024)
 whole = Region.whole(shape)
-needs = needs_of(chain, whole, scored=whole, shape=shape)
-staged = StagedNetwork(chain, window=64)
+side = int(sys.argv[1]) or None
+needs = needs_of(chain, whole, scored=whole, shape=shape, canonical_px=side)
+staged = CanonicalNetwork(chain, side_px=side) if side else StagedNetwork(chain, window=64)
 image = torch.zeros(1, 3, *shape).contiguous(memory_format=torch.channels_last)
 with torch.inference_mode():
     small = torch.zeros(1, 3, 256, 256).contiguous(memory_format=torch.channels_last)
@@ -131,9 +160,10 @@ print((held("VmHWM") - before) / stage_bytes(chain, needs, window=64, itemsize=4
 """
 
 
-def test_a_tile_takes_the_memory_that_was_predicted() -> None:
+@pytest.mark.parametrize("canonical_px", [0, 256], ids=["rows", "canonical"])
+def test_a_tile_takes_the_memory_that_was_predicted(canonical_px: int) -> None:
     """A plan would be refused that fits, or a worker killed that was told it fits."""
-    command = [sys.executable, "-c", MEASURE]
+    command = [sys.executable, "-c", MEASURE, str(canonical_px)]
     ratio = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert 0.6 < ratio < 1.05
 

@@ -26,6 +26,7 @@ SLIM_3D_POOLED: Key = ("slim", 3, 4, (1,), (28, 20, 12))
 RESNET18: Key = ("resnet18", 2, 8, (2, 5), None)
 RESNET18_POOLED: Key = ("resnet18", 2, 16, (1, 2), (112, 80))
 RESNET50: Key = ("resnet50", 2, 8, (1, 3), None)
+RESNET101: Key = ("resnet101", 2, 8, (1, 2), None)
 RESNET50_POOLED: Key = ("resnet50", 2, 8, (1, 2), (104, 72))
 
 
@@ -114,6 +115,7 @@ EXACT = [
     pytest.param(RESNET18_POOLED, (75, 1011), 272, 10, id="resnet18, stride 16, pooled"),
     pytest.param(RESNET50, (25, 803), 272, 16, id="resnet50"),
     pytest.param(RESNET50_POOLED, (27, 901), 320, 9, id="resnet50, pooled"),
+    pytest.param(RESNET101, (17, 1303), 272, 16, id="resnet101"),
 ]
 
 
@@ -129,8 +131,9 @@ def test_stages_agree_with_one_pass_in_double_precision(
 @pytest.mark.parametrize(
     ("key", "shape", "side"),
     [(SLIM, (203, 333), 64), (SLIM_POOLED, (247, 331), 64), (SLIM_3D, (9, 59, 71), 32),
-     (RESNET18_POOLED, (75, 1011), 272), (RESNET50, (25, 803), 272)],
-    ids=["slim", "slim, pooled", "slim 3-D", "resnet18, pooled", "resnet50"],
+     (RESNET18_POOLED, (75, 1011), 272), (RESNET50, (25, 803), 272),
+     (RESNET101, (17, 1303), 272)],
+    ids=["slim", "slim, pooled", "slim 3-D", "resnet18, pooled", "resnet50", "resnet101"],
 )  # fmt: skip
 def test_stages_agree_with_one_pass_in_single_precision(
     key: Key, shape: tuple[int, ...], side: int

@@ -1,0 +1,99 @@
+"""A network run over canonical windows: boxes of the scene, the same whichever tile asks.
+
+A window is computed whole, in memory of its own, from inputs that hold zeros where this tile needs
+nothing. What the tile does need stands at the same place of a box of the same shape, whichever
+tile asks, and is computed from the same numbers in the same order: the same bits. No other place
+is kept.
+
+Axes in array names: B batch, C channel, K class, S space, (y, x) or (z, y, x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.domain import Region, Shape
+from pipeline.errors import RegionError
+from pipeline.inference.stage_plan import Needs, coarse_region, pixel_region
+from pipeline.inference.staged import FeatureMap, run
+from pipeline.models.frame import Frame
+from pipeline.models.stages import Chain, Stage
+
+CANONICAL_PX = {2: 256, 3: 32}
+"""Side of a canonical window in pixels, by number of axes: a multiple of every output stride."""
+
+
+@dataclass(frozen=True, slots=True)
+class BoxMap(FeatureMap):
+    """Features of a region of the scene, read as boxes that may reach outside it."""
+
+    def reused(self, region: Region) -> BoxMap:
+        """As ``FeatureMap.reused``, but every place keeps its memory: boxes come in any order."""
+        index: tuple[slice, ...] = (slice(None), *region.slices(within=self.region))
+        return BoxMap(self.array_BSC[index], region)
+
+    def read(self, region: Region) -> Tensor:
+        """(1, C, *S), a new tensor, zero outside this map.
+
+        Never a view: kernels take other ways, and round otherwise, for memory with other strides.
+        """
+        box_BSC = self.array_BSC.new_zeros((1, *region.shape, self.array_BSC.shape[-1]))
+        box_BCS = box_BSC.movedim(-1, 1)
+        held = region & self.region
+        index: tuple[Any, ...] = (..., *held.slices(within=region))
+        box_BCS[index] = self.view(held)
+        return box_BCS
+
+
+class CanonicalNetwork:
+    """The stages of a network, run over canonical windows."""
+
+    def __init__(self, chain: Chain, *, side_px: int) -> None:
+        """Run ``chain`` over windows of ``side_px``, a multiple of the output stride."""
+        assert not any(stage.whole for stage in chain.stages), "a mean over the tile is the tile's"
+        self.chain, self.side_px = chain, side_px
+
+    def coarse_logits(self, image_BCS: Tensor, frame: Frame, coarse: Region) -> Tensor:
+        """As ``StagedNetwork.coarse_logits``.
+
+        Raises:
+            RegionError: the image does not hold all that ``coarse`` needs.
+        """
+        image_BSC = image_BCS.movedim(1, -1).contiguous()
+        read = Region.whole(tuple(image_BSC.shape[1:-1])).move(frame.origin)
+        wanted = coarse.move(tuple(a // self.chain.stride for a in frame.origin))
+        needs = Needs.canonical(self.chain, frame.shape, coarse=wanted, side_px=self.side_px)
+        needed = needs.regions[self.chain.image]
+        if needed not in read:
+            raise RegionError(f"canonical windows need {needed} of the scene, the input is {read}")
+        return run(self.chain, BoxMap(image_BSC, read), needs, windows=_windows).view(wanted)
+
+
+def upsampled(
+    layer: nn.Module, coarse: BoxMap, scored: Region, *, side_px: int, shape: Shape, stride: int
+) -> Tensor:
+    """Logits of ``scored``, a region of a padded scene of ``shape`` px: (K, *S) float32, new.
+
+    Interpolated window by window too: torch takes another kernel for a box of another size.
+    """
+    classes, whole = coarse.array_BSC.shape[-1], Region.whole(shape)
+    result_KS = coarse.array_BSC.new_empty((classes, *scored.shape), dtype=torch.float32)
+    around = scored.align(side_px).clip(shape)
+    for window in around.blocks((side_px,) * scored.ndim):
+        box, kept = coarse_region(whole, scored=window, stride=stride), window & scored
+        window_BKS: Tensor = layer(coarse.read(box).float().contiguous())
+        part: tuple[Any, ...] = (..., *kept.slices(within=pixel_region(box, stride=stride)))
+        place: tuple[Any, ...] = (..., *kept.slices(within=scored))
+        result_KS[place] = window_BKS[0][part]
+    return result_KS
+
+
+def _windows(stage: Stage, needs: Needs) -> Iterable[Region]:
+    assert needs.sides is not None
+    region = needs.computed(stage.name)
+    return region.blocks((needs.sides[stage.name],) * region.ndim)

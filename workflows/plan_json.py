@@ -1,0 +1,41 @@
+"""How plan.json and the manifest say what a plan holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pipeline.domain import Reach
+
+if TYPE_CHECKING:
+    from workflows.planning import SegmentPlan
+
+
+def halo_json(reach: Reach) -> dict[str, Any]:
+    """The halo: per axis and side, and the pooling window, in pixels."""
+    return {
+        "before": reach.halo.before,
+        "after": reach.halo.after,
+        "window": reach.window.size if reach.window else None,
+    }
+
+
+def windows_json(plan: SegmentPlan) -> dict[str, Any]:
+    """What is computed at once, its side in pixels, and whether any tile gives the same bytes.
+
+    On a GPU the last is not known: its kernels may mix places that a tile needs with others.
+    """
+    side_px, device = plan.resolved.canonical_px, plan.resolved.device
+    return {
+        "kind": "rows" if side_px is None else "canonical",
+        "side_px": side_px,
+        "same_bytes_for_any_tile": side_px is not None and plan.crf is None and device == "cpu",
+    }
+
+
+def windows_words(plan: SegmentPlan) -> str:
+    """The same, for people."""
+    values = windows_json(plan)
+    if values["kind"] == "rows":
+        return "windows of rows"
+    same = " (the same bytes for any tile)" if values["same_bytes_for_any_tile"] else ""
+    return f"canonical windows of {values['side_px']} px{same}"
