@@ -68,7 +68,8 @@ def manifest(
         "versions": _versions(plan),
         "notes": plan.notes,
         "failed_tiles": [
-            {"tile": r.key.number, "error": r.error, "deaths": r.deaths} for r in outcome.failed
+            {"pass": r.key.stage, "tile": r.key.number, "error": r.error, "deaths": r.deaths}
+            for r in outcome.failed
         ],
     }
 
