@@ -104,6 +104,21 @@ class MemoryStore:
         return self.array[(slice(None),) * leading + region.slices(within=scene)]
 
 
+class MemoryPieces:
+    """Small arrays by the region that each is of; for one process."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[Region, NDArray[Any]] = {}
+
+    def write(self, region: Region, array: NDArray[Any]) -> None:
+        """Keep a copy."""
+        self._pieces[region] = array.copy()
+
+    def read(self, region: Region) -> NDArray[Any] | None:
+        """What was kept of exactly this region; None where nothing was."""
+        return self._pieces.get(region)
+
+
 def _plain_info(image_CS: NDArray[Any]) -> ImageInfo:
     channels, *shape = image_CS.shape
     return ImageInfo(

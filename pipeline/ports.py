@@ -52,6 +52,16 @@ class ArrayStore(Protocol):
         """Return ``region``; the fill value where nothing was written. Raises StoreError."""
 
 
+class PieceStore(Protocol):
+    """Small arrays on storage that many processes share, each under the region that it is of."""
+
+    def write(self, region: Region, array: NDArray[Any]) -> None:
+        """Keep it whole or not at all. Raises StoreError."""
+
+    def read(self, region: Region) -> NDArray[Any] | None:
+        """What was kept of exactly this region; None where nothing was. Raises StoreError."""
+
+
 Status = Literal["done", "failed"]
 
 

@@ -6,10 +6,10 @@ One image or many, the pool is one. No format, no Ray, no tracker here: they are
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from pipeline.domain import Pass, TileKey, TilePlan, Walk
+from pipeline.domain import Pass, Sweep, Tile, TileKey, TilePlan, Walk
 from pipeline.ports import Backend, Feed, Job, Ledger, Record, Work
 
 Observer = Callable[[Record], None]
@@ -24,10 +24,15 @@ class Outcome:
 
     total: int = 0
 
-    def of(self, sweep: Pass) -> Outcome:
+    def of(self, sweep: Sweep) -> Outcome:
         """How far the tiles of one pass are."""
         records = {key: r for key, r in self.records.items() if key.stage == sweep.name}
         return Outcome(records, len(sweep))
+
+    def without(self, sweep: Sweep) -> Outcome:
+        """How far the tiles of all other passes are."""
+        records = {key: r for key, r in self.records.items() if key.stage != sweep.name}
+        return Outcome(records, self.total - len(sweep))
 
     @property
     def failed(self) -> list[Record]:
@@ -72,19 +77,17 @@ class ImageTiles:
 
         None while a pass waits for the one before.
         """
-        before = ""
         for sweep in self._plan.passes:
-            while self._left[before]:
+            while self._left[sweep.needs]:
                 yield None
-            for tiles in Walk(sweep).stretches():
+            for tiles in _stretches(sweep):
                 wanted = (tile for tile in tiles if tile.key not in self.outcome.records)
                 yield [Job(work=self._works[sweep.name], tile=tile) for tile in wanted]
-            before = sweep.name
 
     def note(self, record: Record) -> None:
         """Into the ledger first, before anyone hears of it. Raises StoreError.
 
-        Once a pass has ended with failed tiles, those of later passes fail for want of it.
+        Once a pass has ended with failed tiles, those of passes that need it fail as well.
         """
         self._note(record)
         stage = record.key.stage
@@ -93,15 +96,10 @@ class ImageTiles:
         lost = [r for r in self.outcome.failed if r.key.stage == stage]
         if lost:
             why = f"{stage} pass: tile {lost[0].key.number} failed: {lost[0].error}"
-            for sweep in self._after(stage):
-                for tile in sweep.tiles():
+            for sweep in self._plan.passes:
+                for tile in sweep.tiles() if sweep.needs == stage else ():
                     if tile.key not in self.outcome.records:
                         self._note(Record(key=tile.key, status="failed", error=why))
-
-    def _after(self, stage: str) -> Sequence[Pass]:
-        """The passes that run after this one."""
-        names = [sweep.name for sweep in self._plan.passes]
-        return self._plan.passes[names.index(stage) + 1 :]
 
     def _note(self, record: Record) -> None:
         self._ledger.append(record)
@@ -109,6 +107,11 @@ class ImageTiles:
         self.outcome.records[record.key] = record
         for observe in self.observers:
             observe(record)
+
+
+def _stretches(sweep: Sweep) -> Iterator[list[Tile]]:
+    """Tiles side by side together; samples lie apart."""
+    return Walk(sweep).stretches() if isinstance(sweep, Pass) else ([t] for t in sweep.tiles())
 
 
 def segment_images(

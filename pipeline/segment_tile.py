@@ -24,6 +24,7 @@ from pipeline.models.context_pool import Context
 from pipeline.models.frame import Frame
 from pipeline.ports import ArrayStore, Block, Guard, Record, Source
 from pipeline.stitching.keep_core import keep_core, to_labels
+from pipeline.stitching.samples import Pieces, SampleSink
 from pipeline.stitching.scores import ScoreSink, softmax
 
 
@@ -83,6 +84,9 @@ class TileResult:
     score_KS: NDArray[np.float32] | None
     """None where nothing was computed, or where nobody asked for scores: they are large."""
 
+    samples: Pieces
+    """Logits (K, *S) of the certificate's places, before the CRF."""
+
     skipped: bool = False
 
 
@@ -108,6 +112,7 @@ class SegmentTiles:
     crf: ResolvedCrf | None
     mask: ArrayStore
     scores: ScoreSink | None
+    samples: SampleSink
     guard: Guard
 
     def read(self, tile: Tile) -> Block:
@@ -132,13 +137,16 @@ class SegmentTiles:
         valid_S = keep_core(data.block.valid_S, core=tile.core, within=tile.read)
         if score_KS is None:
             empty_S = np.full(valid_S.shape, bundle.mask_nodata, dtype=values.dtype)
-            return TileResult(labels_S=empty_S, valid_S=valid_S, score_KS=None, skipped=True)
+            return TileResult(
+                labels_S=empty_S, valid_S=valid_S, score_KS=None, samples={}, skipped=True
+            )
+        samples = self.samples.cut(score_KS, core=tile.core, within=tile.scored)
         if self.crf is not None:
             score_KS = self._smooth(tile, data.block, score_KS)
         core_KS = keep_core(score_KS, core=tile.core, within=tile.scored)
         labels_S = to_labels(core_KS, valid_S=valid_S, values=values, nodata=bundle.mask_nodata)
         kept_KS = None if self.scores is None else core_KS
-        return TileResult(labels_S=labels_S, valid_S=valid_S, score_KS=kept_KS)
+        return TileResult(labels_S=labels_S, valid_S=valid_S, score_KS=kept_KS, samples=samples)
 
     def _smooth(self, tile: Tile, block: Block, logit_KS: NDArray[np.float32]) -> NDArray[Any]:
         """Probabilities after the dense CRF, which sees ``tile.scored``; (K, *S) float32."""
@@ -158,6 +166,7 @@ class SegmentTiles:
         if self.scores is not None:
             prob_KS = self.probabilities(result)
             scores_digest = self.scores.write(tile.core, prob_KS, valid_S=result.valid_S)
+        self.samples.write(result.samples)
         digest = self.mask.write(tile.core, result.labels_S)
         values, counts = np.unique(result.labels_S, return_counts=True)
         return Record(

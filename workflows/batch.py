@@ -30,9 +30,10 @@ from workflows.backend import make_backend
 from workflows.batch_case import BatchCase, Layout, Shared
 from workflows.batch_papers import BatchPapers, nothing
 from workflows.config import SegmentOptions
+from workflows.crf_asked import crf_params
 from workflows.image_run import ImageRun
 from workflows.interrupt import never
-from workflows.planning import crf_params, resolve_floats
+from workflows.planning import resolve_floats
 from workflows.run_dir import RunDir, canonical_digest, file_digest
 from workflows.sources import Candidate, Made, find_sources
 from workflows.tracing import traced
@@ -289,7 +290,7 @@ class _Batch:
 
     def _start(self, case: BatchCase, image: ImageRun) -> None:
         name = case.candidate.id
-        image.tiles.observers.append(self._papers.tile_done)
+        image.watch(self._papers.tile_done)
         self._open[name], self._images[name] = case, image.tiles
         if not image.tiles.outcome.interrupted:  # all was done but the finishing
             self._finish(name)

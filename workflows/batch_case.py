@@ -192,7 +192,7 @@ class BatchCase:
         if self._adopt(product):
             return
         self._claim(product, ours=ours)
-        self.note("running", output=str(output), tiles=len(plan.tiles))
+        self.note("running", output=str(output), tiles=len(plan.sweep))
         publisher = Publisher(product, NoTracker(tracking_run()))
         self.image = ImageRun(product, shared.options, guard=shared.guard, publisher=publisher)
         self.computed = True
@@ -200,18 +200,16 @@ class BatchCase:
     def finish(self) -> None:
         """Write the product and note it. Raises TilesFailedError, and what finishing raises."""
         assert self.image is not None
-        values, failed = self.image.finish(), self.image.tiles.outcome.failed
-        said = ""
+        values, outcome = self.image.finish(), self.image.outcome
+        failed, said = outcome.failed, ""
         if failed:
-            total = self.image.tiles.outcome.total
-            said = f"{len(failed)} of {total} tiles failed; the first: {failed[0].error}"
+            said = f"{len(failed)} of {outcome.total} tiles failed; the first: {failed[0].error}"
         if not values["output"]:
             poison = any(record.deaths >= MAX_DEATHS for record in failed)
             raise TilesFailedError(said, poison=poison)
         self._done(values, self.image.product.output, reason=said)
         if not failed:  # else they are tried again
-            for store in (self.image.run.mask, self.image.run.sums):  # the mask is its own proof
-                shutil.rmtree(store, ignore_errors=True)
+            shutil.rmtree(self.image.run.mask, ignore_errors=True)  # the mask is its own proof now
 
     def close(self) -> None:
         """Let go of what is open."""
@@ -332,7 +330,15 @@ class BatchCase:
                 f" {only.architecture.dims}: give a --model that takes {info.ndim}"
             )
         self.record = replace(self.record, model=f"{bundle.name} {bundle.version}")
-        return Case(name=candidate.id, path=here, source=source, digest=content), bundle
+        case = Case(
+            name=candidate.id,
+            path=here,
+            source=source,
+            digest=content,
+            volume=volume,
+            series=candidate.series,
+        )
+        return case, bundle
 
     def _identify(self, content: str, model: str) -> None:
         identity = content or self.record.stamp

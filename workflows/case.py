@@ -27,11 +27,24 @@ class Case:
     digest: str
     """Of the source's content, equal on every machine."""
 
+    volume: int | None = None
+    """Which volume of a 4-D scan was asked for."""
+
+    series: str | None = None
+    """Which series of a DICOM folder was asked for."""
+
 
 def open_case(path: Path, options: SegmentOptions, *, scratch: Path | None = None) -> Case:
     """The case at ``path``, named after it. Raises SourceError or SourceReadError."""
     source = open_source(str(path), volume=options.volume, series=options.series, scratch=scratch)
-    return Case(name=stem(path.name), path=path, source=source, digest=source.digest())
+    return Case(
+        name=stem(path.name),
+        path=path,
+        source=source,
+        digest=source.digest(),
+        volume=options.volume,
+        series=options.series,
+    )
 
 
 def stem(name: str) -> str:

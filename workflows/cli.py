@@ -210,11 +210,21 @@ def status(run_dir: Path, as_json: Json = False) -> None:
     from workflows.status import run_status
 
     values = run_status(run_dir)
-    if as_json:
-        print(json.dumps(values))
-        return
-    for key, value in values.items():
-        print(f"{key:20} {_plain(value)}")
+    _print(values, as_json=as_json)
+
+
+@app.command()
+def certify(
+    run_dir: Path,
+    model: Annotated[Path | None, typer.Option(help="The bundle, where it has moved.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the seams of a finished run again; exit 1 where it is not what it claims."""
+    from workflows.certify import certify as run
+
+    values = run(run_dir, model=model)
+    _print(values, as_json=as_json)
+    raise typer.Exit(EXIT_FAILED if values["passed"] is False else 0)
 
 
 @app.command()
@@ -222,12 +232,7 @@ def doctor(as_json: Json = False) -> None:
     """Say what this machine can do, and what is missing."""
     from workflows.doctor import examine
 
-    findings = examine()
-    if as_json:
-        print(json.dumps(findings))
-        return
-    for key, value in findings.items():
-        print(f"{key:20} {_plain(value)}")
+    _print(examine(), as_json=as_json)
 
 
 @app.command()
@@ -255,11 +260,7 @@ def model_show(bundle: Path, as_json: Json = False) -> None:
     from workflows.model import describe
 
     values = describe(bundle)
-    if as_json:
-        print(json.dumps(values))
-        return
-    for key, value in values.items():
-        print(f"{key:20} {_plain(value)}")
+    _print(values, as_json=as_json)
 
 
 @model_app.command("probe")
@@ -342,6 +343,14 @@ def _exit_code(manifest: Mapping[str, Any]) -> int:
     if manifest["status"] == "interrupted":
         return EXIT_INTERRUPTED
     return 0 if manifest["output"] else EXIT_PARTIAL
+
+
+def _print(values: Mapping[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(values))
+        return
+    for key, value in values.items():
+        print(f"{key:20} {_plain(value)}")
 
 
 def _plain(value: object) -> str:

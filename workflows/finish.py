@@ -14,6 +14,7 @@ from pipeline.domain import ImageInfo, TileKey
 from pipeline.errors import SourceError, StoreError
 from pipeline.models.bundle import Bundle
 from pipeline.ports import ArrayStore, Record
+from pipeline.stitching.certificate import Certificate
 from workflows.case import Case
 from workflows.plan_json import windows_json
 from workflows.planning import SegmentPlan
@@ -21,6 +22,19 @@ from workflows.run_dir import RunDir, write_json
 
 if TYPE_CHECKING:
     from adapters.nifti_header import VolumeSource
+
+
+SEAM_TAGS = (
+    "windows",
+    "pixels",
+    "max_abs_logit",
+    "label_disagreement",
+    "label_disagreement_upper_95",
+    "label_disagreement_before_crf",
+    "exact",
+    "passed",
+)
+"""Keys of the manifest's ``seam`` that the file carries as tags."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,14 +67,14 @@ def check_output(output: Path, *, source: Path, info: ImageInfo, run: RunDir) ->
         raise SourceError(f"output {output}: the directory {output.parent} cannot be written to")
 
 
-def write_product(product: Product, *, store: ArrayStore) -> None:
+def write_product(product: Product, *, store: ArrayStore, seam: Certificate) -> None:
     """Write, verify and name the output. Raises FinishError, StoreError or SourceError."""
     mark_output(product)
     product.run.scratch.mkdir(exist_ok=True)
     if product.case.source.info.ndim == 2:
-        _write_raster(product, store)
+        _write_raster(product, store, seam)
     else:
-        _write_volume(product, store)
+        _write_volume(product, store, seam)
 
 
 def mark_output(product: Product) -> None:
@@ -73,7 +87,7 @@ def finishing_mark(run: RunDir) -> Path:
     return run.path / "finishing.json"
 
 
-def _write_raster(product: Product, store: ArrayStore) -> None:
+def _write_raster(product: Product, store: ArrayStore, seam: Certificate) -> None:
     from adapters.cog import CogSpec, write_cog
 
     bundle, plan = product.bundle, product.plan
@@ -93,12 +107,13 @@ def _write_raster(product: Product, store: ArrayStore) -> None:
             "TERRAVOX_WINDOWS": windows_json(plan)["kind"],
             "TERRAVOX_PRECISION": plan.resolved.precision.name,
             "TERRAVOX_CRF": "on" if plan.crf else "off",
+            **_seam_tags(seam),
         },
     )
     write_cog(product.output, store=store, spec=spec, scratch=product.run.scratch)
 
 
-def _write_volume(product: Product, store: ArrayStore) -> None:
+def _write_volume(product: Product, store: ArrayStore, seam: Certificate) -> None:
     from adapters.nifti_writer import Label, NiftiSpec, write_nifti
 
     bundle, plan = product.bundle, product.plan
@@ -107,11 +122,33 @@ def _write_volume(product: Product, store: ArrayStore) -> None:
         nodata=bundle.mask_nodata,
         labels=tuple(Label(c.id, c.name, c.color) for c in bundle.classes),
         intent_name="labels",
-        description=f"terravox {plan.tiles.fingerprint[:16]} model {bundle.digest[:16]}",
+        description=(
+            f"terravox {plan.tiles.fingerprint[:16]} model {bundle.digest[:16]}{_seam_text(seam)}"
+        ),
         slab_voxels=max(plan.sweep.grid.tile),
     )
     source = cast("VolumeSource", product.case.source)
     write_nifti(product.output, store=store, grid=source.grid, spec=spec)
+
+
+def _seam_tags(seam: Certificate) -> dict[str, str]:
+    """The figures astride tile borders, and the verdict; what nobody measured is left out."""
+    values = {key: value for key, value in seam.as_json().items() if key in SEAM_TAGS}
+    return {
+        f"TERRAVOX_SEAM_{key.upper()}": f"{value:.3g}"
+        if isinstance(value, float)
+        else str(value).lower()
+        for key, value in values.items()
+        if value is not None
+    }
+
+
+def _seam_text(seam: Certificate) -> str:
+    """The little that fits into a NIfTI header; empty where nothing was measured."""
+    figures = seam.seam
+    if not figures.pixels:
+        return ""
+    return f" seam {figures.max_abs_logit:.1e} {figures.mask.differ}/{figures.pixels}"
 
 
 def lost_chunks(

@@ -15,7 +15,7 @@ from pipeline.errors import PlanError
 from pipeline.inference.scene_context import MISSING, SceneInOneTile, SceneSums, sums_layout
 from pipeline.models.deeplab import aspp_width
 from pipeline.ports import ArrayStore, Guard, Record, Source, Work
-from pipeline.segment_image import ImageTiles
+from pipeline.segment_image import ImageTiles, Observer, Outcome
 from pipeline.segment_tile import SegmentModel, SegmentTiles
 from pipeline.stitching.scores import ScoreSink
 from workflows.config import SegmentOptions
@@ -23,6 +23,7 @@ from workflows.finish import Product, lost_chunks, write_product
 from workflows.manifest import manifest
 from workflows.publish import Publisher
 from workflows.run_dir import read_plan, write_json
+from workflows.seam import SampleFiles, Seam, certify_work, lost_samples, seam_of
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ class ImageRun:
         self.run.sweep()
         self._keep_plan()
         self.mask = self._store(self.run.mask, dtype=product.bundle.mask_dtype)
-        self.sums = self._scene_sums() if len(self.plan.tiles.passes) > 1 else None
+        self._samples = SampleFiles.of(self.run)
+        self.sums = self._scene_sums() if self.plan.samples.needs else None
         self._new: list[Record] = []
         self._ledger = LedgerFile(self.run.ledger, owner=f"pid{time.time_ns()}")
         self.known = self._trusted()
@@ -54,37 +56,55 @@ class ImageRun:
             self.plan.tiles,
             self._works(),
             ledger=self._ledger,
-            observers=[self._new.append, publisher.tile_done],
+            observers=[self._new.append],
         )
+        self.watch(publisher.tile_done)
+
+    def watch(self, observer: Observer) -> None:
+        """Tell ``observer`` of every tile that the mask needs: of all but the samples."""
+        samples = self.plan.samples.name
+        self.tiles.observers.append(lambda r: None if r.key.stage == samples else observer(r))
+
+    @property
+    def outcome(self) -> Outcome:
+        """How far the tiles are that the mask needs."""
+        return self.tiles.outcome.without(self.plan.samples)
 
     def finish(self) -> dict[str, Any]:
         """The product if its tiles allow it, then the papers; returns the manifest.
 
         Raises FinishError, StoreError, SourceError or LeaseHeldError.
         """
-        outcome = self.tiles.outcome
-        allowed = len(outcome.failed) <= self.options.allow_failed
-        written = allowed and not outcome.interrupted
-        if written:
+        allowed = len(self.outcome.failed) <= self.options.allow_failed
+        seam = self._certified() if allowed and not self.tiles.outcome.interrupted else None
+        if seam is not None:
             self.guard.check()
-            write_product(self.product, store=self.mask)
+            write_product(self.product, store=self.mask, seam=seam.certificate)
             self.guard.check()
         values = manifest(
             self.product,
-            outcome,
-            written=written,
+            self.tiles.outcome,
+            seam=seam,
             new=self._new,
             seconds=time.monotonic() - self._started,
         )
-        if written and self.sums is not None:
+        if seam is not None and self.sums is not None:
             total_C = self.sums.total
             digest = hashlib.sha256(total_C.tobytes()).hexdigest()
             values["scene_mean"] = {"digest": digest, "features": int(total_C[-1])}
-        return self._publisher.finish(values, outcome=outcome, store=self.mask)
+        return self._publisher.finish(values, outcome=self.outcome, store=self.mask, seam=seam)
 
     def close(self) -> None:
         """Close the ledger."""
         self._ledger.close()
+
+    def _certified(self) -> Seam:
+        """The certificate, kept and, where it fails, told."""
+        seam = seam_of(self.plan, files=self._samples, read_mask=self.mask.read)
+        write_json(self.run.certificate, seam.as_json())
+        if seam.complaint:
+            log.warning("%s: %s", self.product.case.name, seam.complaint)
+        return seam
 
     def _trusted(self) -> list[Record]:
         """Records of tiles that are done and whose chunk still holds what they say."""
@@ -95,19 +115,19 @@ class ImageRun:
             stores["segment"].append(scores.store)
         if self.sums is not None:
             stores["context"] = [self.sums]
-        found = self._ledger.records().values()
-        done = [r for r in found if r.status == "done" and r.key.stage in stores]
-        lost = {
+        found = [r for r in self._ledger.records().values() if r.status == "done"]
+        done = [r for r in found if r.key.stage in stores]
+        lost = {*lost_samples(found, self.plan, self._samples)}
+        lost |= {
             key
             for stage, parts in stores.items()
             for key in lost_chunks((r for r in done if r.key.stage == stage), self.plan, parts)
         }
-        for record in done:
-            if record.key in lost:
-                log.warning("tile %d: its chunk is damaged; done again", record.key.number)
-                self._ledger.append(Record(key=record.key, status="failed", error="chunk damaged"))
+        for key in lost:
+            log.warning("%s %d: what it wrote is damaged; done again", key.stage, key.number)
+            self._ledger.append(Record(key=key, status="failed", error="damaged"))
         if done:
-            name, total = self.product.case.name, len(self.plan.tiles)
+            name, total = self.product.case.name, len(self.plan.tiles) - len(self.plan.samples)
             log.warning("resuming %s: %d of %d tiles are done", name, len(done), total)
         return [record for record in done if record.key not in lost]
 
@@ -182,10 +202,13 @@ class ImageRun:
             crf=plan.crf,
             mask=self.mask,
             scores=self._scores(),
+            samples=self._samples.sink(plan),
             guard=self.guard,
         )
+        certify = certify_work(self.product, files=self._samples, sums=self.sums, guard=self.guard)
+        works: dict[str, Work] = {"segment": segment, plan.samples.name: certify}
         if self.sums is None:
-            return {"segment": segment}
+            return works
         context = ContextTiles(
             key=f"{plan.tiles.fingerprint} context",
             model=model,
@@ -195,4 +218,4 @@ class ImageRun:
             sums=self.sums,
             guard=self.guard,
         )
-        return {"context": context, "segment": segment}
+        return {"context": context, **works}

@@ -19,23 +19,24 @@ from workflows.finish import Product
 from workflows.plan_json import halo_json, windows_json
 from workflows.planning import SegmentPlan
 from workflows.run_dir import file_digest
+from workflows.seam import Seam
 
 
 def manifest(
-    product: Product, outcome: Outcome, *, written: bool, new: Sequence[Record], seconds: float
+    product: Product, outcome: Outcome, *, seam: Seam | None, new: Sequence[Record], seconds: float
 ) -> dict[str, Any]:
-    """Keys as in the command's contract; ``seam`` is null until a certificate measures it.
+    """Keys as in the command's contract; ``seam`` is None while there is no product.
 
     So is ``scene_mean``, but where a context pass has taken one.
 
     ``seconds``, throughput, stages and memory are of this command, which did the ``new`` tiles.
     """
     plan, info, bundle = product.plan, product.case.source.info, product.bundle
-    mask = outcome.of(plan.sweep)
+    mask, needed = outcome.of(plan.sweep), outcome.without(plan.samples)
     return {
-        "status": status_of(outcome),
-        "output": str(product.output.resolve()) if written else None,
-        "output_sha256": file_digest(product.output) if written else None,
+        "status": "interrupted" if outcome.interrupted else "partial" if needed.failed else "done",
+        "output": str(product.output.resolve()) if seam else None,
+        "output_sha256": file_digest(product.output) if seam else None,
         "fingerprint": plan.tiles.fingerprint,
         "request_digest": plan.request_digest,
         "source": {
@@ -59,26 +60,19 @@ def manifest(
         "device": plan.resolved.device,
         "classes": classes(mask, product),
         "nodata_pixels": counts(mask).get(bundle.mask_nodata, 0),
-        "seam": None,
+        "seam": seam.certificate.as_json() if seam else None,
         "seconds": round(seconds, 3),
         "throughput": _throughput(info, new, seconds),
         "stages": stages(new),
         "peak_memory_bytes": peak_memory(new),
         "mlflow_run_id": None,
         "versions": _versions(plan),
-        "notes": plan.notes,
+        "notes": plan.notes + ((seam.complaint,) if seam and seam.complaint else ()),
         "failed_tiles": [
             {"pass": r.key.stage, "tile": r.key.number, "error": r.error, "deaths": r.deaths}
-            for r in outcome.failed
+            for r in needed.failed
         ],
     }
-
-
-def status_of(outcome: Outcome) -> str:
-    """``interrupted``, ``partial`` (some tiles failed) or ``done``."""
-    if outcome.interrupted:
-        return "interrupted"
-    return "partial" if outcome.failed else "done"
 
 
 def counts(outcome: Outcome) -> Counter[int]:

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 
-from pipeline.crf.dense import require_engine
-from pipeline.crf.params import CrfParams, ResolvedCrf
-from pipeline.domain import ImageInfo, Pass, Reach, Shape, TilePlan
-from pipeline.errors import CrfError, ExecutionError, PlanError, SourceError
+from pipeline.crf.params import ResolvedCrf
+from pipeline.domain import Pass, Reach, SamplePass, Shape, TilePlan
+from pipeline.errors import ExecutionError, PlanError, SourceError
 from pipeline.execution.identity import package_digest
 from pipeline.inference.precision import Precision, resolve_precision
 from pipeline.inference.predictor import Predictor
@@ -22,6 +19,7 @@ from pipeline.models.bundle import Bundle
 from pipeline.models.context_pool import Context
 from workflows.case import Case
 from workflows.config import SegmentOptions
+from workflows.crf_asked import resolve_crf
 from workflows.fitting import check_modality, check_spacing, match_channels
 from workflows.plan_json import halo_json, windows_json, windows_words
 from workflows.run_dir import canonical_digest
@@ -73,7 +71,7 @@ class SegmentPlan:
     source_digest: str
     channels: tuple[int, ...]
     crf: ResolvedCrf | None
-    exact: bool
+    network_exact: bool
     """True when the halo covers the receptive field and pooling does not depend on the tile."""
 
     receptive_field: Shape
@@ -85,12 +83,25 @@ class SegmentPlan:
     costs: Costs
     workers: int
 
+    asked: Mapping[str, Any]
+    """Where source and bundle lie, and the options: what ``certify`` needs to find them again."""
+
     notes: tuple[str, ...]
+
+    @property
+    def exact(self) -> bool:
+        """True when labels do not depend on the tile either: a CRF sees no more than one."""
+        return self.network_exact and self.crf is None
 
     @property
     def sweep(self) -> Pass:
         """The pass that writes the mask."""
-        return next(sweep for sweep in self.tiles.passes if sweep.name == "segment")
+        return next(p for p in self.tiles.passes if isinstance(p, Pass) and p.name == "segment")
+
+    @property
+    def samples(self) -> SamplePass:
+        """The pass that computes samples again, for the certificate."""
+        return next(p for p in self.tiles.passes if isinstance(p, SamplePass))
 
     @property
     def summary(self) -> str:
@@ -130,6 +141,8 @@ class SegmentPlan:
             "store_bytes": self.tiles.store_bytes,
             "crf": asdict(self.crf) if self.crf else None,
             "channels": self.channels,
+            "samples": [asdict(sample) for sample in self.samples.samples],
+            "asked": self.asked,
             "notes": self.notes,
         }
 
@@ -200,6 +213,9 @@ def make_plan(
             "scores": options.scores,
         }
     )
+    # Of the layers, not as the options shorten it; pooling over a tile is held against a window's.
+    whole = known if options.context == "scene" else traced(bundle, "window")
+    samples = SamplePass.of(sweep, reach=whole.reach, seed=fingerprint)
     count = min(len(sweep), workers(options, device=resolved.device, threads=resolved.threads))
     costs = sizer.costs(sweep, resolved.precision)
     peak = sizer.peak_bytes(costs, workers=count, device=resolved.device)
@@ -212,7 +228,7 @@ def make_plan(
     )
     return SegmentPlan(
         tiles=TilePlan(
-            passes=sweep.with_context(),
+            passes=(*sweep.with_context(), samples),
             fingerprint=fingerprint,
             peak_bytes=peak,
             store_bytes=store_bytes(bundle, sweep, scores=options.scores),
@@ -222,46 +238,20 @@ def make_plan(
         source_digest=case.digest,
         channels=channels,
         crf=crf,
-        exact=crf is None and is_exact(known.reach, bundle, options, reach=sizer.reach),
+        network_exact=is_exact(known.reach, bundle, options, reach=sizer.reach),
         receptive_field=known.receptive_field,
         stages=len(known.chain.stages),
         costs=costs,
         workers=count,
+        asked={
+            "source": str(case.path),
+            "volume": case.volume,
+            "series": case.series,
+            "model": str(bundle.path),
+            "options": options.request(),
+        },
         notes=notes,
     )
-
-
-def resolve_crf(asked: str, bundle: Bundle, info: ImageInfo) -> ResolvedCrf | None:
-    """The CRF on this image's grid; None for none. Raises CrfError."""
-    params = crf_params(asked, bundle)
-    if params is None:
-        return None
-    bands = bundle.input.bands
-    names = tuple(str(i + 1) for i in range(bands)) if isinstance(bands, int) else bands
-    crf = params.resolve(info.spacing, unit=info.unit, channels=names)
-    crf.check_extent(info.shape)
-    return crf
-
-
-def crf_params(asked: str, bundle: Bundle) -> CrfParams | None:
-    """What is asked of the CRF, whatever the image; None for none. Raises CrfError."""
-    mapping: object = bundle.crf
-    if asked == "off" or (asked == "auto" and bundle.crf is None):
-        return None
-    if asked != "auto":
-        try:
-            mapping = yaml.safe_load(Path(asked).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise CrfError(
-                f"--crf {asked}: not a readable YAML file: {error};"
-                " give one with a crf part, or auto, or off"
-            ) from error
-        if isinstance(mapping, Mapping) and set(mapping) == {"crf"}:
-            mapping = mapping["crf"]
-    if not isinstance(mapping, Mapping):
-        raise CrfError(f"--crf {asked}: a mapping of CRF parameters is needed, found {mapping!r}")
-    require_engine()
-    return CrfParams.from_mapping(mapping)
 
 
 def reach_asked(exact: Reach, options: SegmentOptions, trial: HaloTrial | None) -> Reach:

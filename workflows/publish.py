@@ -17,8 +17,13 @@ from workflows.finish import Product
 from workflows.quicklook import quicklook
 from workflows.report import write_report
 from workflows.run_dir import read_json, write_json
+from workflows.seam import Seam
+from workflows.seam_picture import seam_pictures
 
 METRICS_EVERY_S = 5.0
+
+SEAM_METRICS = ("max_abs_logit", "label_disagreement", "label_disagreement_upper_95")
+"""Of the manifest's ``seam``."""
 
 
 def open_tracker(
@@ -71,16 +76,24 @@ class Publisher:
         self._tracker.finish("failed", artifacts=())
 
     def finish(
-        self, manifest: Mapping[str, Any], *, outcome: Outcome, store: ArrayStore
+        self,
+        manifest: Mapping[str, Any],
+        *,
+        outcome: Outcome,
+        store: ArrayStore,
+        seam: Seam | None,
     ) -> dict[str, Any]:
-        """Report and tracker, then the manifest: only if the product exists. Returns it."""
+        """Report and tracker, then the manifest: only if the product exists. Returns it.
+
+        ``outcome`` is of the mask's tiles; ``seam`` None where there is no product.
+        """
         run, values = self._product.run, dict(manifest)
         self._log(time.monotonic())
         self._tracker.metrics(_final(values), step=self._done)
         values["mlflow_run_id"] = self._tracker.run_id
         artifacts = [run.plan]
-        if values["output"]:
-            artifacts += self._papers(values, outcome, store)
+        if seam is not None:
+            artifacts += self._papers(values, outcome, store, seam)
         self._tracker.finish(values["status"], artifacts=artifacts)
         if self._tracker.error:
             values["notes"] = (*values["notes"], f"MLflow: {self._tracker.error}")
@@ -89,17 +102,18 @@ class Publisher:
             shutil.rmtree(run.scratch, ignore_errors=True)
         return values
 
-    def _papers(self, values: Mapping[str, Any], outcome: Outcome, store: ArrayStore) -> list[Path]:
+    def _papers(
+        self, values: Mapping[str, Any], outcome: Outcome, store: ArrayStore, seam: Seam
+    ) -> list[Path]:
         run, bundle = self._product.run, self._product.bundle
-        pictures = quicklook(
-            self._product.case.source,
-            store,
-            colors={look.id: look.color for look in bundle.classes},
-            nodata=bundle.mask_nodata,
-        )
+        colors, nodata = {look.id: look.color for look in bundle.classes}, bundle.mask_nodata
+        pictures = quicklook(self._product.case.source, store, colors=colors, nodata=nodata)
+        seams = seam_pictures(seam.measured, colors=colors, nodata=nodata)
         overlay, records = run.scratch / "quicklook.png", list(outcome.records.values())
         try:
-            write_report(run.report, manifest=values, pictures=pictures, records=records)
+            write_report(
+                run.report, manifest=values, pictures=pictures, seams=seams, records=records
+            )
             run.scratch.mkdir(exist_ok=True)
             pictures["overlay"].save(overlay)
         except OSError as error:
@@ -109,7 +123,7 @@ class Publisher:
             ) from error
         draft = run.scratch / run.manifest.name
         write_json(draft, values)
-        return [draft, run.report, overlay]
+        return [draft, run.certificate, run.report, overlay]
 
     def _log(self, now: float) -> None:
         seconds = max(now - self._start, 1e-9)
@@ -132,6 +146,9 @@ def _final(manifest: Mapping[str, Any]) -> dict[str, float]:
     }
     if "compute" in manifest["stages"]:
         values["device_busy_share"] = float(manifest["stages"]["compute"]["busy_share"])
+    seam = manifest["seam"]
+    for key in SEAM_METRICS if seam and seam["pixels"] else ():
+        values[f"seam_{key}"] = float(seam[key])
     for row in manifest["classes"]:
         for key in ("pixels", "area_m2", "volume_ml"):
             if key in row:

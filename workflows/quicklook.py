@@ -180,7 +180,7 @@ def _side_by_side(planes: list[_Sample], *, nodata: int) -> _Sample:
 
 
 def _pictures(sample: _Sample, *, colors: Mapping[int, str], nodata: int) -> dict[str, Image.Image]:
-    image_YXC, mask_YXA = _stretched(sample), _painted(sample.labels_S, colors, nodata=nodata)
+    image_YXC, mask_YXA = _stretched(sample), painted(sample.labels_S, colors, nodata=nodata)
     shown_YX = sample.valid_S
     laid_YX = (mask_YXA[..., 3] > 0) & (mask_YXA[..., :3].max(axis=-1) > 0)
     opacity_YX1 = np.where(laid_YX, OVERLAY_OPACITY, 0.0)[..., np.newaxis]
@@ -204,7 +204,7 @@ def _stretched(sample: _Sample) -> NDArray[np.float64]:
     return out_YXC
 
 
-def _painted(
+def painted(
     labels_YX: NDArray[Any], colors: Mapping[int, str], *, nodata: int
 ) -> NDArray[np.uint8]:
     """(Y, X, 4): the label's colour, transparent for nodata and for labels without one."""

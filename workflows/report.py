@@ -17,6 +17,17 @@ from pipeline.ports import Record
 STAGES = {"read": "#4c78a8", "compute": "#f58518", "refine": "#b279a2", "write": "#54a24b"}
 """The stages of a tile, in order, and their colours."""
 
+SEAM_ROWS = {
+    "windows": ("windows", "{:,}"),
+    "pixels": ("pixels", "{:,}"),
+    "max_abs_logit": ("logits apart, at most", "{:.2g}"),
+    "max_deviations": ("in deviations of the logits", "{:.2g}"),
+    "label_disagreement": ("labels that differ", "{:.3%}"),
+    "label_disagreement_upper_95": ("less than, with 95 %", "{:.3%}"),
+    "label_disagreement_before_crf": ("labels that differ before the CRF", "{:.3%}"),
+    "label_disagreement_before_crf_upper_95": ("less than, with 95 %", "{:.3%}"),
+}
+"""Keys of the manifest's ``seam``, what they are called, and how they are written."""
 WAITED_FOR = {
     "read": "the reader",
     "compute": "the device",
@@ -40,6 +51,7 @@ h2 { font-size: 17px; margin: 28px 0 8px }
 .badge.failed { background: #c53030 }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 14px }
 .pictures.wide { grid-template-columns: 1fr }
+.pictures.pairs { grid-template-columns: 1fr 1fr; margin-top: 14px }
 figure { margin: 0; background: #fff; border: 1px solid #dde2e8; border-radius: 6px; padding: 10px }
 figure img { width: 100%; display: block; image-rendering: pixelated; background: #d5d9de }
 figcaption { color: #5b6876; font-size: 13px; padding-top: 6px }
@@ -78,6 +90,7 @@ def write_report(
     *,
     manifest: Mapping[str, Any],
     pictures: Mapping[str, Image.Image],
+    seams: Mapping[str, Image.Image],
     records: Sequence[Record],
 ) -> None:
     """Write the page; equal arguments give equal bytes.
@@ -86,17 +99,19 @@ def write_report(
         path: the HTML file, replaced whole.
         manifest: as the command's contract names its keys; what is absent is left out.
         pictures: by caption, embedded as PNG.
+        seams: likewise, of the seam certificate.
         records: the ledger's, one per tile; their stages' seconds are summed up.
     """
     name = Path(str(manifest.get("output") or "no output")).name
     body = f"""
 {_heading(name, manifest)}
 {_notes(manifest)}
-{_pictures(pictures)}
+{_result(pictures)}
 <div class="columns">
 <section>{_classes(manifest)}</section>
 <section>{_timings(records)}{_waits(manifest.get("stages", {}))}</section>
 </div>
+{_seam(manifest.get("seam"), seams)}
 <div class="columns">
 <section><h2>Plan</h2>{_table(_plan(manifest))}</section>
 <section><h2>Provenance</h2>{_table(_provenance(manifest))}</section>
@@ -145,14 +160,18 @@ def _notes(manifest: Mapping[str, Any]) -> str:
     return "<h2>Notes</h2><ul>" + "".join(f"<li>{note}</li>" for note in notes) + "</ul>"
 
 
-def _pictures(pictures: Mapping[str, Image.Image]) -> str:
+def _result(pictures: Mapping[str, Image.Image]) -> str:
     wide = any(picture.width > 2 * picture.height for picture in pictures.values())
+    return f"<h2>Result</h2>{_pictures(pictures, layout='wide' if wide else '')}"
+
+
+def _pictures(pictures: Mapping[str, Image.Image], *, layout: str) -> str:
     figures = "".join(
         f'<figure><img alt="{_text(caption)}" src="data:image/png;base64,{_png(picture)}">'
         f"<figcaption>{_text(caption)}</figcaption></figure>"
         for caption, picture in pictures.items()
     )
-    return f'<h2>Result</h2><div class="pictures{" wide" if wide else ""}">{figures}</div>'
+    return f'<div class="pictures {layout}">{figures}</div>'
 
 
 def _png(picture: Image.Image) -> str:
@@ -250,8 +269,28 @@ def _bar(totals: Mapping[str, float]) -> str:
     )
 
 
+def _seam(seam: Mapping[str, Any] | None, pictures: Mapping[str, Image.Image]) -> str:
+    """The certificate: windows astride tile borders beside windows within tiles."""
+    if not seam:
+        return ""
+    inner = seam["interior"]
+    verdict = {True: "passed", False: "FAILED", None: "no verdict"}[seam["passed"]]
+    text = f"<h2>Seams</h2><p>{verdict}{': ' if seam['reason'] else ''}{_text(seam['reason'])}</p>"
+    if not seam["windows"]:
+        return text
+    rows = "".join(
+        f"<tr><th>{name}</th>"
+        + "".join(f'<td class="n">{form.format(part[key])}</td>' for part in (seam, inner))
+        + "</tr>"
+        for key, (name, form) in SEAM_ROWS.items()
+        if seam.get(key) is not None and inner.get(key) is not None
+    )
+    heads = '<th></th><th class="n">astride tile borders</th><th class="n">within tiles</th>'
+    return f"{text}<table><tr>{heads}</tr>{rows}</table>{_pictures(pictures, layout='pairs')}"
+
+
 def _plan(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    halo, crf, seam = (manifest.get(key) for key in ("halo", "crf", "seam"))
+    halo, crf = manifest.get("halo"), manifest.get("crf")
     peak = manifest.get("peak_memory_bytes")
     return {
         "tile": manifest.get("tile"),
@@ -265,7 +304,6 @@ def _plan(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "device": manifest.get("device"),
         "precision": manifest.get("precision"),
         "peak memory": f"{peak / 2**20:,.0f} MiB" if peak else None,
-        "seam": "not measured" if seam is None else seam,
     }
 
 

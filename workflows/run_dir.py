@@ -45,6 +45,16 @@ class RunDir:
         return self.path / "scores.zarr"
 
     @property
+    def samples(self) -> Path:
+        """What tiles and the whole network say in a few small places."""
+        return self.path / "samples"
+
+    @property
+    def certificate(self) -> Path:
+        """How far the two lie apart."""
+        return self.path / "certificate.json"
+
+    @property
     def sums(self) -> Path:
         """Zarr store of a context pass: sums of features, when the scene's mean is asked for."""
         return self.path / "context.zarr"
@@ -77,10 +87,9 @@ class RunDir:
     @property
     def parts(self) -> tuple[Path, ...]:
         """All that a run makes here, the lease apart."""
-        names = ("finishing.json", "certificate.json")
         files = (self.plan, self.progress, self.tracking, self.report, self.manifest)
-        folders = (self.ledger, self.mask, self.scores, self.sums, self.scratch)
-        return (*folders, *files, *(self.path / name for name in names))
+        folders = (self.ledger, self.mask, self.scores, self.sums, self.samples, self.scratch)
+        return (*folders, *files, self.certificate, self.path / "finishing.json")
 
     @property
     def cases(self) -> Path:

@@ -136,12 +136,12 @@ def _tiles_and_papers(
         log.warning("%s", note)
     progress = RunProgress(
         "tiles",
-        total=len(plan.tiles),
+        total=len(plan.tiles) - len(plan.samples),
         done=len(image.known),
         file=product.run.progress,
         console=console,
     )
-    image.tiles.observers.append(lambda record: progress.add(complaint=complaint(record)))
+    image.watch(lambda record: progress.add(complaint=complaint(record)))
     feed = FairFeed()
     feed.add(image.tiles.jobs())
     feed.close()

@@ -92,6 +92,9 @@ class Costs:
     read_ratio: float
     """Pixels that tiles read over those of the scene."""
 
+    read_amplification: float
+    """Pixels that are decoded over those of the scene: what neighbours share is remembered."""
+
     cache_bytes: int
     """Decoded blocks that a worker's reader comes back to while it walks a band of tiles."""
 
@@ -111,6 +114,7 @@ class Costs:
             ),
             scored=max(tile.scored.size for tile, _, _ in kinds),
             read_ratio=sweep.read_ratio,
+            read_amplification=Walk(sweep).read_amplification,
             cache_bytes=Walk(sweep).remembered_pixels * model.pixel_bytes,
         )
 
@@ -127,6 +131,7 @@ class Costs:
             ),
             scored=max(self.scored, other.scored),
             read_ratio=self.read_ratio + other.read_ratio,
+            read_amplification=self.read_amplification + other.read_amplification,
         )
 
     @property
@@ -144,6 +149,7 @@ class Costs:
         return {
             "halo_work_ratio": round(self.halo_work_ratio, 4),
             "read_ratio": round(self.read_ratio, 4),
+            "read_amplification": round(self.read_amplification, 4),
             "multiply_adds": self.work,
             "device_bytes": self.largest.device_bytes,
         }

@@ -7,6 +7,8 @@ Reach           what an output region needs of the input: halo, and context wind
 Grid            how an image is cut: disjoint cores covering it, anchored at the scene's (0, 0)
 Tile            one core (what it alone writes), what the network predicts, and what is read
 Pass            one sweep over the tiles of one case
+Sample          a small place, astride tile borders or within a tile, that is computed twice
+SamplePass      the pass that computes the samples again, each on its own
 Walk            the order in which the tiles of a pass are run: bands of neighbours
 TilePlan        all passes, with bytes and the fingerprint that names the run
 TileKey         (case, pass, tile number): the key of the ledger
@@ -18,9 +20,10 @@ ImageInfo       shape, channels, dtype, nodata, CRS or affine, spacing
 from pipeline.domain.case import CaseRecord, CaseState, check_case_id
 from pipeline.domain.grid import Grid
 from pipeline.domain.image_info import ImageInfo
-from pipeline.domain.plan import Pass, Tile, TileKey, TilePlan
+from pipeline.domain.plan import Pass, Sweep, Tile, TileKey, TilePlan
 from pipeline.domain.reach import ContextWindow, Reach
 from pipeline.domain.region import Halo, Region, Shape
+from pipeline.domain.sample import Sample, SamplePass
 from pipeline.domain.walk import Walk
 
 __all__ = [
@@ -33,7 +36,10 @@ __all__ = [
     "Pass",
     "Reach",
     "Region",
+    "Sample",
+    "SamplePass",
     "Shape",
+    "Sweep",
     "Tile",
     "TileKey",
     "TilePlan",

@@ -68,3 +68,19 @@ class Grid:
     def cores(self) -> Iterator[Region]:
         """All cores in row-major order."""
         return (self.core(number) for number in range(len(self)))
+
+    def parts(self, region: Region) -> Iterator[Region]:
+        """A region of the scene, cut where cores meet.
+
+        >>> grid = Grid(shape=(5, 9), tile=(4, 4), stride=4)
+        >>> [part.start for part in grid.parts(Region((2, 6), (4, 9)))]
+        [(2, 6), (2, 8)]
+        """
+        first = tuple(a // t for a, t in zip(region.start, self.tile, strict=True))
+        stop = tuple(-(-b // t) for b, t in zip(region.stop, self.tile, strict=True))
+        for index in Region(first, stop).blocks((1,) * region.ndim):
+            core = Region(
+                tuple(n * t for n, t in zip(index.start, self.tile, strict=True)),
+                tuple(n * t for n, t in zip(index.stop, self.tile, strict=True)),
+            )
+            yield core & region

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from pipeline.domain.grid import Grid
 from pipeline.domain.reach import Reach
@@ -76,10 +76,15 @@ class Pass:
         """All tiles, row-major."""
         return (self.tile(number) for number in range(len(self)))
 
+    @property
+    def needs(self) -> str:
+        """The pass whose results this one reads, by name; empty where there is none."""
+        return "context" if self.reach.pooled is not None and len(self) > 1 else ""
+
     def with_context(self) -> tuple[Pass, ...]:
         """This pass, after the one that finds the scene's mean where no tile sees all of it."""
         pooled = self.reach.pooled
-        if pooled is None or len(self) == 1:
+        if pooled is None or not self.needs:
             return (self,)
         reach = Reach(stride=self.reach.stride, halo=pooled)
         none = Halo.uniform(0, ndim=len(self.grid.shape))
@@ -117,11 +122,28 @@ class Pass:
         return read / Region.whole(self.grid.padded_shape).size
 
 
+class Sweep(Protocol):
+    """Any pass: tiles of one case that need nothing of one another."""
+
+    @property
+    def name(self) -> str:
+        """In the ledger's keys."""
+
+    @property
+    def needs(self) -> str:
+        """The pass whose results this one reads, by name; empty where there is none."""
+
+    def __len__(self) -> int: ...
+
+    def tiles(self) -> Iterator[Tile]:
+        """In the order they must run."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TilePlan:
     """The passes of a run and the fingerprint that names it."""
 
-    passes: tuple[Pass, ...]
+    passes: tuple[Sweep, ...]
 
     fingerprint: str
     """SHA-256 over everything that decides the bytes of the result."""

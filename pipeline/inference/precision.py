@@ -52,6 +52,15 @@ def resolve_precision(asked: Literal["auto", "fp32", "bf16"], *, device: str) ->
     return Precision(name="fp32", channels_last=True, why=f"auto: {device} has no native bfloat16")
 
 
+def fix_kernels() -> None:
+    """Have this process's devices compute in the floats asked for, the same way every time."""
+    # TF32 keeps 10 bits of fp32's 23, and a benchmarked algorithm differs from run to run.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
 def _native_bf16(device: str) -> str:
     """Why the device computes bfloat16 natively; empty where it does not."""
     kind = torch.device(device).type

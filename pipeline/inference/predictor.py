@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.domain import Region
 from pipeline.errors import BundleError, SourceError
 from pipeline.inference.canonical import BoxMap, CanonicalNetwork, upsampled
-from pipeline.inference.precision import Precision
+from pipeline.inference.precision import Precision, fix_kernels
 from pipeline.inference.stage_plan import coarse_region, feature_region, pixel_region
 from pipeline.inference.staged import StagedNetwork, WholeNetwork
 from pipeline.models.bundle import Bundle
@@ -52,11 +52,7 @@ class Predictor:
         Raises:
             BundleError: the weights do not fit, or a layer cannot run in windows.
         """
-        # TF32 keeps 10 bits of fp32's 23, and a benchmarked algorithm differs from run to run.
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
+        fix_kernels()
         self._dims = bundle.architecture.dims
         self._device, self._dtype = torch.device(device), precision.dtype
         self._format = _FORMAT[self._dims] if precision.channels_last else torch.contiguous_format

@@ -16,6 +16,7 @@ from command import Command, tree
 from scenes import texture, write_raster
 
 from adapters.ledger_file import LedgerFile
+from pipeline.domain import TileKey
 from workflows.run_dir import file_digest
 
 IMAGE_CYX = np.stack([texture((96, 128), seed=seed) for seed in (1, 2, 3)])
@@ -210,10 +211,10 @@ def test_a_full_disk_ends_the_run_and_with_room_it_is_finished(
         assert done.items() <= records(output).items()
 
 
-def records(output: Path) -> dict[int, float]:
+def records(output: Path) -> dict[TileKey, float]:
     """Tiles done, with the seconds they took: a tile done twice would show."""
     found = LedgerFile(Path(f"{output}.run/ledger"), owner="test").records()
-    return {k.number: r.seconds["compute"] for k, r in found.items() if r.status == "done"}
+    return {k: r.seconds["compute"] for k, r in found.items() if r.status == "done"}
 
 
 @pytest.mark.parametrize("limit", [1000, 3000, 5000, 8000, 20000])

@@ -135,7 +135,7 @@ def test_a_stopped_batch_goes_on_where_it_was(
     assert run(sources, out)["status"] == "done"
     for n in range(4):
         history = list(LedgerFile(tmp_path / f"out.run/cases/s{n}/ledger", owner="t").history())
-        assert len(history) == len({record.key for record in history}) == 4
+        assert len(history) == len({record.key for record in history}) == 4 + 2, "tiles and samples"
 
 
 def test_a_pattern_puts_masks_where_it_says(
@@ -167,7 +167,7 @@ def test_ray_gives_the_same_bytes_and_loads_each_model_once(
         for ledger in (tmp_path / "ray.run/cases").glob("*/ledger")
         for record in LedgerFile(ledger, owner="t").history()
     ]
-    assert max(record.loads for record in records) <= 2, "one for rasters, one for volumes"
+    assert max(record.loads for record in records) <= 4, "staged and whole, 2-D and 3-D"
 
 
 def test_the_command_answers_3_and_names_the_bad(

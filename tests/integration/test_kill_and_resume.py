@@ -21,7 +21,8 @@ from workflows.segment import segment
 
 pytestmark = pytest.mark.chaos
 TILE = 64
-TOTAL = 11 * 15
+TOTAL = 11 * 15 + 2
+"""Tiles, and the samples of the certificate."""
 
 
 class Command:

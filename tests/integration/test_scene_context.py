@@ -123,9 +123,9 @@ def wrong(output: Path, logits_KS: np.ndarray, valid_S: np.ndarray) -> int:
 
 
 def stages(output: Path) -> list[str]:
-    """The pass of each line of the ledger."""
+    """The pass of each line of the ledger that the mask needs: samples come when they like."""
     history = LedgerFile(Path(f"{output}.run/ledger"), owner="test").history()
-    return [record.key.stage for record in history]
+    return [record.key.stage for record in history if record.key.stage != "certify"]
 
 
 def test_a_raster_in_two_passes_equals_one_pass_over_the_scene(

@@ -55,9 +55,9 @@ def test_a_raster_is_the_same_file_from_serial_one_actor_and_two(
         manifest = segment(scene, output, model=slim, options=asked)
         digests[name] = manifest["output_sha256"], file_digest(output)
     assert len(set(digests.values())) == 1
-    assert set(pids(tmp_path / "b.tif").values()) == {1}
+    assert set(pids(tmp_path / "b.tif").values()) == {2}, "once in stages, once whole"
     assert len(pids(tmp_path / "c.tif")) == 2
-    assert set(pids(tmp_path / "c.tif").values()) == {1}
+    assert set(pids(tmp_path / "c.tif").values()) <= {1, 2}
 
 
 @pytest.mark.parametrize("with_crf", [False, True], ids=["crf-off", "crf-on"])

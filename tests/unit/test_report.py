@@ -151,7 +151,23 @@ MANIFEST = {
     "halo_work_ratio": 1.2345,
     "tile": (256, 256),
     "crf": None,
-    "seam": None,
+    "seam": {
+        "windows": 2,
+        "pixels": 8192,
+        "max_abs_logit": 1.5e-6,
+        "max_deviations": 3e-6,
+        "label_disagreement": 0.125,
+        "label_disagreement_upper_95": 0.25,
+        "interior": {
+            "windows": 2,
+            "pixels": 4096,
+            "max_abs_logit": 7e-7,
+            "label_disagreement": 0.0,
+        },
+        "exact": False,
+        "passed": False,
+        "reason": "logits <far> away",
+    },
     "seconds": 12.34,
     "peak_memory_bytes": 3 << 20,
     "stages": {
@@ -191,7 +207,13 @@ def page(tmp_path) -> str:
     records = [record(1), record(2), record(3), record(4, skipped=True)]
     pictures = {"image": Image.new("RGBA", (4, 3)), "mask": Image.new("RGBA", (4, 3))}
     for name in ("a.html", "b.html"):
-        write_report(tmp_path / name, manifest=MANIFEST, pictures=pictures, records=records)
+        write_report(
+            tmp_path / name,
+            manifest=MANIFEST,
+            pictures=pictures,
+            seams={"worst": Image.new("RGBA", (9, 3))},
+            records=records,
+        )
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
     return (tmp_path / "a.html").read_text(encoding="utf-8")
 
@@ -202,7 +224,7 @@ def test_the_page_stands_alone_and_is_well_formed(page):
     tags.feed(page)
     assert not tags.open
     sources = [attrs["src"] for tag, attrs in tags.seen if tag == "img"]
-    assert len(sources) == 2
+    assert len(sources) == 3
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert not {"link", "script", "iframe"} & {tag for tag, _ in tags.seen}
     assert "http" not in page
@@ -218,11 +240,14 @@ def test_names_from_outside_are_text_and_never_markup(page):
 
 
 def test_the_page_says_what_was_done_and_what_was_not(page):
-    """Areas, failures, CRF off and an unmeasured seam are the honest part of a result."""
+    """Areas, failures, CRF off and a seam that shows are the honest part of a result."""
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page[page.index("<main>") :]))
     for said in (
         "partial", "3 of 4 tiles, 1 failed", "no CRS", "tile 7 failed", "750 75.00% 7.50",
-        "nodata 40", "CRF off", "seam not measured", "1.23 times the scene", "3 MiB",
+        "nodata 40", "CRF off", "FAILED: logits &lt;far&gt; away",
+        "astride tile borders within tiles windows 2 2 pixels 8,192 4,096",
+        "logits apart, at most 1.5e-06 7e-07 labels that differ 12.500% 0.000%",
+        "1.23 times the scene", "3 MiB",
         "compute 2.000 2.900 6.0", "all 3", "the reader 15% 3.0 the device 17.0",
         "the device 92% 18.5 the model to load 1.2, the reader 0.3", "the writer 99% 1.0 nothing",
     ):  # fmt: skip
@@ -235,7 +260,7 @@ def test_sizes_fit_what_was_measured(tmp_path):
     def sizes(**row: float) -> str:
         classes = [{"id": 1, "name": "n", "color": "#000000", "pixels": 1} | row]
         path = tmp_path / "r.html"
-        write_report(path, manifest={"classes": classes}, pictures={}, records=[])
+        write_report(path, manifest={"classes": classes}, pictures={}, seams={}, records=[])
         return path.read_text(encoding="utf-8")
 
     assert '"n">ml<' in (volume := sizes(volume_ml=1234.5))

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from adapters.memory import MemorySource, MemoryStore
-from pipeline.domain import Grid, Halo, Pass
+from adapters.memory import MemoryPieces, MemorySource, MemoryStore
+from pipeline.domain import Grid, Halo, Pass, Region
 from pipeline.errors import PlanError
 from pipeline.execution.worker import TileWorker
 from pipeline.inference import precision as precision_module
@@ -22,6 +22,7 @@ from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.models.receptive_field import reach_of
 from pipeline.ports import Job
 from pipeline.segment_tile import SegmentModel, SegmentTiles
+from pipeline.stitching.samples import SampleSink
 
 FP32 = Precision(name="fp32", channels_last=True, why="")
 
@@ -75,6 +76,7 @@ def case_of(model: SegmentModel, *, seed: int = 0) -> tuple[SegmentTiles, Pass, 
         crf=None,
         mask=mask,
         scores=None,
+        samples=SampleSink(MemoryPieces(), (Region((24, 24), (36, 40)),)),
         guard=Owned(),
     )
     sweep = Pass(
@@ -98,6 +100,27 @@ def test_tiles_of_a_case_fill_its_mask(worker: TileWorker, model: SegmentModel) 
     assert (mask.array[32:, 32:] == 255).all()
     assert (mask.array[:32, :32] != 255).all()
     assert sum(r.counts.get(255, 0) for r in records) == 8 * 24
+
+
+def test_a_tile_keeps_its_logits_where_a_sample_meets_its_core(
+    worker: TileWorker, model: SegmentModel
+) -> None:
+    """The certificate would compare another place, or what stands there after the CRF."""
+    work, sweep, mask = case_of(model)
+    for tile in sweep.tiles():
+        worker.run(Job(work=work, tile=tile))
+    sample = work.samples.regions[0]
+    kept = {part.start: work.samples.store.read(part) for part in sweep.grid.parts(sample)}
+    assert kept.pop((32, 32)) is None, "no pixel of that tile is valid"
+    assert {start: piece.shape for start, piece in kept.items() if piece is not None} == {
+        (24, 24): (4, 8, 8),
+        (24, 32): (4, 8, 8),
+        (32, 24): (4, 4, 8),
+    }
+    first = kept[24, 24]
+    assert first is not None
+    values = np.array(model.bundle.class_values)
+    assert np.array_equal(values[first.argmax(axis=0)], mask.array[24:32, 24:32])
 
 
 def test_cases_of_one_model_share_a_network_and_others_do_not(

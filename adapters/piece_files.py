@@ -1,0 +1,53 @@
+"""Small arrays of a run, each a file that is named by its place."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.domain import Region
+from pipeline.errors import StoreError
+
+
+class PieceFiles:
+    """A folder of ``.npy`` files; a half-written one has no final name. Picklable."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.absolute()  # a worker has another working directory
+
+    def write(self, region: Region, array: NDArray[Any]) -> None:
+        """Keep the array of a region, in place of one that is there. Raises StoreError."""
+        file = self._file(region)
+        draft = file.with_name(f".{file.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+            with draft.open("wb") as sink:
+                np.save(sink, array, allow_pickle=False)
+            draft.replace(file)
+        except OSError as error:
+            with suppress(OSError):
+                draft.unlink()
+            raise StoreError(
+                f"{file} could not be written: {error}; free the disk and run the same command"
+                " again"
+            ) from error
+
+    def read(self, region: Region) -> NDArray[Any] | None:
+        """What was kept of exactly this region; None where nothing was. Raises StoreError."""
+        try:
+            array: NDArray[Any] = np.load(self._file(region), allow_pickle=False)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, EOFError) as error:
+            raise StoreError(f"{self._file(region)} could not be read: {error}") from error
+        return array
+
+    def _file(self, region: Region) -> Path:
+        sides = (f"{a}-{b}" for a, b in zip(region.start, region.stop, strict=True))
+        return self._path / f"{'_'.join(sides)}.npy"

@@ -1,0 +1,144 @@
+"""Small places of a scene that are computed twice, so that the seams are measured.
+
+They follow from the grid and a seed alone: no clock, no pixel and no other run decides them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from pipeline.domain.grid import Grid
+from pipeline.domain.plan import Pass, Tile, TileKey
+from pipeline.domain.reach import Reach
+from pipeline.domain.region import Halo, Region
+
+SIDE = {2: 64, 3: 24}
+"""Longest side of a sample, in pixels, by number of axes."""
+
+MOST_PAIRS = 8
+SHARE = 0.05
+"""What the samples may read, over the scene; the first pair is taken in any case."""
+
+MARGIN = 2
+"""Strides of context beyond what the network's layers reach: a halo derived too short is seen."""
+
+CRF_MARGIN = 2
+"""CRF halos around a sample: a tile has one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One place, and why it was chosen."""
+
+    kind: Literal["seam", "interior"]
+    """``seam``: astride a border between tiles. ``interior``: in the middle of a tile."""
+
+    region: Region
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplePass:
+    """The pass that computes the samples of one case again, each on its own, with more context."""
+
+    case: str
+    grid: Grid
+
+    reach: Reach
+    """Of the network's own layers, whatever halo the tiles were given."""
+
+    crf_halo: Halo
+    """Of a tile, in pixels; zero without CRF."""
+
+    samples: tuple[Sample, ...]
+    """Pairs of a seam and an interior one of the same size; none where there is one tile."""
+
+    @classmethod
+    def of(cls, sweep: Pass, *, reach: Reach, seed: str) -> SamplePass:
+        """Pairs over the tiles of ``sweep``: one, and more while they read little."""
+        budget = SHARE * Region.whole(sweep.grid.padded_shape).size
+        chosen = cls(
+            case=sweep.case, grid=sweep.grid, reach=reach, crf_halo=sweep.crf_halo, samples=()
+        )
+        for number in range(MOST_PAIRS if len(sweep.grid) > 1 else 0):
+            pair = _pair(sweep.grid, number, seed=seed)
+            more = replace(chosen, samples=(*chosen.samples, *pair))
+            if chosen.samples and (more.read_voxels > budget or pair[0] in chosen.samples):
+                break
+            chosen = more
+        return chosen
+
+    @property
+    def name(self) -> str:
+        """The pass's name in the ledger."""
+        return "certify"
+
+    @property
+    def needs(self) -> str:
+        """As of the tiles: the scene's mean is the one that they pooled by."""
+        return "context" if self.reach.pooled is not None and len(self.grid) > 1 else ""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def tile(self, number: int) -> Tile:
+        """Sample ``number``: what is compared, what the CRF sees, and what is read."""
+        region, padded = self.samples[number].region, self.grid.padded_shape
+        margin = Halo.uniform(MARGIN * self.grid.stride, ndim=region.ndim)
+        scored = region
+        for _ in range(CRF_MARGIN):
+            scored = scored.grow(self.crf_halo)
+        scored = scored.align(self.grid.stride).clip(padded)
+        read = self.reach.read(scored.grow(margin).clip(padded), shape=padded)
+        key = TileKey(self.case, self.name, number)
+        return Tile(key=key, core=region, scored=scored, read=read)
+
+    def tiles(self) -> Iterator[Tile]:
+        """All samples, in order."""
+        return (self.tile(number) for number in range(len(self)))
+
+    @property
+    def read_voxels(self) -> int:
+        """Voxels that the network computes, all samples summed."""
+        return sum(tile.read.size for tile in self.tiles())
+
+
+def _pair(grid: Grid, number: int, *, seed: str) -> tuple[Sample, Sample]:
+    """Pair ``number``: across all axes, then across each alone, and so on; the first is central."""
+    cut = [axis for axis, count in enumerate(grid.counts) if count > 1]
+    kinds = [set(cut), *({axis} for axis in cut if len(cut) > 1)]
+    crossed = kinds[number % len(kinds)]
+    edges = [
+        _edges(grid, axis, crossed=axis in crossed, at=_fraction(seed, number, axis))
+        for axis in range(len(grid.shape))
+    ]
+    seam, interior = zip(*edges, strict=True)
+    return Sample("seam", _box(seam, grid)), Sample("interior", _box(interior, grid))
+
+
+def _edges(
+    grid: Grid, axis: int, *, crossed: bool, at: float
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Start and stop along an axis, of the seam sample and of the interior one."""
+    length, tile = grid.shape[axis], grid.tile[axis]
+    side = min(SIDE[len(grid.shape)], max(tile // 2, 1), length)
+    whole = max(grid.counts[axis] - 1, 1)  # the last tile may be short
+    index = int(at * whole)
+    span = min(tile, length)
+    inside = index * tile + span // 4 + int(at * max(span // 2 - side, 0))
+    start = (index + 1) * tile - side // 2 if crossed else int(at * (length - side + 1))
+    return (start, start + side), (inside, inside + side)
+
+
+def _box(edges: tuple[tuple[int, int], ...], grid: Grid) -> Region:
+    return Region(*(tuple(ends) for ends in zip(*edges, strict=True))).clip(grid.shape)
+
+
+def _fraction(seed: str, number: int, axis: int) -> float:
+    """A number from 0 to 1, always the same; the middle for the first, where scenes have pixels."""
+    if number == 0:
+        return 0.5
+    digest = hashlib.sha256(" ".join(map(str, (seed, number, axis))).encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32

@@ -1,0 +1,63 @@
+"""The network as one plain module: what tiles are measured against.
+
+Axes in array names: B batch, C channel, K class, S space, (y, x) or (z, y, x).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.inference.precision import Precision, fix_kernels
+from pipeline.models.bundle import Bundle
+from pipeline.models.frame import Frame
+from pipeline.models.receptive_field import TRACING
+from pipeline.models.scene_mean import GivenMean
+
+_FORMAT = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+class _Given(nn.Module):
+    """Image pooling by a mean that is known."""
+
+    def __init__(self, mean: GivenMean) -> None:
+        super().__init__()
+        self._mean = mean
+
+    def forward(self, features_BCS: Tensor, frame: Frame) -> Tensor:
+        return self._mean.over(features_BCS)
+
+
+class ReferenceNetwork:
+    """A bundle's network with nothing taken apart, pooling over its training crop or as told."""
+
+    def __init__(self, bundle: Bundle, *, device: str, precision: Precision, threads: int) -> None:
+        """Load it in the floats, memory format and threads of the tiles. Raises BundleError."""
+        fix_kernels()
+        dims = bundle.architecture.dims
+        self._device, self._dtype, self._threads = torch.device(device), precision.dtype, threads
+        self._format = _FORMAT[dims] if precision.channels_last else torch.contiguous_format
+        network = bundle.network().to(device=self._device, dtype=self._dtype)
+        self._network = network.to(memory_format=self._format)
+
+    def logits(
+        self, image_CS: NDArray[np.float32], frame: Frame, *, mean: GivenMean | None
+    ) -> NDArray[np.float32]:
+        """Predict all of an input that lies at ``frame``; (K, *S) float32, a new array.
+
+        ``mean`` stands for image pooling where that is over the whole scene.
+        """
+        if mean is not None and self._network.pool is not None:
+            self._network.pool[0] = _Given(mean)
+        torch.set_num_threads(self._threads)
+        # Another thread of this process may trace a network, which patches every module.
+        with TRACING, torch.inference_mode():
+            image_BCS = torch.from_numpy(image_CS).unsqueeze(0).to(self._device, self._dtype)
+            image_BCS = image_BCS.contiguous(memory_format=self._format)
+            coarse_BKS = self._network.coarse_logits(image_BCS, frame)
+            # As of the tiles: bfloat16 would turn ramps into steps. In fp32 it is the forward.
+            logits_BKS = self._network.upsample(coarse_BKS.float().contiguous())
+        logits_KS: NDArray[np.float32] = logits_BKS[0].cpu().numpy()
+        return logits_KS

@@ -1,0 +1,47 @@
+"""From ``--crf`` to the CRF that runs: the bundle's, a file's, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from pipeline.crf.dense import require_engine
+from pipeline.crf.params import CrfParams, ResolvedCrf
+from pipeline.domain import ImageInfo
+from pipeline.errors import CrfError
+from pipeline.models.bundle import Bundle
+
+
+def resolve_crf(asked: str, bundle: Bundle, info: ImageInfo) -> ResolvedCrf | None:
+    """The CRF on this image's grid; None for none. Raises CrfError."""
+    params = crf_params(asked, bundle)
+    if params is None:
+        return None
+    bands = bundle.input.bands
+    names = tuple(str(i + 1) for i in range(bands)) if isinstance(bands, int) else bands
+    crf = params.resolve(info.spacing, unit=info.unit, channels=names)
+    crf.check_extent(info.shape)
+    return crf
+
+
+def crf_params(asked: str, bundle: Bundle) -> CrfParams | None:
+    """What is asked of the CRF, whatever the image; None for none. Raises CrfError."""
+    mapping: object = bundle.crf
+    if asked == "off" or (asked == "auto" and bundle.crf is None):
+        return None
+    if asked != "auto":
+        try:
+            mapping = yaml.safe_load(Path(asked).read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise CrfError(
+                f"--crf {asked}: not a readable YAML file: {error};"
+                " give one with a crf part, or auto, or off"
+            ) from error
+        if isinstance(mapping, Mapping) and set(mapping) == {"crf"}:
+            mapping = mapping["crf"]
+    if not isinstance(mapping, Mapping):
+        raise CrfError(f"--crf {asked}: a mapping of CRF parameters is needed, found {mapping!r}")
+    require_engine()
+    return CrfParams.from_mapping(mapping)
