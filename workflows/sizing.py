@@ -217,11 +217,13 @@ class Sizer:
         A small tile is redone, retried and reported sooner. Where none fits, the smallest.
         """
         sides = AUTO_TILES[self.info.ndim] if asked is None else (asked,)
+        smallest = AUTO_TILES[self.info.ndim][0]
         choices: list[tuple[Shape, Team, float]] = []
         for side in sides:
             tile = self._side(side)
             costs = self.costs(self.sweep(tile, case=""), precision)
-            own = team.for_tiles(costs.tiles) if side > sides[0] or asked else team
+            # A tile of the smallest size is soon done by one thread, in a batch as well.
+            own = team.for_tiles(costs.tiles) if max(tile) > smallest else team
             peak = self.peak_bytes(costs, workers=own.workers, device=team.device)
             on_device = budget.device is None or costs.largest.device_bytes <= budget.device
             if not choices or (peak <= budget.host and on_device):
