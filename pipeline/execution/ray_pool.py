@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,8 +132,15 @@ class _Actor:
             answer.write_text(text)
         return self._worker.name, package_digest(), answer.name
 
-    def run(self, job: Job) -> Record:
-        return self._worker.run(job)
+    def run(self, job: Job) -> Record | None:
+        """None for a tile that was recalled."""
+        try:
+            return self._worker.run(job)
+        except CancelledError:
+            return None
+
+    def recall(self) -> None:
+        self._worker.recall()
 
 
 @dataclass(slots=True, eq=False)
@@ -144,6 +152,7 @@ class _Member:
     jobs: dict[Any, Job] = field(default_factory=dict)
     exclusive: bool = False
     ready: bool = False
+    recalled: bool = False
 
     @property
     def free(self) -> bool:
@@ -161,7 +170,7 @@ class _Pool:
             num_gpus=backend.gpus_per_worker,
             max_restarts=0,
             max_task_retries=0,
-            max_concurrency=IN_FLIGHT + 1,
+            max_concurrency=IN_FLIGHT + 1,  # one to recall
             scheduling_strategy="SPREAD",
         )
         self._members: list[_Member] = []
@@ -188,8 +197,7 @@ class _Pool:
     def _resize(self) -> None:
         """Start the actors that are wanted; let go of those that have nothing left to do."""
         if self._queue.empty:
-            for member in [m for m in self._members if not m.jobs]:
-                self._drop(member)
+            self._level()
             return
         if time.monotonic() - self._counted > RECOUNT_S:
             self._wanted = self._backend.workers or self._backend.fits()
@@ -205,15 +213,27 @@ class _Pool:
             self._members.append(_Member(handle, handle.start.remote(self._nonce)))
         self._largest = max(self._largest, len(self._members))
 
+    def _level(self) -> None:
+        """What waits in an actor goes to one that is idle; where nothing waits, that is let go."""
+        idle = [m for m in self._members if not m.jobs]
+        crowded = [m for m in self._members if len(m.jobs) == IN_FLIGHT]
+        if any(m.ready for m in idle) and crowded:
+            for member in [m for m in crowded if not m.recalled]:
+                member.recalled = True
+                member.handle.recall.remote()
+            return
+        for member in idle:
+            self._drop(member)
+
     def _hand_out(self) -> None:
-        for _ in range(IN_FLIGHT):
-            for member in self._members:
-                if not member.free:
-                    continue
-                job = self._queue.take(member.handle, alone=not member.jobs)
-                if job is not None:
-                    member.exclusive = self._queue.is_suspect(job)
-                    member.jobs[member.handle.run.remote(job)] = job
+        """To the actor that holds the fewest, job by job."""
+        while free := [m for m in self._members if m.free]:
+            member = min(free, key=lambda m: len(m.jobs))
+            job = self._queue.take(member.handle, alone=not member.jobs)
+            if job is None:
+                return
+            member.exclusive, member.recalled = self._queue.is_suspect(job), False
+            member.jobs[member.handle.run.remote(job)] = job
 
     def _answers(self, refs: list[Any]) -> list[Any]:
         """All references that are ready, once one is or the feed should be asked again."""
