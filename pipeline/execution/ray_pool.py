@@ -33,8 +33,9 @@ log = logging.getLogger(__name__)
 
 # The last three are not subclasses of RayActorError.
 DEATHS = (rex.RayActorError, rex.NodeDiedError, rex.WorkerCrashedError, rex.OutOfMemoryError)
-IN_FLIGHT = 3
-"""Tiles that an actor holds: one is read, one is on the device, one is refined or written."""
+IN_FLIGHT, QUICK_IN_FLIGHT, QUICK_S = 3, 12, 0.01
+"""Tiles that an actor holds: one is read, one on the device, one refined or written. More of those
+that take fewer seconds than QUICK_S: the way to the actor and back takes as long."""
 START_TIMEOUT_S, JOIN_TIMEOUT_S = 300.0, 1800.0
 """How long no worker may live: here, and where a node may have to be made first."""
 CONNECT_TIMEOUT_S = 10.0
@@ -153,10 +154,11 @@ class _Member:
     exclusive: bool = False
     ready: bool = False
     recalled: bool = False
+    room: int = IN_FLIGHT
 
     @property
     def free(self) -> bool:
-        return self.ready and not self.exclusive and len(self.jobs) < IN_FLIGHT
+        return self.ready and not self.exclusive and len(self.jobs) < self.room
 
 
 class _Pool:
@@ -170,7 +172,7 @@ class _Pool:
             num_gpus=backend.gpus_per_worker,
             max_restarts=0,
             max_task_retries=0,
-            max_concurrency=IN_FLIGHT + 1,  # one to recall
+            max_concurrency=QUICK_IN_FLIGHT + 1,  # one to recall
             scheduling_strategy="SPREAD",
         )
         self._members: list[_Member] = []
@@ -216,7 +218,7 @@ class _Pool:
     def _level(self) -> None:
         """What waits in an actor goes to one that is idle; where nothing waits, that is let go."""
         idle = [m for m in self._members if not m.jobs]
-        crowded = [m for m in self._members if len(m.jobs) == IN_FLIGHT]
+        crowded = [m for m in self._members if len(m.jobs) >= IN_FLIGHT]
         if any(m.ready for m in idle) and crowded:
             for member in [m for m in crowded if not m.recalled]:
                 member.recalled = True
@@ -226,7 +228,6 @@ class _Pool:
             self._drop(member)
 
     def _hand_out(self) -> None:
-        """To the actor that holds the fewest, job by job."""
         while free := [m for m in self._members if m.free]:
             member = min(free, key=lambda m: len(m.jobs))
             job = self._queue.take(member.handle, alone=not member.jobs)
@@ -263,8 +264,9 @@ class _Pool:
             return
         self._deaths = 0
         member.exclusive = False
-        record = self._queue.settle(member.jobs.pop(ref), answer)
-        if record is not None:
+        quick = answer is not None and 0 < sum(answer.seconds.values()) < QUICK_S
+        member.room = QUICK_IN_FLIGHT if quick else IN_FLIGHT
+        if record := self._queue.settle(member.jobs.pop(ref), answer):
             yield record
 
     def _bury(self, member: _Member, why: str) -> Iterator[Record]:
@@ -274,8 +276,7 @@ class _Pool:
         text = f"the worker died {why}".splitlines()[0]
         log.warning("%s; %d tiles go back into the queue", text, len(member.jobs))
         for job in member.jobs.values():
-            record = self._queue.died(job, error=text)
-            if record is not None:
+            if record := self._queue.died(job, error=text):
                 yield record
         # A node that leaves takes its actors along all at once.
         if self._deaths >= max(12, 6 * self._largest):
