@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections import OrderedDict
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from typing import Any
 
@@ -52,10 +53,13 @@ class TileWorker:
 
         Raises what no other tile would fare better with: whatever loading the model raises,
         LeaseHeldError, what a full disk raises, and ExecutionError for a device that is lost.
+        And CancelledError for a tile that was recalled before it was begun.
         """
         tile = job.tile
         try:
             return self._run(self._kept(job), tile)
+        except CancelledError:
+            raise
         except Exception as error:  # a bad tile is reported, the rest goes on
             if error is self._unloadable or isinstance(error, LeaseHeldError) or no_space(error):
                 raise
@@ -67,6 +71,10 @@ class TileWorker:
                 ) from error
             log.info("tile %d: %s", tile.key.number, traceback.format_exc())
             return Record(key=tile.key, status="failed", worker=self.name, error=text)
+
+    def recall(self) -> None:
+        """Give back the tiles that were not begun: another worker has nothing to do."""
+        self._line.recall()
 
     def close(self) -> None:
         """End the threads; what they hold is freed."""
