@@ -196,12 +196,9 @@ def plan(
     from workflows.segment import plan_only
 
     values = plan_only(source, model=model, options=options(**asked))
-    if as_json:
-        print(json.dumps(values))
-        return
-    for key, value in values.items():
-        if value not in (None, ()):
-            print(f"{key:20} {_plain(value)}")
+    if not as_json:
+        values = {k: v for k, v in values.items() if k not in ("samples", "asked", "channels")}
+    _print(values, as_json=as_json)
 
 
 @app.command()
@@ -273,8 +270,7 @@ def model_probe(bundle: Path, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(values))
     else:
-        for key, value in values.items():
-            print(f"{key:20} {_plain(value) or 'none'}")
+        _list({key: value or "none" for key, value in values.items()})
     if problem:
         raise PipelineError(problem)
 
@@ -348,9 +344,15 @@ def _exit_code(manifest: Mapping[str, Any]) -> int:
 def _print(values: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(values))
-        return
+    else:
+        _list(values)
+
+
+def _list(values: Mapping[str, Any]) -> None:
+    """A line for each value; sizes in GB."""
     for key, value in values.items():
-        print(f"{key:20} {_plain(value)}")
+        text = f"{value / 1e9:.2f} GB" if key.endswith("_bytes") else _plain(value)
+        print(f"{key:22} {text}")
 
 
 def _plain(value: object) -> str:

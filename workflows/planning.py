@@ -142,11 +142,14 @@ def make_plan(
         }
     )
     known = traced(bundle, options.context)
+    # Of the layers, not as the options shorten it; pooling over a tile is held against a window's.
+    whole = known if options.context == "scene" else traced(bundle, "window")
     sizer = Sizer(
         bundle=bundle,
         info=info,
         traced=known,
         reach=known.reach,
+        whole=whole.reach,
         crf=crf,
         canonical_px=canonical_side(options, bundle),
     )
@@ -213,16 +216,13 @@ def _tile_plan(
             "scores": options.scores,
         }
     )
-    # Of the layers, not as the options shorten it; pooling over a tile is held against a window's.
-    whole = sizer.traced if options.context == "scene" else traced(bundle, "window")
-    samples = SamplePass.of(sweep, reach=whole.reach, seed=fingerprint)
     peak = sizer.peak_bytes(
         sizer.costs(sweep, resolved.precision),
         workers=_workers(options, sweep, resolved),
         device=resolved.device,
     )
     return TilePlan(
-        passes=(*sweep.with_context(), samples),
+        passes=(*sweep.with_context(), sizer.samples(sweep, seed=fingerprint)),
         fingerprint=fingerprint,
         peak_bytes=peak,
         store_bytes=store_bytes(bundle, sweep, scores=options.scores),

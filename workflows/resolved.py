@@ -20,6 +20,9 @@ from workflows.short_halo import HaloTrial
 from workflows.sizing import Budget, Sizer, Team
 from workflows.workplace import usual_workers, workplace
 
+SHARE = 0.7
+"""Of the machine's memory: what an ``auto`` tile may take where no budget was given."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
@@ -90,7 +93,7 @@ def resolve(
         Team(workers=usual, threads=floats.threads, device=floats.device, alone=alone),
         precision=floats.precision,
         budget=Budget(
-            host=options.memory_budget or place.memory_bytes // 2, device=place.gpu_bytes
+            host=options.memory_budget or int(SHARE * place.memory_bytes), device=place.gpu_bytes
         ),
     )
     return Resolved(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from pipeline.crf.params import ResolvedCrf
-from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, Shape, Walk
+from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, SamplePass, Shape, Walk
 from pipeline.errors import PlanError
 from pipeline.inference.canonical import CANONICAL_PX
 from pipeline.inference.precision import Precision
@@ -83,6 +84,9 @@ class Costs:
     scene_work: int
     """Multiply-adds of one pass over the whole scene."""
 
+    sample_work: int
+    """Multiply-adds of the certificate's samples."""
+
     largest: TileCost
     """The most that any tile takes, each figure by itself."""
 
@@ -107,11 +111,8 @@ class Costs:
             tiles=len(sweep),
             work=sum(cost.work * alike for _, cost, alike in kinds),
             scene_work=model.scene_work,
-            largest=TileCost(
-                work=max(cost.work for _, cost, _ in kinds),
-                device_bytes=max(cost.device_bytes for _, cost, _ in kinds),
-                host_bytes=max(cost.host_bytes for _, cost, _ in kinds),
-            ),
+            sample_work=0,
+            largest=_largest([cost for _, cost, _ in kinds]),
             scored=max(tile.scored.size for tile, _, _ in kinds),
             read_ratio=sweep.read_ratio,
             read_amplification=Walk(sweep).read_amplification,
@@ -120,19 +121,19 @@ class Costs:
 
     def __add__(self, other: Costs) -> Costs:
         """Of this pass and another one over the same grid."""
-        pair = (self.largest, other.largest)
         return replace(
             self,
             work=self.work + other.work,
-            largest=TileCost(
-                work=max(cost.work for cost in pair),
-                device_bytes=max(cost.device_bytes for cost in pair),
-                host_bytes=max(cost.host_bytes for cost in pair),
-            ),
+            largest=_largest([self.largest, other.largest]),
             scored=max(self.scored, other.scored),
             read_ratio=self.read_ratio + other.read_ratio,
             read_amplification=self.read_amplification + other.read_amplification,
         )
+
+    def with_samples(self, samples: Sequence[TileCost]) -> Costs:
+        """The same with what the certificate takes."""
+        work = sum(cost.work for cost in samples)
+        return replace(self, largest=_largest([self.largest, *samples]), sample_work=work)
 
     @property
     def halo_work_ratio(self) -> float:
@@ -148,11 +149,21 @@ class Costs:
         """What the plan says of them."""
         return {
             "halo_work_ratio": round(self.halo_work_ratio, 4),
+            "certificate_work_ratio": round(self.sample_work / self.scene_work, 4),
             "read_ratio": round(self.read_ratio, 4),
             "read_amplification": round(self.read_amplification, 4),
             "multiply_adds": self.work,
             "device_bytes": self.largest.device_bytes,
         }
+
+
+def _largest(costs: Sequence[TileCost]) -> TileCost:
+    """The most of each figure."""
+    return TileCost(
+        work=max(cost.work for cost in costs),
+        device_bytes=max(cost.device_bytes for cost in costs),
+        host_bytes=max(cost.host_bytes for cost in costs),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +176,9 @@ class Sizer:
 
     reach: Reach
     """What is read around a tile; shorter than the network's where that was asked."""
+
+    whole: Reach
+    """Of the network's own layers: the certificate's samples read so much."""
 
     crf: ResolvedCrf | None
 
@@ -181,8 +195,12 @@ class Sizer:
             crf_halo=self.crf.halo_px if self.crf else Halo.uniform(0, ndim=self.info.ndim),
         )
 
+    def samples(self, sweep: Pass, *, seed: str) -> SamplePass:
+        """The pass that computes samples again; ``seed`` decides where they lie."""
+        return SamplePass.of(sweep, reach=self.whole, seed=seed)
+
     def costs(self, sweep: Pass, precision: Precision) -> Costs:
-        """What the tiles take in these floats, those of the context pass included."""
+        """What all passes take in these floats."""
         model = CostModel(
             chain=self.traced.chain,
             classes=len(self.bundle.classes),
@@ -192,14 +210,17 @@ class Sizer:
             pixel_bytes=len(self.info.channels) * np.dtype(self.info.dtype).itemsize,
             shape=sweep.grid.padded_shape,
         )
+        samples = [model.of_sample(tile) for tile in self.samples(sweep, seed="").tiles()]
         *before, last = sweep.with_context()
         if not before:
-            return Costs.of(last, model)
-        return Costs.of(before[0], model) + Costs.of(last, model.given_the_mean())
+            return Costs.of(last, model).with_samples(samples)
+        both = Costs.of(before[0], model) + Costs.of(last, model.given_the_mean())
+        return both.with_samples(samples)
 
     def peak_bytes(self, costs: Costs, *, workers: int, device: Literal["cpu", "cuda"]) -> int:
         """Predicted peak of the host's memory, driver and ``workers`` together."""
-        tile = costs.largest.host_bytes + self.traced.weight_bytes
+        # The samples are computed by the network as it is, beside the one in stages.
+        tile = costs.largest.host_bytes + self.traced.weight_bytes * (1 + bool(costs.sample_work))
         if self.info.ndim == 2:  # volumes are mapped into memory, or unpacked first
             tile += costs.cache_bytes
         if device == "cpu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +21,10 @@ from pipeline.models.scene_stages import pooled_by, pooled_chain
 from pipeline.models.stages import Chain
 
 _FLOAT32 = 4
+_HELD = 3.2
+"""Bytes held, at most, over those of the widest stage, in and out, by a network that runs as one:
+1.8 (ResNet-50, fp32) to 3.2 (slim, bf16) measured on the CPU."""
+
 _LABEL = 12
 """Bytes per pixel of the argmax, which counts in 8, and of labels in two stages of a worker."""
 
@@ -96,6 +101,25 @@ class CostModel:
         return TileCost(
             work=stage_work(chain, needs),
             device_bytes=stage_bytes(chain, needs, window=self.window, itemsize=self.itemsize),
+            host_bytes=self._read_bytes(tile),
+        )
+
+    def of_sample(self, tile: Tile) -> TileCost:
+        """Cost of one sample of the certificate, over which the network runs as one."""
+        chain, size = self.chain, tile.read.shape
+        shapes, channels = chain.shapes(size), chain.channels
+        widest = max(
+            sum(math.prod(shapes[name]) * channels[name] for name in {n for _, n in stage.reads()})
+            + max(step.channels for step in stage.steps) * math.prod(shapes[stage.name])
+            for stage in chain.stages
+        )
+        whole = Region.whole(size)
+        frame = Frame.of(tile.read, shape=self.shape)
+        coarse = Region.whole(shapes[chain.logits])
+        fine = 2 * whole.size * self.classes * _FLOAT32
+        return TileCost(
+            work=stage_work(chain, Needs.of(chain, size, frame=frame, coarse=coarse)),
+            device_bytes=int(max(_HELD * widest * self.itemsize, fine)),
             host_bytes=self._read_bytes(tile),
         )
 

@@ -66,6 +66,7 @@ def resnet50(tmp_path_factory: pytest.TempPathFactory) -> Sizer:
         info=raster(65536),
         traced=traced,
         reach=traced.reach,
+        whole=traced.reach,
         crf=None,
         canonical_px=None,
     )
