@@ -110,7 +110,7 @@ def test_a_network_that_pools_passes(run: Segment, pooled: Path, changes: dict[s
 
 def test_canonical_windows_pass(run: Segment) -> None:
     """They compute in other pieces, and must say the same."""
-    seam = run(windows="canonical")["seam"]
+    seam = run(windows="canonical", tile=256)["seam"]
     assert (seam["passed"], seam["exact"]) == (True, True)
 
 
