@@ -33,7 +33,7 @@ from workflows.config import SegmentOptions
 from workflows.crf_asked import crf_params
 from workflows.image_run import ImageRun
 from workflows.interrupt import never
-from workflows.planning import resolve_floats
+from workflows.resolved import resolve_floats
 from workflows.run_dir import RunDir, canonical_digest, file_digest
 from workflows.sources import Candidate, Made, find_sources
 from workflows.tracing import traced

@@ -69,7 +69,8 @@ def manifest(
         "versions": _versions(plan),
         "notes": plan.notes + ((seam.complaint,) if seam and seam.complaint else ()),
         "failed_tiles": [
-            {"tile": r.key.number, "error": r.error, "deaths": r.deaths} for r in needed.failed
+            {"pass": r.key.stage, "tile": r.key.number, "error": r.error, "deaths": r.deaths}
+            for r in needed.failed
         ],
     }
 

@@ -92,6 +92,9 @@ class Costs:
     read_ratio: float
     """Pixels that tiles read over those of the scene."""
 
+    read_amplification: float
+    """Pixels that are decoded over those of the scene: what neighbours share is remembered."""
+
     cache_bytes: int
     """Decoded blocks that a worker's reader comes back to while it walks a band of tiles."""
 
@@ -111,6 +114,7 @@ class Costs:
             ),
             scored=max(tile.scored.size for tile, _, _ in kinds),
             read_ratio=sweep.read_ratio,
+            read_amplification=Walk(sweep).read_amplification,
             cache_bytes=Walk(sweep).remembered_pixels * model.pixel_bytes,
         )
 
@@ -127,6 +131,7 @@ class Costs:
             ),
             scored=max(self.scored, other.scored),
             read_ratio=self.read_ratio + other.read_ratio,
+            read_amplification=self.read_amplification + other.read_amplification,
         )
 
     @property
@@ -144,6 +149,7 @@ class Costs:
         return {
             "halo_work_ratio": round(self.halo_work_ratio, 4),
             "read_ratio": round(self.read_ratio, 4),
+            "read_amplification": round(self.read_amplification, 4),
             "multiply_adds": self.work,
             "device_bytes": self.largest.device_bytes,
         }
@@ -211,11 +217,13 @@ class Sizer:
         A small tile is redone, retried and reported sooner. Where none fits, the smallest.
         """
         sides = AUTO_TILES[self.info.ndim] if asked is None else (asked,)
+        smallest = AUTO_TILES[self.info.ndim][0]
         choices: list[tuple[Shape, Team, float]] = []
         for side in sides:
             tile = self._side(side)
             costs = self.costs(self.sweep(tile, case=""), precision)
-            own = team.for_tiles(costs.tiles) if side > sides[0] or asked else team
+            # A tile of the smallest size is soon done by one thread, in a batch as well.
+            own = team.for_tiles(costs.tiles) if max(tile) > smallest else team
             peak = self.peak_bytes(costs, workers=own.workers, device=team.device)
             on_device = budget.device is None or costs.largest.device_bytes <= budget.device
             if not choices or (peak <= budget.host and on_device):
@@ -244,7 +252,7 @@ def canonical_side(options: SegmentOptions, bundle: Bundle) -> int | None:
         return None
     others = {"--halo": options.halo != "exact" and options.halo}
     others["--context"] = (
-        bundle.architecture.image_pooling and options.context != "window" and options.context
+        bundle.architecture.image_pooling and options.context == "tile" and options.context
     )
     for name, value in others.items():
         if value:

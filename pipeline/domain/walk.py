@@ -48,6 +48,15 @@ class Walk:
         core = self.sweep.grid.core(0)
         return Region.whole(row).size - core.size
 
+    @property
+    def read_amplification(self) -> float:
+        """Pixels decoded over those of the scene, by a reader that remembers so much."""
+        tile, length, margin = self.sweep.grid.tile[-1], self.sweep.grid.shape[-1], self._margin[-1]
+        band = self.width * tile
+        ends = [(left, min(left + band, length)) for left in range(0, length, band)]
+        decoded = sum(min(b + margin, length) - max(a - margin, 0) for a, b in ends)
+        return decoded / length
+
     def stretches(self) -> Iterator[list[Tile]]:
         """The tiles of one band after another: each tile of the pass once."""
         *others, last = self.sweep.grid.counts

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,12 +117,20 @@ class Line:
         Args:
             calls: A function for each stage, of what the stage before returned; the first of None.
 
-        Returns what the last one returned, and a turn for each stage. Raises what a call raises.
+        Returns what the last one returned, and a turn for each stage. Raises what a call raises,
+        and CancelledError when the item was recalled.
         """
         item = _Item(calls)
         self._stages[0].inbox.put(item)
         item.done.result()
         return item.value, item.turns
+
+    def recall(self) -> None:
+        """Take back the items that no stage has begun: their ``run`` raises CancelledError."""
+        with suppress(queue.Empty):
+            while (item := self._stages[0].inbox.get_nowait()) is not None:
+                item.done.cancel()
+            self._stages[0].inbox.put(None)  # the line is being closed
 
     def close(self) -> None:
         """End the threads once what is on the line has left it."""

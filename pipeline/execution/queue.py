@@ -61,9 +61,15 @@ class TileQueue:
         """
         return not self.held and self._feed.ended
 
-    def settle(self, job: Job, record: Record) -> Record | None:
-        """The record if it is final; None when a failed tile goes back into the queue."""
+    def settle(self, job: Job, record: Record | None) -> Record | None:
+        """The record if it is final; None when the tile goes back into the queue.
+
+        ``record`` is None for a tile that was recalled before it was begun.
+        """
         key = job.tile.key
+        if record is None:
+            self._again.append(job)
+            return None
         if record.status == "failed":
             self._attempts[key] = self._attempts.get(key, 0) + 1
             if self._attempts[key] < MAX_ATTEMPTS:

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +33,9 @@ log = logging.getLogger(__name__)
 
 # The last three are not subclasses of RayActorError.
 DEATHS = (rex.RayActorError, rex.NodeDiedError, rex.WorkerCrashedError, rex.OutOfMemoryError)
-IN_FLIGHT = 3
-"""Tiles that an actor holds: one is read, one is on the device, one is refined or written."""
+IN_FLIGHT, QUICK_IN_FLIGHT, QUICK_S = 3, 12, 0.01
+"""Tiles that an actor holds: one is read, one on the device, one refined or written. More of those
+that take fewer seconds than QUICK_S: the way to the actor and back takes as long."""
 START_TIMEOUT_S, JOIN_TIMEOUT_S = 300.0, 1800.0
 """How long no worker may live: here, and where a node may have to be made first."""
 CONNECT_TIMEOUT_S = 10.0
@@ -131,8 +133,15 @@ class _Actor:
             answer.write_text(text)
         return self._worker.name, package_digest(), answer.name
 
-    def run(self, job: Job) -> Record:
-        return self._worker.run(job)
+    def run(self, job: Job) -> Record | None:
+        """None for a tile that was recalled."""
+        try:
+            return self._worker.run(job)
+        except CancelledError:
+            return None
+
+    def recall(self) -> None:
+        self._worker.recall()
 
 
 @dataclass(slots=True, eq=False)
@@ -144,10 +153,12 @@ class _Member:
     jobs: dict[Any, Job] = field(default_factory=dict)
     exclusive: bool = False
     ready: bool = False
+    recalled: bool = False
+    room: int = IN_FLIGHT
 
     @property
     def free(self) -> bool:
-        return self.ready and not self.exclusive and len(self.jobs) < IN_FLIGHT
+        return self.ready and not self.exclusive and len(self.jobs) < self.room
 
 
 class _Pool:
@@ -161,7 +172,7 @@ class _Pool:
             num_gpus=backend.gpus_per_worker,
             max_restarts=0,
             max_task_retries=0,
-            max_concurrency=IN_FLIGHT + 1,
+            max_concurrency=QUICK_IN_FLIGHT + 1,  # one to recall
             scheduling_strategy="SPREAD",
         )
         self._members: list[_Member] = []
@@ -188,8 +199,7 @@ class _Pool:
     def _resize(self) -> None:
         """Start the actors that are wanted; let go of those that have nothing left to do."""
         if self._queue.empty:
-            for member in [m for m in self._members if not m.jobs]:
-                self._drop(member)
+            self._level()
             return
         if time.monotonic() - self._counted > RECOUNT_S:
             self._wanted = self._backend.workers or self._backend.fits()
@@ -205,15 +215,26 @@ class _Pool:
             self._members.append(_Member(handle, handle.start.remote(self._nonce)))
         self._largest = max(self._largest, len(self._members))
 
+    def _level(self) -> None:
+        """What waits in an actor goes to one that is idle; where nothing waits, that is let go."""
+        idle = [m for m in self._members if not m.jobs]
+        crowded = [m for m in self._members if len(m.jobs) >= IN_FLIGHT]
+        if any(m.ready for m in idle) and crowded:
+            for member in [m for m in crowded if not m.recalled]:
+                member.recalled = True
+                member.handle.recall.remote()
+            return
+        for member in idle:
+            self._drop(member)
+
     def _hand_out(self) -> None:
-        for _ in range(IN_FLIGHT):
-            for member in self._members:
-                if not member.free:
-                    continue
-                job = self._queue.take(member.handle, alone=not member.jobs)
-                if job is not None:
-                    member.exclusive = self._queue.is_suspect(job)
-                    member.jobs[member.handle.run.remote(job)] = job
+        while free := [m for m in self._members if m.free]:
+            member = min(free, key=lambda m: len(m.jobs))
+            job = self._queue.take(member.handle, alone=not member.jobs)
+            if job is None:
+                return
+            member.exclusive, member.recalled = self._queue.is_suspect(job), False
+            member.jobs[member.handle.run.remote(job)] = job
 
     def _answers(self, refs: list[Any]) -> list[Any]:
         """All references that are ready, once one is or the feed should be asked again."""
@@ -243,8 +264,9 @@ class _Pool:
             return
         self._deaths = 0
         member.exclusive = False
-        record = self._queue.settle(member.jobs.pop(ref), answer)
-        if record is not None:
+        quick = answer is not None and 0 < sum(answer.seconds.values()) < QUICK_S
+        member.room = QUICK_IN_FLIGHT if quick else IN_FLIGHT
+        if record := self._queue.settle(member.jobs.pop(ref), answer):
             yield record
 
     def _bury(self, member: _Member, why: str) -> Iterator[Record]:
@@ -254,8 +276,7 @@ class _Pool:
         text = f"the worker died {why}".splitlines()[0]
         log.warning("%s; %d tiles go back into the queue", text, len(member.jobs))
         for job in member.jobs.values():
-            record = self._queue.died(job, error=text)
-            if record is not None:
+            if record := self._queue.died(job, error=text):
                 yield record
         # A node that leaves takes its actors along all at once.
         if self._deaths >= max(12, 6 * self._largest):

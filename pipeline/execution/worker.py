@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections import OrderedDict
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +40,7 @@ class TileWorker:
 
     def __init__(self) -> None:
         _give_back_large_blocks()
+        _ask_for_huge_pages()
         self._line = Line(*STAGES)
         self._models: dict[str, Any] = {}
         self._works: OrderedDict[tuple[str, str], Work] = OrderedDict()
@@ -51,10 +53,13 @@ class TileWorker:
 
         Raises what no other tile would fare better with: whatever loading the model raises,
         LeaseHeldError, what a full disk raises, and ExecutionError for a device that is lost.
+        And CancelledError for a tile that was recalled before it was begun.
         """
         tile = job.tile
         try:
             return self._run(self._kept(job), tile)
+        except CancelledError:
+            raise
         except Exception as error:  # a bad tile is reported, the rest goes on
             if error is self._unloadable or isinstance(error, LeaseHeldError) or no_space(error):
                 raise
@@ -66,6 +71,10 @@ class TileWorker:
                 ) from error
             log.info("tile %d: %s", tile.key.number, traceback.format_exc())
             return Record(key=tile.key, status="failed", worker=self.name, error=text)
+
+    def recall(self) -> None:
+        """Give back the tiles that were not begun: another worker has nothing to do."""
+        self._line.recall()
 
     def close(self) -> None:
         """End the threads; what they hold is freed."""
@@ -143,3 +152,12 @@ def _give_back_large_blocks() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 4 * 2**20)
+
+
+def _ask_for_huge_pages() -> None:
+    """Have torch ask the kernel for pages of 2 MiB, before it allocates its first tensor.
+
+    Blocks that are given back come back as pages that must be cleared one by one: a fifth of a
+    deep network's time, half as much with huge pages (measured).
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

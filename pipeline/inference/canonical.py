@@ -21,6 +21,7 @@ from pipeline.domain import Region, Shape
 from pipeline.errors import RegionError
 from pipeline.inference.stage_plan import Needs, coarse_region, pixel_region
 from pipeline.inference.staged import FeatureMap, run
+from pipeline.models.context_pool import WindowMean
 from pipeline.models.frame import Frame
 from pipeline.models.stages import Chain, Stage
 
@@ -55,7 +56,9 @@ class CanonicalNetwork:
 
     def __init__(self, chain: Chain, *, side_px: int) -> None:
         """Run ``chain`` over windows of ``side_px``, a multiple of the output stride."""
-        assert not any(stage.whole for stage in chain.stages), "a mean over the tile is the tile's"
+        steps = (step.layer for stage in chain.stages for step in stage.steps)
+        over_all = [a for a in steps if isinstance(a, WindowMean) and a.window is None]
+        assert not over_all, "a mean over the tile is the tile's"
         self.chain, self.side_px = chain, side_px
 
     def coarse_logits(self, image_BCS: Tensor, frame: Frame, coarse: Region) -> Tensor:
@@ -95,5 +98,7 @@ def upsampled(
 
 def _windows(stage: Stage, needs: Needs) -> Iterable[Region]:
     assert needs.sides is not None
+    if stage.whole:  # the mean of the scene in a tile that is the scene, at all places the same
+        return [needs.regions[stage.name]]
     region = needs.computed(stage.name)
     return region.blocks((needs.sides[stage.name],) * region.ndim)

@@ -23,7 +23,7 @@ from pipeline.models.context_pool import Context
 from pipeline.models.frame import Frame
 from pipeline.models.scene_mean import GivenMean, OwnMean
 from pipeline.models.scene_stages import pooled_by, pooled_chain
-from pipeline.models.stages import stages_of
+from pipeline.models.stages import Chain, stages_of
 
 _FORMAT = {2: torch.channels_last, 3: torch.channels_last_3d}
 
@@ -58,22 +58,19 @@ class Predictor:
         self._format = _FORMAT[self._dims] if precision.channels_last else torch.contiguous_format
         self._stride, self._threads = bundle.architecture.output_stride, threads
         network = bundle.network()
-        if context != "window":
+        if context == "tile":
             network.pool_over(None)
         self._bands, self._upsample = network.bands, network.upsample
         if window is None and context == "scene":
             raise BundleError("context 'scene' needs a network in stages: give it windows")
-        self._canonical_px = canonical_px
+        self._canonical_px, self._window = canonical_px, window
         self._network: CanonicalNetwork | StagedNetwork | WholeNetwork
-        if canonical_px is not None:
-            chain = stages_of(network).moved(self._moved)
-            self._network = CanonicalNetwork(chain, side_px=canonical_px)
-        elif window is None:
+        if canonical_px is None and window is None:
             for weight in (*network.parameters(), *network.buffers()):
                 weight.data = self._moved(weight.data)
             self._network = WholeNetwork(network)
         else:
-            self._network = StagedNetwork(stages_of(network).moved(self._moved), window=window)
+            self._network = self._in_windows(stages_of(network).moved(self._moved))
 
     def logits(
         self,
@@ -101,9 +98,8 @@ class Predictor:
         coarse = coarse_region(read, scored=scored, stride=self._stride)
         network = self._network
         if pooling is not None:
-            assert isinstance(network, StagedNetwork)
-            chain = pooled_by(network.chain, pooling)
-            network = StagedNetwork(chain, window=network.window)
+            assert not isinstance(network, WholeNetwork)
+            network = self._in_windows(pooled_by(network.chain, pooling))
         with torch.inference_mode():
             coarse_BKS = network.coarse_logits(self._input(image_CS), frame, coarse)
             at = coarse.move(tuple(a // self._stride for a in frame.origin))
@@ -135,12 +131,19 @@ class Predictor:
 
         Raises as ``logits`` does.
         """
-        assert isinstance(self._network, StagedNetwork)
+        assert not isinstance(self._network, WholeNetwork)
         read = self._read(image_CS, frame)
         places = feature_region(read, core=core, stride=self._stride)
-        network = StagedNetwork(pooled_chain(self._network.chain), window=self._network.window)
+        network = self._in_windows(pooled_chain(self._network.chain))
         with torch.inference_mode():
             return network.coarse_logits(self._input(image_CS), frame, places)[0]
+
+    def _in_windows(self, chain: Chain) -> CanonicalNetwork | StagedNetwork:
+        """A network, or part of one, ready to run in the windows asked for."""
+        if self._canonical_px is not None:
+            return CanonicalNetwork(chain, side_px=self._canonical_px)
+        assert self._window is not None
+        return StagedNetwork(chain, window=self._window)
 
     def _read(self, image_CS: NDArray[np.float32], frame: Frame) -> Region:
         """Where the input lies in the scene. Raises SourceError or RegionError."""

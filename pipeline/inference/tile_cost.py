@@ -85,9 +85,14 @@ class CostModel:
     def of_sums(self, tile: Tile) -> TileCost:
         """Cost of one tile of a context pass; the sums themselves are few."""
         chain = pooled_chain(self.chain)
-        coarse = feature_region(tile.read, core=tile.scored, stride=chain.stride)
-        frame = Frame.of(tile.read, shape=self.shape)
-        needs = Needs.of(chain, tile.read.shape, frame=frame, coarse=coarse)
+        side_px = self.canonical_px
+        around = tile.read if side_px is None else Region.whole(self.shape)
+        coarse = feature_region(around, core=tile.scored, stride=chain.stride)
+        if side_px is None:
+            frame = Frame.of(tile.read, shape=self.shape)
+            needs = Needs.of(chain, tile.read.shape, frame=frame, coarse=coarse)
+        else:
+            needs = Needs.canonical(chain, self.shape, coarse=coarse, side_px=side_px)
         return TileCost(
             work=stage_work(chain, needs),
             device_bytes=stage_bytes(chain, needs, window=self.window, itemsize=self.itemsize),

@@ -238,6 +238,45 @@ def test_an_idle_actor_is_let_go_while_the_last_tile_runs(run: Runner, tmp_path:
     assert len(list(pids.iterdir())) == 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class Crowded(FakeWork):
+    """The first on a device is there until all are done but itself and the one read behind it."""
+
+    marks: Path
+
+    def compute(self, model: str, tile: Tile, data: int) -> str:
+        deadline, slow = time.monotonic() + 40.0, self._is_first()
+        while slow and len(list(self.marks.iterdir())) < 4:
+            if time.monotonic() > deadline:
+                (self.marks / "late").touch()
+                raise TimeoutError("a tile waits behind this one")
+            time.sleep(0.05)
+        (self.marks / str(data)).touch()
+        return ""
+
+    def _is_first(self) -> bool:
+        try:
+            self.marks.with_name("first").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+
+def test_a_tile_does_not_wait_behind_a_slow_one_while_an_actor_is_idle(
+    tmp_path: Path, cluster: None
+) -> None:
+    """At the end of a run half the devices would idle while tiles wait in the others."""
+    from pipeline.execution.ray_pool import RayBackend
+
+    marks, feed = tmp_path / "marks", FairFeed()
+    marks.mkdir()
+    feed.add([[Job(work=Crowded(marks=marks), tile=tile) for tile in tiles_of("scene", 6)]])
+    feed.close()
+    records = list(RayBackend(run_dir=tmp_path, workers=2, threads=1).run(feed, stop=never))
+    assert [record.status for record in records] == ["done"] * 6
+    assert not (marks / "late").exists()
+
+
 def test_an_actor_that_finds_no_room_is_spoken_of_and_the_others_do_its_work(
     tmp_path: Path,
     cluster: None,

@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -64,6 +64,28 @@ def test_a_stage_keeps_its_item_until_the_next_one_takes_it(line: Line) -> None:
     assert all(answer.exception() is None for answer in answers)
     assert most == [3]
     assert len(entered) == 6
+
+
+def test_only_what_no_stage_has_begun_is_recalled(line: Line) -> None:
+    """A tile would be done twice, or wait in one worker while another has nothing to do."""
+    open_, begun = threading.Event(), threading.Event()
+
+    def slow(_: object) -> str:
+        begun.set()
+        open_.wait(10.0)
+        return "done"
+
+    with ThreadPoolExecutor(2) as askers:
+        first = askers.submit(line.run, slow, kept, kept)
+        assert begun.wait(10.0)
+        second = askers.submit(line.run, kept, kept, kept)
+        while not line._stages[0].inbox.qsize():
+            time.sleep(0.01)
+        line.recall()
+        open_.set()
+        assert isinstance(second.exception(), CancelledError)
+        assert first.result()[0] == "done"
+    assert line.run(lambda _: 5, kept, kept)[0] == 5
 
 
 def test_what_left_the_line_is_held_by_no_stage(line: Line) -> None:

@@ -17,6 +17,7 @@ from pipeline.models.bundle import Architecture, Bundle, save_bundle
 from pipeline.models.context_pool import Context
 from pipeline.models.frame import Frame
 from pipeline.models.fresh import new_bundle
+from pipeline.models.receptive_field import reach_of
 from pipeline.models.scene_mean import GivenMean, OwnMean, block_sums, mean_of, total_of
 
 FP32 = Precision(name="fp32", channels_last=True, why="")
@@ -101,6 +102,37 @@ def test_a_scene_of_one_tile_pools_over_itself_as_two_passes_would(
     assert torch.equal(one_KS, two_KS)
     plain_KS = predictor_of(bundle, context="tile").logits(image_of(), FRAME, scored=WHOLE)
     assert (one_KS - plain_KS).abs().max() <= worst * plain_KS.std()
+
+
+def test_with_canonical_windows_one_tile_and_many_pool_to_the_same_bits(bundle: Bundle) -> None:
+    """A scene that fits one tile would differ in last bits from the same one in small tiles."""
+    predictor = Predictor(
+        bundle, device="cpu", precision=FP32, context="scene", threads=1, canonical_px=32
+    )
+    image_CS, shape = image_of(), (96, 128)
+    valid_S = np.random.default_rng(1).random((12, 16)) < 0.8
+    own = OwnMean(valid_S=valid_S, block=(4, 4))
+    one_KS = predictor.logits(image_CS, FRAME, scored=WHOLE, pooling=own)
+    reach = reach_of(bundle.network(), context="scene")
+    assert reach.pooled is not None
+    sums_CS = np.empty((65, 3, 4))
+    for core in WHOLE.blocks((32, 64)):
+        read = core.grow(reach.pooled).clip(shape)
+        part_CS = image_CS[(slice(None), *read.slices(within=WHOLE))]
+        features_CS = predictor.pooled(part_CS, Frame.of(read, shape=shape), core=core)
+        places, blocks = (
+            tuple(slice(a // side, b // side) for a, b in zip(core.start, core.stop, strict=True))
+            for side in (8, 32)
+        )
+        part = block_sums(features_CS, valid_S[places], block=own.block)
+        sums_CS[(slice(None), *blocks)] = part
+    given = GivenMean(mean_of(total_of([sums_CS])))
+    for core in WHOLE.blocks((32, 64)):
+        read = reach.read(core, shape=shape)
+        part_CS = image_CS[(slice(None), *read.slices(within=WHOLE))]
+        frame = Frame.of(read, shape=shape)
+        tile_KS = predictor.logits(part_CS, frame, scored=core, pooling=given)
+        assert torch.equal(tile_KS, one_KS[(slice(None), *core.slices(within=WHOLE))])
 
 
 def test_an_input_off_the_stride_or_the_scene_is_refused(bundle: Bundle) -> None:

@@ -120,7 +120,7 @@ def test_a_run_measures_once_and_says_what_it_took(
     assert halo < 64
     assert not first["halo"]["exact"]
     assert any(f"halo {halo} px was measured" in note for note in first["notes"])
-    monkeypatch.setattr("workflows.planning.shortest_halo", None)
+    monkeypatch.setattr("workflows.halo_asked.shortest_halo", None)
     again = command.segment(scene, output, *words)
     assert (again.code, again.manifest["fingerprint"]) == (0, first["fingerprint"])
 

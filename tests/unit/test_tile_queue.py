@@ -141,3 +141,15 @@ def test_a_queue_is_not_empty_while_more_may_come(jobs: list[Job]) -> None:
     feed.close()
     assert queue.take(0, alone=True) is None
     assert queue.empty
+
+
+def test_a_job_that_was_recalled_is_handed_out_again_without_a_blemish(jobs: list[Job]) -> None:
+    """A recalled tile would be lost, or be quarantined a try too early."""
+    queue = queue_of(jobs[:1])
+    job = queue.take(0, alone=True)
+    assert job is not None
+    assert queue.settle(job, None) is None
+    assert not queue.empty
+    assert queue.take(1, alone=False) == job
+    assert not queue.is_suspect(job)
+    assert queue.settle(job, failed(job)) is None

@@ -51,6 +51,18 @@ def test_a_band_is_so_wide_that_its_sides_are_a_quarter(
     assert walk(tile=tile, halo=halo, crf=crf).width == width
 
 
+@pytest.mark.parametrize(("shape", "tile", "halo", "times"), [
+    ((20480, 20480), 2048, 64, (2 * 4608 + 3 * 5120) / 20480),
+    ((4096, 4096), 4096, 520, 1.0),
+    ((3000, 700), 2048, 64, 1.0),
+])  # fmt: skip
+def test_what_is_decoded_twice_is_the_sides_of_bands(
+    shape: tuple[int, ...], tile: int, halo: int, times: float
+) -> None:
+    """The plan would promise less reading than there is, or be feared for more."""
+    assert walk(shape, tile=tile, halo=halo).read_amplification == pytest.approx(times)
+
+
 def test_what_is_remembered_does_not_grow_with_the_scene() -> None:
     """A row of tiles of a continent would not fit; a small scene needs less than a band."""
     near, far = walk((20480, 20480)), walk((204800, 204800))

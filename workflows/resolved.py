@@ -1,0 +1,126 @@
+"""What ``auto`` becomes: device, floats, threads and tile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any, Literal
+
+import torch
+
+from pipeline.crf.params import ResolvedCrf
+from pipeline.domain import Shape
+from pipeline.errors import ExecutionError, PlanError
+from pipeline.execution.identity import package_digest
+from pipeline.inference.precision import Precision, resolve_precision
+from pipeline.models.context_pool import Context
+from workflows.config import SegmentOptions
+from workflows.short_halo import HaloTrial
+from workflows.sizing import Budget, Sizer, Team
+from workflows.workplace import usual_workers, workplace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """Values that ``auto`` became; kept in plan.json and used again on resume."""
+
+    tile: Shape
+    device: Literal["cpu", "cuda"]
+    precision: Precision
+    threads: int
+    context: Context
+
+    halo: HaloTrial | None
+    """The one that ``auto:TOL`` became; None for the exact halo, and for one that was given."""
+
+    canonical_px: int | None
+    versions: Mapping[str, str]
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Resolved:
+        """The values as plan.json holds them. Raises PlanError when they are damaged."""
+        try:
+            precision = Precision(**values["precision"])
+            halo = HaloTrial(**values["halo"]) if values["halo"] else None
+            known = {"tile": tuple(values["tile"]), "precision": precision, "halo": halo}
+            return cls(**{**values, **known})
+        except (KeyError, TypeError) as error:
+            raise PlanError(
+                f"plan.json is damaged: 'resolved' holds {values!r}; start over with --fresh"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Floats:
+    """What computes, and how; the same for every case."""
+
+    device: Literal["cpu", "cuda"]
+    precision: Precision
+    threads: int
+
+
+def resolve_floats(options: SegmentOptions) -> Floats:
+    """Device, precision and threads of a worker. Raises PlanError where a wish cannot be met."""
+    place = workplace(options)
+    device: Literal["cpu", "cuda"] = "cuda" if options.device == "cuda" else "cpu"
+    if options.device == "auto" and place.gpus:
+        device = "cuda"
+    if device == "cuda" and place.here and not place.gpus:
+        raise PlanError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    threads = -(-place.cores // 8) if device == "cpu" else min(4, place.cores)
+    seen = place.here or device == "cpu" or torch.cuda.is_available()
+    if seen or options.precision == "fp32":
+        precision = resolve_precision(options.precision, device=device)
+    else:
+        why = f"{options.precision}: taken for granted of the cluster's cards; others refuse"
+        precision = Precision(name="bf16", channels_last=True, why=why)
+    return Floats(device=device, precision=precision, threads=threads)
+
+
+def resolve(
+    options: SegmentOptions, sizer: Sizer, *, halo: HaloTrial | None, alone: bool
+) -> Resolved:
+    """Turn every ``auto`` into a value. Raises PlanError where a wish cannot be met."""
+    floats, place = resolve_floats(options), workplace(options)
+    # Not the workers asked for: their number must not change the bytes.
+    usual = usual_workers(place, device=floats.device, threads=floats.threads)
+    tile, team = sizer.choose(
+        options.tile,
+        Team(workers=usual, threads=floats.threads, device=floats.device, alone=alone),
+        precision=floats.precision,
+        budget=Budget(
+            host=options.memory_budget or place.memory_bytes // 2, device=place.gpu_bytes
+        ),
+    )
+    return Resolved(
+        tile=tile,
+        device=floats.device,
+        precision=floats.precision,
+        threads=team.threads,
+        context=options.context,
+        halo=halo,
+        canonical_px=sizer.canonical_px,
+        versions=_versions(sizer.crf),
+    )
+
+
+def resolved_before(
+    found: Mapping[str, Any], options: SegmentOptions, *, crf: ResolvedCrf | None
+) -> Resolved:
+    """The values of an interrupted run, with today's versions: other ones are another run.
+
+    Raises PlanError or ExecutionError when this machine cannot honour them.
+    """
+    before = replace(Resolved.from_json(found), versions=_versions(crf))
+    place = workplace(options)
+    if before.device == "cuda" and place.here and not place.gpus:
+        raise ExecutionError("the run was begun on CUDA, torch sees no such device here; --fresh")
+    if place.here:
+        resolve_precision(before.precision.name, device=before.device)
+    return before
+
+
+def _versions(crf: ResolvedCrf | None) -> dict[str, str]:
+    names = ["terravox", "torch", "numpy", "rasterio", "nibabel"] + (["pydensecrf2"] if crf else [])
+    return {name: version(name) for name in names} | {"code": package_digest()[:16]}
