@@ -99,7 +99,9 @@ class ImageRun:
         self._ledger.close()
 
     def _certified(self) -> Seam:
-        """The certificate, kept and, where it fails, told."""
+        """The certificate, kept and, where it fails or lacks samples, told."""
+        for record in self.tiles.outcome.of(self.plan.samples).failed:
+            log.warning("sample %d failed: %s", record.key.number, record.error)
         seam = seam_of(self.plan, files=self._samples, read_mask=self.mask.read)
         write_json(self.run.certificate, seam.as_json())
         if seam.complaint:

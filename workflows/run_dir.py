@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.errors import PlanError, StoreError
 
-PLAN_KEYS = ("fingerprint", "request_digest", "resolved", "tiles")
+PLAN_KEYS = ("fingerprint", "request_digest", "resolved", "tiles", "samples", "asked")
 """What a later command reads in plan.json."""
 
 

@@ -110,7 +110,7 @@ def test_a_network_that_pools_passes(run: Segment, pooled: Path, changes: dict[s
 
 def test_canonical_windows_pass(run: Segment) -> None:
     """They compute in other pieces, and must say the same."""
-    seam = run(windows="canonical")["seam"]
+    seam = run(windows="canonical", tile=256)["seam"]
     assert (seam["passed"], seam["exact"]) == (True, True)
 
 
@@ -228,7 +228,7 @@ def test_a_plan_whose_halo_is_short_without_saying_so_fails(
 
 
 def test_samples_that_cannot_be_computed_do_not_make_the_mask_partial(
-    run: Segment, monkeypatch: pytest.MonkeyPatch
+    run: Segment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The mask is whole; that its certificate is not, is said there."""
 
@@ -240,6 +240,7 @@ def test_samples_that_cannot_be_computed_do_not_make_the_mask_partial(
     assert (manifest["status"], manifest["tiles"]["failed"]) == ("done", 0)
     assert manifest["seam"]["passed"] is None
     assert "2 of 2 samples" in manifest["seam"]["reason"]
+    assert "sample 0 failed: RuntimeError: no such kernel" in caplog.text
 
 
 def test_a_resumed_run_has_the_samples_of_the_tiles_it_did_not_do_again(

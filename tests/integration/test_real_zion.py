@@ -191,7 +191,8 @@ def test_the_run_over_zion_can_be_looked_up_in_mlflow(zion: Zion, zion_run: Run)
     assert {name: run.data.metrics[f"area_m2/{name}"] for name in areas} == areas
     assert client.get_metric_history(run.info.run_id, "mpx_per_s")
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert names == {"manifest.json", "plan.json", "report.html", "quicklook.png"}
+    papers = {"manifest.json", "plan.json", "report.html", "quicklook.png", "certificate.json"}
+    assert names == papers
 
 
 def test_the_quicklook_of_zion_shows_the_classes_where_the_mask_has_them(zion_run: Run) -> None:
