@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.inference.convolution import fix_convolutions
 from pipeline.inference.precision import Precision, fix_kernels
 from pipeline.models.bundle import Bundle
 from pipeline.models.frame import Frame
@@ -41,6 +42,7 @@ class ReferenceNetwork:
         self._format = _FORMAT[dims] if precision.channels_last else torch.contiguous_format
         network = bundle.network().to(device=self._device, dtype=self._dtype)
         self._network = network.to(memory_format=self._format)
+        fix_convolutions(self._network)
 
     def logits(
         self, image_CS: NDArray[np.float32], frame: Frame, *, mean: GivenMean | None

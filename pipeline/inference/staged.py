@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.domain import Region, Shape
+from pipeline.inference.convolution import convolve
 from pipeline.inference.stage_plan import Needs, row_block
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.deeplab import DeepLab
@@ -27,7 +28,6 @@ from pipeline.models.frame import Frame
 from pipeline.models.scene_mean import GivenMean, OwnMean
 from pipeline.models.stages import Chain, Convolution, MaxPool, Norm, Stage, Step
 
-_CONVOLVE: Mapping[int, Callable[..., Tensor]] = MappingProxyType({2: F.conv2d, 3: F.conv3d})
 _MAX_POOL: Mapping[int, Callable[..., Tensor]] = MappingProxyType(
     {2: F.max_pool2d, 3: F.max_pool3d}
 )
@@ -252,20 +252,9 @@ def without_idle_taps(layer: Convolution, window: Region, shape: Shape) -> Convo
 
 
 def _convolve(layer: Convolution, part_BCS: Tensor, *, padding: Sequence[int]) -> Tensor:
-    slide, weight, bias = layer.slide, layer.weight, layer.bias
-    if _onednn_takes(part_BCS):
-        # By itself torch leaves 1x1 convolutions to a kernel of 0.4 of the speed where it has one
-        # thread, and 3-D boxes that are short along z and y to one of a fifth.
-        shape = padding, slide.stride, slide.dilation, layer.groups
-        return torch.mkldnn_convolution(part_BCS, weight, bias, *shape)
-    convolve = _CONVOLVE[len(padding)]
-    return convolve(part_BCS, weight, bias, slide.stride, padding, slide.dilation, layer.groups)
-
-
-def _onednn_takes(part_BCS: Tensor) -> bool:
-    if part_BCS.device.type != "cpu" or part_BCS.dtype != torch.float32:
-        return False
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    slide = layer.slide
+    geometry = slide.stride, padding, slide.dilation
+    return convolve(part_BCS, layer.weight, layer.bias, *geometry, layer.groups)
 
 
 def _normalise(norm: Norm, features_BCS: Tensor, *, scratch: bool) -> Tensor:

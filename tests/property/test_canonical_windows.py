@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.domain import Grid, Halo, Pass, Region
 from pipeline.errors import RegionError
 from pipeline.inference import canonical as canonical_module
-from pipeline.inference import staged as staged_module
+from pipeline.inference import convolution as convolution_module
 from pipeline.inference.canonical import CanonicalNetwork
 from pipeline.inference.precision import Precision
 from pipeline.inference.predictor import Predictor
@@ -196,7 +196,7 @@ def test_windows_anchored_at_the_tile_give_other_bits(
 
     With torch's own kernels, whose rounding depends on the place in the window; oneDNN's does not.
     """
-    monkeypatch.setattr(staged_module, "_onednn_takes", lambda part_BCS: False)
+    monkeypatch.setattr(convolution_module, "_onednn", lambda: False)
 
     def anchored_at_the_tile(stage: Any, needs: Any) -> Iterator[Region]:
         region = needs.regions[stage.name]
