@@ -191,6 +191,9 @@ class Sizer:
     canonical_px: int | None
     """Side of canonical windows, in pixels; None where windows are rows of the tile."""
 
+    scores: bool
+    """Whether probabilities are written as well."""
+
     def sweep(self, tile: Shape, *, case: str) -> Pass:
         """The pass that writes the mask, in such tiles."""
         return Pass(
@@ -215,6 +218,7 @@ class Sizer:
             itemsize=precision.dtype.itemsize,
             pixel_bytes=len(self.info.channels) * np.dtype(self.info.dtype).itemsize,
             shape=sweep.grid.padded_shape,
+            scores=self.scores,
         )
         samples = list(self.samples(sweep, seed="").tiles())
         *before, last = sweep.with_context()

@@ -70,6 +70,7 @@ def resnet50(tmp_path_factory: pytest.TempPathFactory) -> Sizer:
         whole=traced.reach,
         crf=None,
         canonical_px=None,
+        scores=False,
     )
 
 
@@ -134,6 +135,7 @@ def test_a_larger_tile_is_taken_where_the_smallest_does_not_fit(slim: Path) -> N
         whole=known.reach,
         crf=None,
         canonical_px=None,
+        scores=False,
     )
     tile, team = small.choose(None, PAIR, precision=FP32, budget=AMPLE)
     assert (tile, team.workers) == ((512, 512), 2)
@@ -157,6 +159,14 @@ def test_two_passes_remember_what_the_wider_one_comes_back_to(resnet50: Sizer) -
     assert scene.costs(sweep, FP32).cache_bytes == remembered[1] * pixel_bytes
 
 
+def test_probabilities_that_are_written_are_counted(resnet50: Sizer) -> None:
+    """A hundred classes in uint8 took 1.3 GB more than planned, and more in larger tiles."""
+    kept = replace(resnet50, scores=True)
+    sweep, classes = kept.sweep((2048, 2048), case=""), len(kept.bundle.classes)
+    more, less = (s.costs(sweep, FP32).largest.host_bytes for s in (kept, resnet50))
+    assert more - less == 5 * 2048**2 * classes * 4
+
+
 def test_a_sample_may_be_the_most_that_a_crf_sees(slim: Path) -> None:
     """Two CRF halos around a sample are more than one around a small tile: memory would lack."""
     crf = CrfParams.from_mapping({"iterations": 1, "smoothness": {"weight": 3, "position": 200}})
@@ -171,6 +181,7 @@ def test_a_sample_may_be_the_most_that_a_crf_sees(slim: Path) -> None:
         whole=known.reach,
         crf=resolved,
         canonical_px=None,
+        scores=False,
     )
     sweep = sizer.sweep((512, 512), case="")
     samples = [tile.scored.size for tile in sizer.samples(sweep, seed="").tiles()]
