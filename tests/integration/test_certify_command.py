@@ -130,6 +130,19 @@ def test_samples_that_are_gone_are_no_pass(command: Command, finished: Path) -> 
     command("certify", finished).refuses("samples", "--fresh", code=1)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_fail(command: Command, finished: Path, value: float) -> None:
+    """Memory that nobody filled would be taken for a tile that failed, and no verdict given."""
+    piece = next((finished / "samples/tiles").glob("*.npy"))
+    logits_KYX = np.load(piece)
+    logits_KYX[:, 0, 0] = value
+    np.save(piece, logits_KYX)
+    answer = command("certify", finished, "--json")
+    assert answer.code == 1
+    assert answer.manifest["passed"] is False
+    assert np.isfinite(answer.manifest["max_abs_logit"]), "JSON has no infinity"
+
+
 def test_samples_that_are_cut_short_are_no_pass(command: Command, finished: Path) -> None:
     """What lacks would be taken for a tile that failed, or end in a traceback."""
     piece = next((finished / "samples/tiles").glob("*.npy"))
