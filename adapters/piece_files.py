@@ -46,6 +46,8 @@ class PieceFiles:
             return None
         except (OSError, ValueError, EOFError) as error:
             raise StoreError(f"{self._file(region)} could not be read: {error}") from error
+        if array.shape[-region.ndim :] != region.shape:
+            raise StoreError(f"{self._file(region)} is damaged: it holds {array.shape}")
         return array
 
     def _file(self, region: Region) -> Path:

@@ -125,6 +125,10 @@ def _plan(case: Case, bundle: Bundle, found: dict[str, Any]) -> SegmentPlan:
     options = SegmentOptions.model_validate(found["asked"]["options"] | {"backend": "serial"})
     plan = make_plan(case, bundle, options, found=found)
     if plan.request_digest != found["request_digest"]:
+        if options.crf in ("auto", "off"):
+            raise PlanError(
+                f"{case.name}: another version of terravox planned this run: certify it with that"
+            )
         raise PlanError(f"{options.crf} is not the CRF that the run was made with: put it back")
     samples = replace(
         plan.samples,

@@ -152,6 +152,7 @@ def make_plan(
         whole=whole.reach,
         crf=crf,
         canonical_px=canonical_side(options, bundle),
+        scores=options.scores != "none",
     )
     if found is not None and found["request_digest"] == request:
         resolved = resolved_before(found["resolved"], options, crf=crf)

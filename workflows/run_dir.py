@@ -132,7 +132,10 @@ def read_plan(run: RunDir) -> dict[str, Any] | None:
     plan = read_json(run.plan)
     lacking = [key for key in PLAN_KEYS if plan is not None and key not in plan]
     if lacking:
-        raise PlanError(f"{run.plan} is damaged: it has no {lacking[0]}; start over with --fresh")
+        raise PlanError(
+            f"{run.plan} is damaged, or of another version: it has no {lacking[0]}; start over with"
+            " --fresh"
+        )
     return plan
 
 

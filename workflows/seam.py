@@ -117,8 +117,9 @@ def seam_of(
         tiles_KS = np.full_like(reference_KS, np.nan)
         for part in plan.sweep.grid.parts(region):
             kept_KS = files.tiles.read(part)
-            if kept_KS is not None:
-                tiles_KS[(slice(None), *part.slices(within=region))] = kept_KS
+            if kept_KS is not None:  # no number is as far off as can be, not absent
+                index = (slice(None), *part.slices(within=region))
+                tiles_KS[index] = np.nan_to_num(kept_KS, nan=np.finfo(np.float32).max)
         measured.append(
             Measured(
                 sample=sample,

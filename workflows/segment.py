@@ -76,15 +76,16 @@ def segment(
 
 
 def _finished(product: Product, known: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The manifest of this very request; None when this run directory has yet to finish it.
+    """The manifest of this very run; None when this run directory has yet to finish it.
 
     Raises PlanError for an output that something else wrote.
     """
     run, output = product.run, product.output
-    if known is not None and known["request_digest"] == product.plan.request_digest:
+    # Not the request: 8 GB asked and 16 GB asked may be one run.
+    if known is not None and known["fingerprint"] == product.plan.tiles.fingerprint:
         done, mark = read_json(run.manifest), read_json(finishing_mark(run))
-        here, same = str(output.resolve()), known["fingerprint"] == product.plan.tiles.fingerprint
-        if done is not None and same and done.get("output") == here:
+        here = str(output.resolve())
+        if done is not None and done.get("output") == here:
             if done.get("output_sha256") == file_digest(output):
                 return done if done["status"] == "done" else None
         elif done is None and mark is not None and mark.get("output") == here:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.crf.params import ResolvedCrf
-from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, SamplePass, Shape, Walk
+from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, SamplePass, Shape, Tile, Walk
 from pipeline.errors import PlanError
 from pipeline.inference.canonical import CANONICAL_PX
 from pipeline.inference.precision import Precision
@@ -91,7 +91,7 @@ class Costs:
     """The most that any tile takes, each figure by itself."""
 
     scored: int
-    """Pixels of the largest tile that the CRF sees."""
+    """Pixels of the largest tile or sample that the CRF sees."""
 
     read_ratio: float
     """Pixels that tiles read over those of the scene."""
@@ -128,12 +128,18 @@ class Costs:
             scored=max(self.scored, other.scored),
             read_ratio=self.read_ratio + other.read_ratio,
             read_amplification=self.read_amplification + other.read_amplification,
+            cache_bytes=max(self.cache_bytes, other.cache_bytes),
         )
 
-    def with_samples(self, samples: Sequence[TileCost]) -> Costs:
-        """The same with what the certificate takes."""
-        work = sum(cost.work for cost in samples)
-        return replace(self, largest=_largest([self.largest, *samples]), sample_work=work)
+    def with_samples(self, tiles: Sequence[Tile], model: CostModel) -> Costs:
+        """The same with what the certificate takes; its CRF may see more than that of a tile."""
+        samples = [model.of_sample(tile) for tile in tiles]
+        return replace(
+            self,
+            largest=_largest([self.largest, *samples]),
+            scored=max([self.scored, *(tile.scored.size for tile in tiles)]),
+            sample_work=sum(cost.work for cost in samples),
+        )
 
     @property
     def halo_work_ratio(self) -> float:
@@ -185,6 +191,9 @@ class Sizer:
     canonical_px: int | None
     """Side of canonical windows, in pixels; None where windows are rows of the tile."""
 
+    scores: bool
+    """Whether probabilities are written as well."""
+
     def sweep(self, tile: Shape, *, case: str) -> Pass:
         """The pass that writes the mask, in such tiles."""
         return Pass(
@@ -209,13 +218,14 @@ class Sizer:
             itemsize=precision.dtype.itemsize,
             pixel_bytes=len(self.info.channels) * np.dtype(self.info.dtype).itemsize,
             shape=sweep.grid.padded_shape,
+            scores=self.scores,
         )
-        samples = [model.of_sample(tile) for tile in self.samples(sweep, seed="").tiles()]
+        samples = list(self.samples(sweep, seed="").tiles())
         *before, last = sweep.with_context()
         if not before:
-            return Costs.of(last, model).with_samples(samples)
+            return Costs.of(last, model).with_samples(samples, model)
         both = Costs.of(before[0], model) + Costs.of(last, model.given_the_mean())
-        return both.with_samples(samples)
+        return both.with_samples(samples, model)
 
     def peak_bytes(self, costs: Costs, *, workers: int, device: Literal["cpu", "cuda"]) -> int:
         """Predicted peak of the host's memory, driver and ``workers`` together."""
@@ -240,17 +250,22 @@ class Sizer:
         sides = AUTO_TILES[self.info.ndim] if asked is None else (asked,)
         smallest = AUTO_TILES[self.info.ndim][0]
         choices: list[tuple[Shape, Team, float]] = []
+        fitting: list[tuple[Shape, Team, float]] = []
         for side in sides:
             tile = self._side(side)
             costs = self.costs(self.sweep(tile, case=""), precision)
-            # A tile of the smallest size is soon done by one thread, in a batch as well.
-            own = team.for_tiles(costs.tiles) if max(tile) > smallest else team
+            # A tile of the smallest size is soon done by one thread, in a batch as well. And
+            # where any tile shall give the same bytes, it must not decide the threads.
+            same = max(tile) <= smallest or self.canonical_px is not None
+            own = team if same else team.for_tiles(costs.tiles)
+            choices.append((tile, own, costs.span(own)))
             peak = self.peak_bytes(costs, workers=own.workers, device=team.device)
             on_device = budget.device is None or costs.largest.device_bytes <= budget.device
-            if not choices or (peak <= budget.host and on_device):
-                choices.append((tile, own, costs.span(own)))
-        least = min(span for *_, span in choices)
-        return next((tile, own) for tile, own, span in choices if span <= NEAR_BEST * least)
+            if peak <= budget.host and on_device:
+                fitting.append(choices[-1])
+        fitting = fitting or choices[:1]
+        least = min(span for *_, span in fitting)
+        return next((tile, own) for tile, own, span in fitting if span <= NEAR_BEST * least)
 
     def _side(self, side: int) -> Shape:
         """A square tile, no longer than the padded scene on any axis. Raises PlanError."""

@@ -74,6 +74,8 @@ class _Stage:
         while (item := self.inbox.get()) is not None:
             free = self._take(item, free)
             del item  # or it stays until the next one comes
+        if self._after is not None:
+            self._after.inbox.put(None)
 
     def _take(self, item: _Item, free: float | None) -> float:
         """Work on an item; returns when the stage was rid of it."""
@@ -134,8 +136,7 @@ class Line:
 
     def close(self) -> None:
         """End the threads once what is on the line has left it."""
-        for stage in self._stages:
-            stage.inbox.put(None)
+        self._stages[0].inbox.put(None)  # each stage tells the next one
 
 
 def waits(

@@ -10,12 +10,12 @@ Axes in array names: B batch, C channel, K class, S space, (y, x) or (z, y, x).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.domain import Region, Shape
 from pipeline.errors import RegionError
@@ -78,7 +78,13 @@ class CanonicalNetwork:
 
 
 def upsampled(
-    layer: nn.Module, coarse: BoxMap, scored: Region, *, side_px: int, shape: Shape, stride: int
+    layer: Callable[[Tensor], Tensor],
+    coarse: BoxMap,
+    scored: Region,
+    *,
+    side_px: int,
+    shape: Shape,
+    stride: int,
 ) -> Tensor:
     """Logits of ``scored``, a region of a padded scene of ``shape`` px: (K, *S) float32, new.
 
@@ -89,7 +95,7 @@ def upsampled(
     around = scored.align(side_px).clip(shape)
     for window in around.blocks((side_px,) * scored.ndim):
         box, kept = coarse_region(whole, scored=window, stride=stride), window & scored
-        window_BKS: Tensor = layer(coarse.read(box).float().contiguous())
+        window_BKS = layer(coarse.read(box).float().contiguous())
         part: tuple[Any, ...] = (..., *kept.slices(within=pixel_region(box, stride=stride)))
         place: tuple[Any, ...] = (..., *kept.slices(within=scored))
         result_KS[place] = window_BKS[0][part]

@@ -60,7 +60,8 @@ class Predictor:
         network = bundle.network()
         if context == "tile":
             network.pool_over(None)
-        self._bands, self._upsample = network.bands, network.upsample
+        # Not the module's call, which another thread that traces a network would take for its own.
+        self._bands, self._upsample = network.bands, network.upsample.forward
         if window is None and context == "scene":
             raise BundleError("context 'scene' needs a network in stages: give it windows")
         self._canonical_px, self._window = canonical_px, window

@@ -25,6 +25,10 @@ _HELD = 3.2
 """Bytes held, at most, over those of the widest stage, in and out, by a network that runs as one:
 1.8 (ResNet-50, fp32) to 3.2 (slim, bf16) measured on the CPU."""
 
+_SCORES = 5
+"""Probabilities of a core that are held while they are written, with the logits they are of: 3.7
+(float16) to 4.9 (uint8) measured on the CPU."""
+
 _LABEL = 12
 """Bytes per pixel of the argmax, which counts in 8, and of labels in two stages of a worker."""
 
@@ -65,6 +69,9 @@ class CostModel:
     shape: Shape
     """The padded scene, in pixels."""
 
+    scores: bool
+    """Whether probabilities are written as well."""
+
     def of(self, tile: Tile) -> TileCost:
         """Cost of one tile. Raises RegionError where its input holds no window of pooling."""
         chain = self.chain
@@ -81,6 +88,8 @@ class CostModel:
         upsampled = fine * self.classes * _FLOAT32
         # Logits are refined and written while the next are computed.
         kept = tile.scored.size * self.classes * _FLOAT32 + tile.core.size * _LABEL
+        if self.scores:
+            kept += _SCORES * tile.core.size * self.classes * _FLOAT32
         return TileCost(
             work=stage_work(chain, needs),
             device_bytes=max(maps, image + upsampled),

@@ -106,6 +106,18 @@ def test_a_mask_of_other_options_stays_until_fresh_replaces_it(
     assert (fresh.code, fresh.manifest["tile"]) == (0, [64, 64])
 
 
+def test_other_options_that_mean_the_same_run_find_it_finished(
+    command: Command, small: Path, out: Path
+) -> None:
+    """A run that was resumed with a greater budget would not know its own mask again."""
+    output = out / "o.tif"
+    assert command.segment(small, output, "--tile", 32).code == 0
+    before = tree(out)
+    again = command.segment(small, output, "--tile", 32, "--memory-budget", "64GB")
+    assert again.code == 0, again.err
+    assert tree(out) == before
+
+
 def test_an_output_among_the_runs_own_files_is_refused(
     command: Command, small: Path, out: Path
 ) -> None:

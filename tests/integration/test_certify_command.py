@@ -130,6 +130,35 @@ def test_samples_that_are_gone_are_no_pass(command: Command, finished: Path) -> 
     command("certify", finished).refuses("samples", "--fresh", code=1)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_fail(command: Command, finished: Path, value: float) -> None:
+    """Memory that nobody filled would be taken for a tile that failed, and no verdict given."""
+    piece = next((finished / "samples/tiles").glob("*.npy"))
+    logits_KYX = np.load(piece)
+    logits_KYX[:, 0, 0] = value
+    np.save(piece, logits_KYX)
+    answer = command("certify", finished, "--json")
+    assert answer.code == 1
+    assert answer.manifest["passed"] is False
+    assert np.isfinite(answer.manifest["max_abs_logit"]), "JSON has no infinity"
+
+
+def test_samples_that_are_cut_short_are_no_pass(command: Command, finished: Path) -> None:
+    """What lacks would be taken for a tile that failed, or end in a traceback."""
+    piece = next((finished / "samples/tiles").glob("*.npy"))
+    np.save(piece, np.load(piece)[:, :3])
+    command("certify", finished).refuses("samples", "--fresh", code=1)
+
+
+def test_a_run_that_other_options_planned_is_not_blamed_on_its_crf(
+    command: Command, finished: Path
+) -> None:
+    """An older version knew fewer options: who reads of a CRF would look in the wrong place."""
+    plan = json.loads((finished / "plan.json").read_text())
+    (finished / "plan.json").write_text(json.dumps(plan | {"request_digest": "0" * 64}))
+    command("certify", finished).refuses("another version")
+
+
 def test_cases_of_a_batch_are_certified_one_by_one(
     command: Command, tmp_path: Path, run: Callable[..., dict[str, Any]]
 ) -> None:

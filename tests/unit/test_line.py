@@ -118,6 +118,26 @@ def test_a_closed_line_ends_its_threads() -> None:
     assert not any(thread.is_alive() for thread in threads)
 
 
+def test_what_is_on_a_line_that_is_closed_leaves_it() -> None:
+    """Its caller would wait for ever: a stage would have ended before the item came to it."""
+    line, begun, open_ = Line("first", "second"), threading.Event(), threading.Event()
+
+    def slow(_: object) -> int:
+        begun.set()
+        open_.wait(10.0)
+        return 5
+
+    answers: list[object] = []
+    asker = threading.Thread(target=lambda: answers.append(line.run(slow, kept)[0]), daemon=True)
+    asker.start()
+    begun.wait(10.0)
+    line.close()
+    time.sleep(0.05)  # for the second stage to hear of it
+    open_.set()
+    asker.join(timeout=5)
+    assert answers == [5]
+
+
 NAMES = ("read", "compute", "write")
 
 

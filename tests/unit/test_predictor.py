@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import fx, nn
 
 from pipeline.domain import Region
 from pipeline.errors import PlanError, RegionError, SourceError
@@ -180,3 +182,28 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(PlanError, match="no CUDA device"):
             resolve_precision("fp32", device="cuda")
+
+
+@pytest.mark.parametrize("canonical_px", [None, 64])
+def test_another_network_may_be_traced_meanwhile(bundle: Bundle, canonical_px: int | None) -> None:
+    """Tracing patches the modules of all threads: a batch plans one case while tiles of another
+    run, and would lose them."""
+    predictor = Predictor(
+        bundle,
+        device="cpu",
+        precision=FP32,
+        context="window",
+        threads=1,
+        canonical_px=canonical_px,
+    )
+    want_KS, found = predictor.logits(image_of(), FRAME, scored=WHOLE), []
+
+    class Planned(nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            with ThreadPoolExecutor(1) as device:
+                call = device.submit(predictor.logits, image_of(), FRAME, scored=WHOLE)
+                found.append(call.result())
+            return image
+
+    fx.Tracer().trace(Planned())
+    assert torch.equal(found[0], want_KS)
