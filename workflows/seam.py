@@ -119,7 +119,7 @@ def seam_of(
             kept_KS = files.tiles.read(part)
             if kept_KS is not None:  # no number is as far off as can be, not absent
                 index = (slice(None), *part.slices(within=region))
-                tiles_KS[index] = np.nan_to_num(kept_KS, nan=np.finfo(np.float32).max)
+                tiles_KS[index] = np.nan_to_num(kept_KS, nan=float(np.finfo(np.float32).max))
         measured.append(
             Measured(
                 sample=sample,

@@ -120,7 +120,7 @@ def shortest_halo(sampler: Sampler, *, tolerance: float) -> HaloTrial | None:
     """
     ndim, exact = len(sampler.sweep.grid.shape), sampler.sweep.reach.halo_with_window.largest
     pixels = SIDE[ndim] ** ndim
-    needed = math.ceil(ENOUGH / tolerance / pixels)
+    needed = math.ceil(min(ENOUGH / tolerance / pixels, MOST + 1))
     if needed > MOST:
         raise PlanError(
             f"--halo auto:{tolerance:g}: {MOST} windows can show {ENOUGH / MOST / pixels:.1g};"
