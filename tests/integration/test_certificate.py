@@ -138,6 +138,22 @@ def test_a_crf_is_measured_before_and_after(run: Segment, tmp_path: Path) -> Non
     assert seam["exact"] == (seam["label_disagreement"] == 0)
 
 
+def test_a_mask_put_in_the_wrong_place_fails_with_a_crf_as_well(
+    run: Segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CRF may differ at a seam; labels nine pixels off within a tile are no work of its."""
+    (tmp_path / "crf.yaml").write_text(yaml.safe_dump({"crf": CRF}))
+    sound = segment_tile.to_labels
+
+    def rolled(*args: Any, **named: Any) -> np.ndarray:
+        return np.roll(sound(*args, **named), 9, axis=-1)
+
+    monkeypatch.setattr(segment_tile, "to_labels", rolled)
+    seam = run(crf=str(tmp_path / "crf.yaml"))["seam"]
+    assert seam["passed"] is False
+    assert "within tiles" in seam["reason"]
+
+
 def test_one_tile_says_that_there_is_no_seam(run: Segment) -> None:
     """A scene without seams is not one that nobody measured."""
     manifest = run(tile=512)
