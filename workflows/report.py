@@ -295,7 +295,7 @@ def _plan(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "tile": manifest.get("tile"),
         "halo": halo,
-        "halo work": f"{manifest['halo_work_ratio']:.2f} times the scene"
+        "halo work": f"{manifest['halo_work_ratio']:.2f} times that of one pass"
         if "halo_work_ratio" in manifest
         else None,
         "windows": manifest.get("windows"),

@@ -247,7 +247,7 @@ def test_the_page_says_what_was_done_and_what_was_not(page):
         "nodata 40", "CRF off", "FAILED: logits &lt;far&gt; away",
         "astride tile borders within tiles windows 2 2 pixels 8,192 4,096",
         "logits apart, at most 1.5e-06 7e-07 labels that differ 12.500% 0.000%",
-        "1.23 times the scene", "3 MiB",
+        "1.23 times that of one pass", "3 MiB",
         "compute 2.000 2.900 6.0", "all 3", "the reader 15% 3.0 the device 17.0",
         "the device 92% 18.5 the model to load 1.2, the reader 0.3", "the writer 99% 1.0 nothing",
     ):  # fmt: skip
