@@ -83,7 +83,7 @@ def _product(run: RunDir, *, model: str | Path | None) -> Product:
         raise PlanError(f"{run.path} is a batch's: give {run.cases}/ID of one case")
     if found is None:
         raise PlanError(f"{run.path} holds no run: it has no plan.json; give an OUT.run")
-    if done is None:
+    if done is None or not {"model", "output", "output_sha256"} <= done.keys():
         raise PlanError(f"{run.path} is not finished: run its command again first")
     bundle = _bundle(found["asked"]["model"], model, wanted=done["model"]["digest"])
     case = _case(found, run)

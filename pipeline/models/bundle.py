@@ -102,7 +102,8 @@ class Bundle:
         """The network with its weights, on the CPU, in eval mode, pooling over the crop.
 
         Raises:
-            BundleError: the weights fail their checksum, or do not fit the architecture.
+            BundleError: the weights fail their checksum, do not fit the architecture, or are no
+                finite numbers.
         """
         import safetensors.torch
         import torch
@@ -119,6 +120,12 @@ class Bundle:
         except (RuntimeError, safetensors.SafetensorError) as error:
             problem = " ".join(str(error).split())[:300]
             raise BundleError(f"the weights of {self.path} do not fit: {problem}") from error
+        for name, weight in network.state_dict().items():
+            if not torch.isfinite(weight).all():
+                raise BundleError(
+                    f"the weights of {self.path} hold NaN or infinity in {name}: every pixel would"
+                    " get the first class; train or export them again"
+                )
         return network.eval().pool_over(self.crop)
 
     def _checked_weights(self) -> bytes:

@@ -184,6 +184,16 @@ def test_weights_that_fail_their_checksum_are_not_used(bundle: Bundle) -> None:
         load_bundle(bundle.path).network()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_name(bundle: Bundle, value: float) -> None:
+    """Every logit would be NaN, every pixel the first class, and the run be called done."""
+    state = bundle.network().state_dict()
+    state["classifier.1.bias"][1] = value
+    spoilt = save_bundle(bundle.path, bundle, state)
+    with pytest.raises(BundleError, match=r"NaN or infinity in classifier\.1\.bias"):
+        spoilt.network()
+
+
 def test_weights_of_another_architecture_are_refused(bundle: Bundle) -> None:
     """Layers without weights would keep what was in memory."""
     for changes in ({"rates": (1, 2, 3)}, {"output_stride": 8}):
