@@ -37,7 +37,8 @@ class Walk:
     def remembered_pixels(self) -> int:
         """What a reader that forgets the longest unused must hold, so that rows share their blocks.
 
-        One row of a band with all that its tiles read, but for one core: that is done with.
+        One row of a band with all that its tiles read. A core less is enough by count, but not for
+        GDAL's cache: 1.5 times the scene was decoded then, 1.2 times with all of it (measured).
         """
         tile, shape = self.sweep.grid.tile, self.sweep.grid.shape
         sides = (*tile[:-1], self.width * tile[-1])
@@ -45,8 +46,7 @@ class Walk:
             min(side + 2 * margin, length)
             for side, margin, length in zip(sides, self._margin, shape, strict=True)
         )
-        core = self.sweep.grid.core(0)
-        return Region.whole(row).size - core.size
+        return Region.whole(row).size
 
     @property
     def read_amplification(self) -> float:
