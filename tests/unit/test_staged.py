@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -28,6 +29,15 @@ RESNET18_POOLED: Key = ("resnet18", 2, 16, (1, 2), (112, 80))
 RESNET50: Key = ("resnet50", 2, 8, (1, 3), None)
 RESNET101: Key = ("resnet101", 2, 8, (1, 2), None)
 RESNET50_POOLED: Key = ("resnet50", 2, 8, (1, 2), (104, 72))
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """Whatever other tests leave: a plain pass of one thread rounds 1x1 convolutions otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def network_of(key: Key, *, dtype: torch.dtype) -> DeepLab:
