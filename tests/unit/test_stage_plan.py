@@ -162,10 +162,14 @@ print((held("VmHWM") - before) / stage_bytes(chain, needs, window=64, itemsize=4
 
 @pytest.mark.parametrize("canonical_px", [0, 256], ids=["rows", "canonical"])
 def test_a_tile_takes_the_memory_that_was_predicted(canonical_px: int) -> None:
-    """A plan would be refused that fits, or a worker killed that was told it fits."""
+    """A plan would be refused that fits, or a worker killed that was told it fits.
+
+    The least of three processes: what else one of them holds, a tenth of so small a tile at times,
+    only adds.
+    """
     command = [sys.executable, "-c", MEASURE, str(canonical_px)]
-    ratio = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert 0.6 < ratio < 1.05
+    runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(3)]
+    assert 0.6 < min(float(run.stdout) for run in runs) < 1.05
 
 
 def test_runs_of_rows_cover_a_map_in_order() -> None:
