@@ -136,7 +136,8 @@ def _trace(network: DeepLab) -> _Trace:
             pooled.append(node.name)
         else:
             made = _layer(node, layer, network)
-            width = _channels(made, [steps[i].channels if i in steps else 0 for i in inputs])
+            widths = [steps[i].channels if i in steps else network.bands for i in inputs]
+            width = _channels(made, widths)
             steps[node.name] = Step(name=node.name, inputs=inputs, layer=made, channels=width)
     raise BundleError("the network does not end with its upsampling layer")
 
