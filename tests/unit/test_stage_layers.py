@@ -215,12 +215,12 @@ def test_canonical_windows_give_a_place_the_same_bits_in_every_tile(name: str) -
     canonical = CanonicalNetwork(chain, side_px=side_px)
     found = []
     with torch.inference_mode():
-        for side in (side_px, 4 * side_px):
+        for side, every in ((side_px, 7), (4 * side_px, 1)):
             sweep = sweep_of(network, side)
             scene_BCS, frame = scene_of(sweep, torch.float32)
             whole = Region.whole(frame.shape)
             scene_KS = torch.full((3, *frame.shape), torch.nan)
-            for tile in sweep.tiles():
+            for tile in list(sweep.tiles())[::every]:
                 coarse = coarse_region(whole, scored=tile.scored, upsample=chain.upsample)
                 part_BKS = canonical.coarse_logits(scene_BCS, frame, coarse)
                 scene_KS[(..., *tile.scored.slices(within=whole))] = upsampled(
@@ -232,7 +232,10 @@ def test_canonical_windows_give_a_place_the_same_bits_in_every_tile(name: str) -
                     upsample=chain.upsample,
                 )
             found.append(scene_KS[(..., *(slice(n) for n in sweep.grid.shape))])
-    assert torch.equal(*found)
+    few, all_of_it = found
+    seen = ~few.isnan()
+    assert seen.float().mean() > 0.1
+    assert torch.equal(few[seen], all_of_it[seen])
 
 
 def test_pools_whose_size_depends_on_rounding_are_refused() -> None:
