@@ -124,10 +124,14 @@ class SegmentTiles:
         """Logits on the host; the network is not asked where no pixel of the core is valid."""
         if not keep_core(data.valid_S, core=tile.core, within=tile.read).any():
             return TileLogits(block=data, logit_KS=None)
-        image_CS = normalise(data, self.model.bundle.input.scaling)
         frame = Frame.of(tile.read, shape=self.padded_shape)
         pooling = None if self.scene is None else self.scene.pooling(tile, data)
-        logit_KS = model.logits(image_CS, frame, scored=tile.scored, pooling=pooling)
+        logit_KS = model.logits(
+            normalise(data, self.model.bundle.input.scaling),
+            frame,
+            scored=tile.scored,
+            pooling=pooling,
+        )
         return TileLogits(block=data, logit_KS=logit_KS.cpu().numpy())
 
     def refine(self, tile: Tile, data: TileLogits) -> TileResult:
