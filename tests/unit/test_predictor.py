@@ -219,7 +219,8 @@ def test_the_input_is_freed_when_the_first_layers_have_read_it(
 
     def watched(stage: Stage, maps: Mapping[str, FeatureMap], *rest: Any) -> FeatureMap:
         if (image_CS := kept[0]()) is not None:
-            assert maps[predictor._network.chain.image].array_BSC.data_ptr() == image_CS.ctypes.data
+            (image,) = maps.values()
+            assert image.array_BSC.data_ptr() == image_CS.ctypes.data
         lives.append(image_CS is not None)
         del image_CS
         return run_stage(stage, maps, *rest)
