@@ -148,8 +148,8 @@ def stage_bytes(chain: Chain, needs: Needs, *, window: int, itemsize: int) -> in
             held[stage.name] = held.pop(stage.overwrites)
         scratch = _scratch(stage, needs, channels=chain.channels, window=window)
         peak = max(peak, sum(held.values()) + scratch)
-        for name in set(stage.frees) - {stage.overwrites, chain.image}:
-            del held[name]  # the caller holds the image to the end
+        for name in set(stage.frees) - {stage.overwrites}:
+            del held[name]
     return peak * itemsize
 
 

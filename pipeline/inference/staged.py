@@ -93,11 +93,13 @@ class StagedNetwork:
 
         ``image_BCS`` (1, C, *S) lies at ``frame``. Raises RegionError.
         """
-        image_BSC = image_BCS.movedim(1, -1).contiguous()
-        size = tuple(image_BSC.shape[1:-1])
+        size = tuple(image_BCS.shape[2:])
         needs = Needs.of(self.chain, size, frame=frame, coarse=coarse)
-        image = FeatureMap(image_BSC, Region.whole(size))
-        return run(self.chain, image, needs, windows=self._rows).view(coarse)
+        maps = {
+            self.chain.image: FeatureMap(image_BCS.movedim(1, -1).contiguous(), Region.whole(size))
+        }
+        del image_BCS  # it goes with its map
+        return run(self.chain, maps, needs, windows=self._rows).view(coarse)
 
     def _rows(self, stage: Stage, needs: Needs) -> Iterable[Region]:
         region = needs.regions[stage.name]
@@ -119,9 +121,11 @@ class WholeNetwork:
         return logits_BKS[index]
 
 
-def run(chain: Chain, image: FeatureMap, needs: Needs, *, windows: Windows) -> FeatureMap:
-    """The coarse logits that are needed of an image, by every stage in turn."""
-    maps = {chain.image: image}
+def run(chain: Chain, maps: dict[str, FeatureMap], needs: Needs, *, windows: Windows) -> FeatureMap:
+    """The coarse logits that are needed of an image, by every stage in turn.
+
+    ``maps`` holds the image alone; each map is taken out of it after its last reader.
+    """
     for stage in chain.stages:
         maps[stage.name] = _run_stage(stage, maps, needs, windows(stage, needs))
         for name in stage.frees:
