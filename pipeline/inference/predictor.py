@@ -87,8 +87,8 @@ class Predictor:
         """Predict ``scored``, a region of the scene, from an input that lies at ``frame``.
 
         The input has valid sides, and its origin lies on the stride. It is freed once the first
-        layers have read it, where nobody else holds it: build it in the call. With context ``scene``,
-        ``pooling`` is the scene's mean, or how to take it where the input is all of the scene.
+        layers have read it, where nobody else holds it: build it in the call. With context
+        ``scene``, ``pooling`` is the scene's mean, or how to take it where the input is all of it.
 
         Returns:
             (K, *S) float32 logits on the device, S as ``scored``; a new tensor.

@@ -110,7 +110,7 @@ def _last_features(network: DeepLab, image_BCS: Tensor) -> Tensor:
 
 def _noise(network: DeepLab) -> Tensor:
     """Four images (B, C, *S) of noise at wavelengths of 1 to 16 px, deviation about 1."""
-    size = _PROBE[network.architecture.dims]
+    size = tuple(side + network.align_corners for side in _PROBE[network.architecture.dims])
     mode = "bilinear" if len(size) == 2 else "trilinear"
     parts = [
         F.interpolate(
