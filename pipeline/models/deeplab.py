@@ -7,6 +7,7 @@ Axes in array names: B batch, C channel, K class, S space, (y, x) or (z, y, x).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Self
 
 import torch
@@ -14,8 +15,13 @@ from torch import Tensor, nn
 
 from pipeline.models.architecture import Architecture
 from pipeline.models.context_pool import ContextPool, window_features
+from pipeline.models.deeplab_v1 import DeepLabV1
+from pipeline.models.deeplab_v2 import DeepLabV2
 from pipeline.models.frame import Frame
+from pipeline.models.network import DeepLab
 from pipeline.models.trunks import SLIM_WIDTH, build_trunk, classify, conv, conv_norm_relu, norm
+
+__all__ = ["Aspp", "DeepLab", "DeepLabV3", "Head", "aspp_width", "build_network"]
 
 _UPSAMPLING = {2: "bilinear", 3: "trilinear"}
 
@@ -70,13 +76,15 @@ def aspp_width(architecture: Architecture) -> int:
     return SLIM_WIDTH[architecture.dims] if architecture.backbone == "slim" else 256
 
 
-class DeepLab(nn.Module):
+class DeepLabV3(DeepLab):
     """A network whose tiles agree with the whole scene, given its reach (``reach_of``)."""
 
+    align_corners = False
+
     def __init__(self, architecture: Architecture, *, bands: int, classes: int) -> None:
-        super().__init__()
+        super().__init__(architecture, bands=bands, classes=classes)
         dims = architecture.dims
-        self.architecture, self.bands, self.classes = architecture, bands, classes
+        self.stride = architecture.output_stride
         self.backbone = build_trunk(architecture, bands=bands)
         inputs, width = self.backbone.channels, aspp_width(architecture)
         if architecture.backbone == "slim":
@@ -90,15 +98,15 @@ class DeepLab(nn.Module):
             scale_factor=architecture.output_stride, mode=_UPSAMPLING[dims], align_corners=False
         )
 
-    def forward(self, image_BCS: Tensor, frame: Frame) -> Tensor:
-        """Return (B, K, *S) logits at the input's size, which are multiples of the stride."""
-        logits_BKS: Tensor = self.upsample(self.coarse_logits(image_BCS, frame))
-        return logits_BKS
-
     def coarse_logits(self, image_BCS: Tensor, frame: Frame) -> Tensor:
         """Return (B, K, *S / stride) logits at the output stride."""
         logits_BKS: Tensor = self.classifier(self.backbone(image_BCS), frame)
         return logits_BKS
+
+    @property
+    def last_layers(self) -> tuple[nn.Module, ...]:
+        """As ``DeepLab.last_layers``."""
+        return (self.classifier[-1],)
 
     @property
     def pool(self) -> ContextPool | None:
@@ -114,6 +122,11 @@ class DeepLab(nn.Module):
         return self
 
 
+_FAMILIES: MappingProxyType[str, type[DeepLab]] = MappingProxyType(
+    {"v1": DeepLabV1, "v2": DeepLabV2, "v3": DeepLabV3}
+)
+
+
 def build_network(architecture: Architecture, *, bands: int, classes: int) -> DeepLab:
     """A network with fresh weights, in training mode; image pooling over all that is read."""
-    return DeepLab(architecture, bands=bands, classes=classes)
+    return _FAMILIES[architecture.family](architecture, bands=bands, classes=classes)

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from pipeline.models.architecture import Architecture
 from pipeline.models.frame import Frame
-from pipeline.models.network import Network
+from pipeline.models.network import DeepLab
 from pipeline.models.resize import Resize
 from pipeline.models.vgg import FcBranch, VggTrunk, classifier, start
 
 _MLP_WIDTH = 128
 
 
-class DeepLabV1(Network):
+class DeepLabV1(DeepLab):
     """LargeFOV; with ``multi_scale: features`` also the scores of five finer layers (MSc)."""
 
     align_corners = True
@@ -44,8 +44,8 @@ class DeepLabV1(Network):
 
     @property
     def last_layers(self) -> tuple[nn.Module, ...]:
-        """As ``Network.last_layers``."""
-        finer = () if self.finer is None else (mlp[-1] for mlp in self.finer.mlps)
+        """As ``DeepLab.last_layers``."""
+        finer = () if self.finer is None else self.finer.last_layers
         return (self.head.fc8, *finer)
 
 
@@ -64,14 +64,19 @@ class FinerScores(nn.Module):
 
     def forward(self, image_BCS: Tensor, pooled: list[Tensor], scores_BKS: Tensor) -> Tensor:
         """Return (B, K, *S) scores at every pixel, for those given at every eighth."""
-        fine, half, quarter, *eighths = (
-            mlp(part) for mlp, part in zip(self.mlps, (image_BCS, *pooled[:4]), strict=True)
-        )
+        inputs = (image_BCS, *pooled[:4])
+        parts: list[Tensor] = [mlp(part) for mlp, part in zip(self.mlps, inputs, strict=True)]
+        fine, half, quarter, *eighths = parts
         for part_BKS in eighths:
             scores_BKS = torch.add(scores_BKS, part_BKS)
         for resize, part_BKS in zip(self.resizes, (half, quarter, scores_BKS), strict=True):
             fine = torch.add(fine, resize(part_BKS))
         return fine
+
+    @property
+    def last_layers(self) -> tuple[nn.Module, ...]:
+        """As ``DeepLab.last_layers``, those of this part."""
+        return tuple(list(mlp.children())[-1] for mlp in self.mlps)
 
 
 def _mlp(inputs: int, classes: int) -> nn.Sequential:

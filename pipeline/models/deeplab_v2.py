@@ -13,7 +13,7 @@ from pipeline.models.architecture import Architecture
 from pipeline.models.frame import Frame
 from pipeline.models.msra import MsraTrunk
 from pipeline.models.multi_scale import MultiScale
-from pipeline.models.network import Network
+from pipeline.models.network import DeepLab
 from pipeline.models.resize import Resize
 from pipeline.models.vgg import FcBranch, VggTrunk, classifier
 
@@ -30,7 +30,7 @@ class SummedAspp(nn.ModuleList):
         return scores_BKS
 
 
-class DeepLabV2(Network):
+class DeepLabV2(DeepLab):
     """VGG-16 or ResNet-101; with ``multi_scale: inputs`` on the image at three sizes (MSC)."""
 
     align_corners = True
@@ -74,5 +74,5 @@ class DeepLabV2(Network):
 
     @property
     def last_layers(self) -> tuple[nn.Module, ...]:
-        """As ``Network.last_layers``."""
+        """As ``DeepLab.last_layers``."""
         return tuple(b.fc8 if isinstance(b, FcBranch) else b for b in self.aspp)

@@ -1,4 +1,4 @@
-"""What every network is to the parts that train it, take it apart and tile it.
+"""What every DeepLab is to the parts that train it, take it apart and tile it.
 
 Axes in array names: B batch, C channel, K class, S space, (y, x) or (z, y, x).
 """
@@ -17,7 +17,7 @@ from pipeline.models.frame import Frame
 from pipeline.models.resize import Resize
 
 
-class Network(nn.Module, ABC):
+class DeepLab(nn.Module, ABC):
     """Coarse logits, and their resize to the input's size."""
 
     stride: int

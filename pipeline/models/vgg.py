@@ -50,6 +50,8 @@ class VggTrunk(nn.Sequential):
 class FcBranch(nn.Sequential):
     """fc6, whose dilation sets the field of view, fc7, and the classifier fc8."""
 
+    fc8: nn.Conv2d
+
     def __init__(self, inputs: int, classes: int, *, rate: int) -> None:
         super().__init__(
             OrderedDict(
