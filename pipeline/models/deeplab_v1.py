@@ -21,7 +21,6 @@ _MLP_WIDTH = 128
 class DeepLabV1(DeepLab):
     """LargeFOV; with ``multi_scale: features`` also the scores of five finer layers (MSc)."""
 
-    align_corners = True
     stride = 8
 
     def __init__(self, architecture: Architecture, *, bands: int, classes: int) -> None:

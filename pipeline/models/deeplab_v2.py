@@ -33,8 +33,6 @@ class SummedAspp(nn.ModuleList):
 class DeepLabV2(DeepLab):
     """VGG-16 or ResNet-101; with ``multi_scale: inputs`` on the image at three sizes (MSC)."""
 
-    align_corners = True
-
     def __init__(self, architecture: Architecture, *, bands: int, classes: int) -> None:
         super().__init__(architecture, bands=bands, classes=classes)
         self.backbone: VggTrunk | MsraTrunk

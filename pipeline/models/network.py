@@ -23,15 +23,17 @@ class DeepLab(nn.Module, ABC):
     stride: int
     """Pixels by which the input must move for the output to move alike: the grid of tiles."""
 
-    align_corners: bool
-    """True: every resize aligns corners, and sides are k x stride + 1 px; False: k x stride px."""
-
     upsample: Resize
     """From coarse logits to the input's size."""
 
     def __init__(self, architecture: Architecture, *, bands: int, classes: int) -> None:
         super().__init__()
         self.architecture, self.bands, self.classes = architecture, bands, classes
+
+    @property
+    def align_corners(self) -> bool:
+        """True: every resize aligns corners, sides are k x stride + 1 px; False: k x stride px."""
+        return self.architecture.align_corners
 
     def forward(self, image_BCS: Tensor, frame: Frame) -> Tensor:
         """Return (B, K, *S) logits at the input's size."""

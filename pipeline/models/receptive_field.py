@@ -21,6 +21,7 @@ from pipeline.errors import BundleError
 from pipeline.models.context_pool import Context, ContextPool
 from pipeline.models.deeplab import DeepLab
 from pipeline.models.global_layers import GLOBAL_LAYERS, layer_label, mixes_scene
+from pipeline.models.resize import Resize
 
 _POINTWISE = (nn.BatchNorm2d, nn.BatchNorm3d, nn.ReLU, nn.Dropout, nn.Identity)
 _SLIDING = (nn.Conv2d, nn.Conv3d, nn.MaxPool2d, nn.MaxPool3d)
@@ -119,7 +120,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether to look no further into ``m``."""
-        whole = isinstance(m, (ContextPool, *GLOBAL_LAYERS))
+        whole = isinstance(m, (ContextPool, Resize, *GLOBAL_LAYERS))
         return whole or super().is_leaf_module(m, module_qualified_name)
 
 
