@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.domain import Halo, Reach
-from pipeline.models.architecture import STRIDES, Architecture
 from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.models.deeplab import DeepLab
 from pipeline.models.fresh import new_bundle
 from pipeline.models.nan_probe import Probe, probe_network
+from pipeline.models.published import published
 from pipeline.models.receptive_field import local_span, reach_of
 
 
@@ -51,18 +51,7 @@ def create(
     seed: int,
 ) -> Bundle:
     """Write an untrained bundle. Raises BundleError for a network that does not exist."""
-    strides = STRIDES.get((backbone, dims), (8,))
-    stride = output_stride or strides[0]
-    resnet = backbone.startswith("resnet")
-    slim = (2, 4, 6) if stride == strides[0] else (1, 2)
-    architecture = Architecture(
-        family=family,
-        backbone=backbone,
-        dims=dims,
-        output_stride=stride,
-        rates=(12, 24, 36) if resnet else slim,
-        image_pooling=resnet,
-    )
+    architecture = published(family, backbone, dims=dims, output_stride=output_stride)
     return new_bundle(output, architecture=architecture, bands=bands, classes=classes, seed=seed)
 
 

@@ -98,6 +98,13 @@ class Bundle:
         text = json.dumps(_document(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def at_stride(self, output_stride: int) -> Bundle:
+        """The same weights at another output stride; a bundle of another digest.
+
+        Raises BundleError where the architecture has no such stride.
+        """
+        return replace(self, architecture=self.architecture.at_stride(output_stride))
+
     def network(self) -> DeepLab:
         """The network with its weights, on the CPU, in eval mode, pooling over the crop.
 

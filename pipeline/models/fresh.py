@@ -155,8 +155,7 @@ def _run(network: DeepLab, image_BCS: Tensor) -> None:
 
 def _noise(network: DeepLab) -> Tensor:
     """Four images (B, C, *S) of noise at wavelengths of 1 to 16 px, deviation about 1."""
-    sides = _PROBE[network.architecture.dims]
-    size = tuple(side + int(network.align_corners) for side in sides)
+    size = tuple(side + network.align_corners for side in _PROBE[network.architecture.dims])
     mode = "bilinear" if len(size) == 2 else "trilinear"
     parts = [
         F.interpolate(
