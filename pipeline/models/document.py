@@ -60,11 +60,11 @@ def from_document(kind: type[T], value: Any, *, at: str = "") -> T:
 def to_document(value: Any) -> Any:
     """The mapping that ``from_document`` would build an equal value from.
 
-    None, nothing and defaults are left out, so that a new field changes no digest.
+    Defaults are left out, so that a new field that has one changes no digest.
     """
     if dataclasses.is_dataclass(value):
         parts = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
-        said = [(f.name, part) for f, part in parts if part not in (None, (), f.default)]
+        said = [(f.name, part) for f, part in parts if part != f.default]
         return {name: to_document(part) for name, part in said}
     if isinstance(value, Mapping):
         return {key: to_document(part) for key, part in value.items()}
