@@ -9,6 +9,8 @@ from typing import Any
 from pipeline.domain import Halo, Reach
 from pipeline.models.architecture import STRIDES, Architecture
 from pipeline.models.bundle import Bundle, load_bundle
+from pipeline.models.custom_network import CustomNetwork
+from pipeline.models.custom_reach import probe_custom
 from pipeline.models.deeplab import DeepLab
 from pipeline.models.fresh import new_bundle
 from pipeline.models.nan_probe import Probe, probe_network
@@ -16,10 +18,10 @@ from pipeline.models.receptive_field import local_span, reach_of
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """A bundle in words: network, classes, input, halo, size. Raises BundleError."""
+    """A bundle in words: network, classes, input, halo (None: GLOBAL), size. Raises BundleError."""
     bundle = load_bundle(path)
     network = bundle.network()
-    reach = reach_of(network)
+    reach = _reach(network)
     return {
         "name": bundle.name,
         "version": bundle.version,
@@ -29,10 +31,10 @@ def describe(path: Path) -> dict[str, Any]:
         "classes": [f"{c.id} {c.name} {c.color}" for c in bundle.classes],
         "pixel_size_m": bundle.input.pixel_size_m,
         "spacing_mm": bundle.input.spacing_mm,
-        "output_stride": reach.stride,
-        "halo_before": reach.halo.before,
-        "halo_after": reach.halo.after,
-        "context_window": reach.window.size if reach.window else None,
+        "output_stride": bundle.architecture.output_stride,
+        "halo_before": reach.halo.before if reach else None,
+        "halo_after": reach.halo.after if reach else None,
+        "context_window": reach.window.size if reach and reach.window else None,
         "crf": bundle.crf,
         "training": dict(bundle.training),
         "digest": bundle.digest,
@@ -70,9 +72,12 @@ def probe_bundle(path: Path) -> dict[str, Any]:
     """How far a bundle's network reaches: by arithmetic over its layers, and as NaN shows it.
 
     ``problem`` is a line where the arithmetic, which the halo comes from, says too little; else
-    None. Raises BundleError, also for a network that one of the two cannot follow.
+    None. Raises BundleError, also for a network that one of the two cannot follow. There is no
+    arithmetic for somebody's own network.
     """
     network = load_bundle(path).network()
+    if isinstance(network, CustomNetwork):
+        return _probed(network)
     reach = reach_of(network)
     interval, halo = _interval(network, reach), reach.halo_with_window
     # Half a window is in the halo; near the strip's ends windows are shifted by up to the rest.
@@ -90,6 +95,31 @@ def probe_bundle(path: Path) -> dict[str, Any]:
         "halo_after": halo.after,
         "problem": _problem(found, interval),
     }
+
+
+def _probed(network: CustomNetwork) -> dict[str, Any]:
+    found = probe_custom(network)
+    halo = found.halo and found.halo.round_up(network.stride)
+    return {
+        "output_stride": network.stride,
+        "interval_before": None,
+        "interval_after": None,
+        "probe_before": found.before,
+        "probe_after": found.after,
+        "verdict": "LOCAL" if halo else "GLOBAL",
+        "layers_at_fault": found.layers,
+        "halo_before": halo.before if halo else None,
+        "halo_after": halo.after if halo else None,
+        "problem": None,
+    }
+
+
+def _reach(network: DeepLab | CustomNetwork) -> Reach | None:
+    """As it is tiled; None for somebody's own that is GLOBAL."""
+    if not isinstance(network, CustomNetwork):
+        return reach_of(network)
+    halo = probe_custom(network).halo
+    return Reach(stride=network.stride, halo=halo.round_up(network.stride)) if halo else None
 
 
 def _interval(network: DeepLab, reach: Reach) -> Halo:

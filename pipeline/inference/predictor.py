@@ -15,11 +15,13 @@ from torch import Tensor
 from pipeline.domain import Region
 from pipeline.errors import BundleError, SourceError
 from pipeline.inference.canonical import BoxMap, CanonicalNetwork, upsampled
+from pipeline.inference.convolution import fix_convolutions
 from pipeline.inference.precision import Precision, fix_kernels
 from pipeline.inference.stage_plan import coarse_region, feature_region, pixel_region
 from pipeline.inference.staged import StagedNetwork, WholeNetwork
 from pipeline.models.bundle import Bundle
 from pipeline.models.context_pool import Context
+from pipeline.models.custom_network import CustomNetwork
 from pipeline.models.frame import Frame
 from pipeline.models.scene_mean import GivenMean, OwnMean
 from pipeline.models.scene_stages import pooled_by, pooled_chain
@@ -45,7 +47,7 @@ class Predictor:
         window: int | None = WINDOW,
         canonical_px: int | None = None,
     ) -> None:
-        """Load the network; ``window`` None runs it as one, as a network without stages must be.
+        """Load the network; ``window`` None runs it as one, as somebody's own always is.
 
         With ``canonical_px``, a side in pixels, windows are canonical, and ``window`` is not used.
 
@@ -65,8 +67,12 @@ class Predictor:
         if window is None and context == "scene":
             raise BundleError("context 'scene' needs a network in stages: give it windows")
         self._canonical_px, self._window = canonical_px, window
+        self._scale = self._stride
+        if isinstance(network, CustomNetwork):
+            self._scale, canonical_px, window = network.upsample.up[0], None, None
         self._network: CanonicalNetwork | StagedNetwork | WholeNetwork
-        if canonical_px is None and window is None:
+        if isinstance(network, CustomNetwork) or (canonical_px is None and window is None):
+            fix_convolutions(network)
             for weight in (*network.parameters(), *network.buffers()):
                 weight.data = self._moved(weight.data)
             self._network = WholeNetwork(network)
@@ -96,14 +102,14 @@ class Predictor:
                 canonical windows, does not hold all that ``scored`` needs.
         """
         read = self._read(image_CS, frame)
-        coarse = coarse_region(read, scored=scored, stride=self._stride)
+        coarse = coarse_region(read, scored=scored, stride=self._scale)
         network = self._network
         if pooling is not None:
             assert not isinstance(network, WholeNetwork)
             network = self._in_windows(pooled_by(network.chain, pooling))
         with torch.inference_mode():
             coarse_BKS = network.coarse_logits(self._input(image_CS), frame, coarse)
-            at = coarse.move(tuple(a // self._stride for a in frame.origin))
+            at = coarse.move(tuple(a // self._scale for a in frame.origin))
             # Interpolated in float32 in any case: bfloat16 would turn ramps into steps.
             if self._canonical_px is not None:
                 return upsampled(
@@ -118,7 +124,7 @@ class Predictor:
         index: tuple[Any, ...] = (
             0,
             ...,
-            *scored.slices(within=pixel_region(at, stride=self._stride)),
+            *scored.slices(within=pixel_region(at, stride=self._scale)),
         )
         return logits_BKS[index]
 
