@@ -76,7 +76,7 @@ def hourglass(bands: int, classes: int) -> nn.Module:
     return Hourglass(bands, classes)
 
 
-def says_nothing(bands: int, classes: int):  # noqa: ANN201  that is what it is for
+def says_nothing(bands: int, classes: int):
     """A factory that does not."""
     return Hourglass(bands, classes)
 

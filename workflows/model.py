@@ -10,7 +10,7 @@ from pipeline.domain import Halo, Reach
 from pipeline.models.architecture import STRIDES, Architecture
 from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.models.custom_network import CustomNetwork
-from pipeline.models.custom_reach import probe_custom
+from pipeline.models.custom_reach import known_probe, probe_custom
 from pipeline.models.deeplab import DeepLab
 from pipeline.models.fresh import new_bundle
 from pipeline.models.nan_probe import Probe, probe_network
@@ -110,15 +110,24 @@ def _probed(network: CustomNetwork) -> dict[str, Any]:
         "layers_at_fault": found.layers,
         "halo_before": halo.before if halo else None,
         "halo_after": halo.after if halo else None,
-        "problem": None,
+        "problem": _understated(found, network.architecture.halo),
     }
+
+
+def _understated(found: Probe, stated: Halo | None) -> str | None:
+    if stated is None or (found.halo is not None and found.halo | stated == stated):
+        return None
+    return (
+        f"a NaN reaches {found.before} px before and {found.after} px after a region (None: no"
+        f" end), the bundle says {stated.before} and {stated.after} px: save it again"
+    )
 
 
 def _reach(network: DeepLab | CustomNetwork) -> Reach | None:
     """As it is tiled; None for somebody's own that is GLOBAL."""
     if not isinstance(network, CustomNetwork):
         return reach_of(network)
-    halo = probe_custom(network).halo
+    halo = known_probe(network).halo
     return Reach(stride=network.stride, halo=halo.round_up(network.stride)) if halo else None
 
 

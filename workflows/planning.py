@@ -157,7 +157,7 @@ def make_plan(
         scores=options.scores != "none",
     )
     if found is not None and found["request_digest"] == request:
-        resolved = resolved_before(found["resolved"], options, crf=crf)
+        resolved = resolved_before(found["resolved"], options, sizer)
     else:
         trial = try_halos(case, options, sizer, channels)
         asked = replace(sizer, reach=reach_asked(known.reach, options, trial))

@@ -13,7 +13,7 @@ from pipeline.inference.whole_cost import Trial, trial_of
 from pipeline.models.bundle import Bundle
 from pipeline.models.context_pool import Context
 from pipeline.models.custom_network import CustomNetwork
-from pipeline.models.custom_reach import custom_reach, probe_custom
+from pipeline.models.custom_reach import custom_reach, known_probe
 from pipeline.models.deeplab import DeepLab
 from pipeline.models.receptive_field import local_span, reach_of
 from pipeline.models.stages import Chain, stages_of
@@ -75,7 +75,7 @@ def _of_layers(network: DeepLab, context: Context) -> Traced:
 
 
 def _probed(network: CustomNetwork, bundle: Bundle, context: Context) -> Traced:
-    found = probe_custom(network)
+    found = known_probe(network)
     halo, field = found.halo, None
     if halo is not None:
         sides = zip(halo.before, halo.after, strict=True)

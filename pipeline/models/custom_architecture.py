@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pipeline.domain import Halo
 from pipeline.errors import BundleError
 
 
@@ -34,6 +35,10 @@ class CustomArchitecture:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the factory."""
 
+    halo: Halo | None = None
+    """What a probe found, in pixels, so that it need not be found again: a deep network takes
+    minutes. None: every plan probes, and a network that is GLOBAL has none."""
+
     def __post_init__(self) -> None:
         if self.dims not in (2, 3):
             raise BundleError(f"a network has 2 or 3 spatial axes, dims is {self.dims}")
@@ -45,6 +50,9 @@ class CustomArchitecture:
             raise BundleError(
                 f"entry_point {self.entry_point!r} must be of the form package.module:factory"
             )
+
+        if self.halo is not None and len(self.halo.before) != self.dims:
+            raise BundleError(f"halo has {len(self.halo.before)} axes, the network {self.dims}")
 
     @property
     def image_pooling(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 from pipeline.domain import Halo, Reach
@@ -11,22 +12,34 @@ from pipeline.models.context_pool import Context
 from pipeline.models.custom_network import CustomNetwork
 from pipeline.models.nan_probe import Probe, probe_network
 
-_FIRST = 16
-"""Length of the first strips, in strides."""
+_FIRST_PX = MappingProxyType({2: 1024, 3: 192})
+_MOST_PX = MappingProxyType({2: 8192, 3: 768})
+"""Length of the first and the longest strips, in pixels, by number of axes.
 
-_MOST_PX = MappingProxyType({2: 4096, 3: 512})
-"""Length of the longest strips, in pixels, by number of axes: what fills them is GLOBAL."""
+What fills the longest is GLOBAL.
+"""
+
+_ROOM = 4
+"""Strips are so many times as long as what is found: a lone tap further out is not overlooked."""
 
 
 def probe_custom(network: CustomNetwork) -> Probe:
-    """The probe over strips as long as it takes. Raises BundleError."""
-    most_px = _MOST_PX[network.architecture.dims]
-    length = min(_FIRST * network.stride, most_px)
+    """The probe over strips as long as it takes; layers by their own names. Raises BundleError."""
+    dims, stride = network.architecture.dims, network.stride
+    length = -(-_FIRST_PX[dims] // (4 * stride)) * 4 * stride
     found = probe_network(network, most_px=length)
-    while found.halo is None and 2 * length <= most_px:
+    while _cramped(found, length) and 2 * length <= _MOST_PX[dims]:
         length *= 2
         found = probe_network(network, most_px=length)
-    return found
+    return replace(found, layers=tuple(name.removeprefix("module.") for name in found.layers))
+
+
+def known_probe(network: CustomNetwork) -> Probe:
+    """What the bundle states of a probe that it remembers, else the probe. Raises BundleError."""
+    halo, stride = network.architecture.halo, network.stride
+    if halo is None:
+        return probe_custom(network)
+    return Probe(stride=stride, before=halo.before, after=halo.after)
 
 
 def custom_reach(
@@ -40,13 +53,16 @@ def custom_reach(
     Raises:
         BundleError: it is GLOBAL, so that no halo makes its tiles agree.
     """
-    if found.halo is not None:
-        return Reach(stride=network.stride, halo=found.halo.round_up(network.stride))
-    if context != "tile":
-        layers = ", ".join(found.layers).replace("module.", "") or "no single layer"
+    halo = found.halo
+    if halo is None and context != "tile":
+        layers = ", ".join(found.layers) or "no single layer"
         raise BundleError(
             f"the network is GLOBAL, {layers} at fault: every output depends on all of the input,"
             " so that no halo makes its tiles agree; --context tile runs it, not exactly"
         )
     half = tuple(-(-side // 2) for side in crop)
-    return Reach(stride=network.stride, halo=Halo(half, half).round_up(network.stride))
+    return Reach(stride=network.stride, halo=(halo or Halo(half, half)).round_up(network.stride))
+
+
+def _cramped(found: Probe, length: int) -> bool:
+    return found.halo is None or _ROOM * found.halo.largest > length
