@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.nn import functional as F
 
 from pipeline.models.bundle import (
@@ -79,6 +81,16 @@ def hourglass(bands: int, classes: int) -> nn.Module:
 def says_nothing(bands: int, classes: int):
     """A factory that does not."""
     return Hourglass(bands, classes)
+
+
+def exported(network: nn.Module, *, stride: int) -> bytes:
+    """A program for images of any size, as a user would write it."""
+    sizes = {2: stride * Dim("rows", min=2), 3: stride * Dim("columns", min=2)}
+    image_BCS = torch.zeros(1, 3, 8 * stride, 12 * stride)
+    program = torch.export.export(network.eval(), (image_BCS,), dynamic_shapes=(sizes,))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    return file.getvalue()
 
 
 def own_bundle(

@@ -57,11 +57,12 @@ def traced(bundle: Bundle, context: Context) -> Traced:
             if isinstance(network, CustomNetwork):
                 _TRACED[key] = _probed(network, bundle, context)
             else:
-                _TRACED[key] = _of_layers(network, context)
+                _TRACED[key] = of_layers(network, context)
         return _TRACED[key]
 
 
-def _of_layers(network: DeepLab, context: Context) -> Traced:
+def of_layers(network: DeepLab, context: Context) -> Traced:
+    """What the layers of a network say; its window is taken off but for context ``window``."""
     if context != "window":
         network.pool_over(None)
     span = local_span(network)

@@ -29,6 +29,7 @@ from pipeline.models.frame import Frame
 from pipeline.models.fresh import new_bundle
 from pipeline.models.scene_mean import valid_features
 from pipeline.models.scene_stages import pooled_chain
+from pipeline.models.stages import Chain
 from workflows.batch import batch
 from workflows.config import SegmentOptions
 from workflows.run_dir import file_digest
@@ -277,7 +278,8 @@ def test_the_plan_counts_both_passes(scene: Path, model: Path, slim: Path) -> No
     """Twice the trunk would be said to cost as much as once."""
     two = plan_only(scene, model=model, options=options())
     one = plan_only(scene, model=model, options=options(context="tile"))
-    chain, whole = traced(load_bundle(model), "scene").chain, Region.whole((504, 744))
+    chain, whole = traced(load_bundle(model), "scene").body, Region.whole((504, 744))
+    assert isinstance(chain, Chain)
     needs = needs_of(chain, whole, scored=whole, shape=whole.shape)
     trunk = stage_work(pooled_chain(chain), needs) / stage_work(chain, needs)
     # The second pass alone does less than the one pass, which pools features of its halo, too.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from own_networks import Coarse, Hourglass, Squeezed, own_bundle
+from own_networks import Coarse, Hourglass, Squeezed, exported, own_bundle
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -37,18 +37,6 @@ def wrapped(module: nn.Module, *, stride: int, dims: int = 2) -> CustomNetwork:
 def by_entry_point(path: Path, entry_point: str, **arguments: object) -> Bundle:
     network = Hourglass(3, 4)
     return own_bundle(path, network, stride=4, entry_point=entry_point, arguments=arguments)
-
-
-def program(module: nn.Module, sizes: object) -> bytes:
-    """As a user would export it from an image of 48 x 64 px."""
-    image_BCS = torch.zeros(1, 3, 48, 64)
-    exported = torch.export.export(module, (image_BCS,), dynamic_shapes=sizes)
-    file = io.BytesIO()
-    torch.export.save(exported, file)
-    return file.getvalue()
-
-
-ANY_SIZE = ({2: 4 * Dim("rows"), 3: 4 * Dim("columns")},)
 
 
 def logits(bundle: Bundle, image_BCS: Tensor) -> Tensor:
@@ -84,7 +72,7 @@ def test_making_a_network_takes_nobodys_random_numbers(tmp_path: Path) -> None:
 def test_a_program_comes_back_and_takes_any_size(tmp_path: Path) -> None:
     """A program runs at the size it was exported at, or its file is not that of the bundle."""
     network = Hourglass(3, 4).eval()
-    own_bundle(tmp_path / "b", program(network, ANY_SIZE), stride=4)
+    own_bundle(tmp_path / "b", exported(network, stride=4), stride=4)
     read = load_bundle(tmp_path / "b")
     assert [p.name for p in sorted(read.path.iterdir())] == ["model.yaml", "program.pt2"]
     for size in ((48, 64), (20, 100)):
@@ -95,7 +83,7 @@ def test_a_program_comes_back_and_takes_any_size(tmp_path: Path) -> None:
 
 def test_a_program_that_was_changed_is_not_run(tmp_path: Path) -> None:
     """What torch reads there may run code: only the file that the bundle means is opened."""
-    bundle = own_bundle(tmp_path / "b", program(Hourglass(3, 4).eval(), ANY_SIZE), stride=4)
+    bundle = own_bundle(tmp_path / "b", exported(Hourglass(3, 4), stride=4), stride=4)
     bundle.weights_file.write_bytes(bundle.weights_file.read_bytes() + b"x")
     with pytest.raises(BundleError, match=r"program\.pt2 has SHA-256"):
         bundle.network()
@@ -210,7 +198,7 @@ def test_what_mixes_the_whole_image_is_refused_by_name_and_run_with_context_tile
 
 def test_the_layers_of_a_program_have_the_names_they_had(tmp_path: Path) -> None:
     """A program would be GLOBAL, and nobody could say why."""
-    data = program(Squeezed(3, 4).eval(), ({2: Dim("rows"), 3: Dim("columns")},))
+    data = exported(Squeezed(3, 4), stride=1)
     network = own_bundle(tmp_path / "b", data, stride=1).network()
     assert isinstance(network, CustomNetwork)
     assert probe_custom(network).layers == ("gate",)
