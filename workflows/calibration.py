@@ -9,8 +9,8 @@ import numpy as np
 from pipeline.domain import Region
 from pipeline.inference.predictor import Predictor
 from pipeline.inference.stage_plan import needs_of, stage_work
-from pipeline.inference.whole_cost import Trial, trial_size
-from pipeline.models.bundle import Bundle, CustomArchitecture
+from pipeline.inference.whole_cost import Trial
+from pipeline.models.bundle import Bundle
 from pipeline.models.frame import Frame
 from workflows.planning import SegmentPlan
 from workflows.sizing import Team
@@ -34,10 +34,10 @@ def network_seconds(plan: SegmentPlan, bundle: Bundle) -> float:
         threads=resolved.threads,
     )
     body = traced(bundle, resolved.context).body
-    if isinstance(bundle.architecture, CustomArchitecture):
-        shape = trial_size(bundle.architecture)
+    if isinstance(body, Trial):
+        shape = body.size
     else:
-        shape = (FEATURES[dims] * bundle.architecture.output_stride,) * dims
+        shape = (FEATURES[dims] * body.stride + body.endpoint,) * dims
     whole = Region.whole(shape)
     image_CS = np.random.default_rng(0).normal(size=(body.bands, *shape)).astype(np.float32)
     seconds = []

@@ -10,7 +10,7 @@ from pipeline.crf.params import ResolvedCrf
 from pipeline.domain import Pass, SamplePass, Shape, TilePlan
 from pipeline.errors import SourceError
 from pipeline.models.bundle import Bundle
-from pipeline.models.stages import Chain
+from pipeline.models.chain import Chain
 from workflows.case import Case
 from workflows.config import SegmentOptions
 from workflows.crf_asked import resolve_crf

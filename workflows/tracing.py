@@ -11,12 +11,13 @@ from torch import nn
 from pipeline.domain import Reach, Shape
 from pipeline.inference.whole_cost import Trial, trial_of
 from pipeline.models.bundle import Bundle
+from pipeline.models.chain import Chain
 from pipeline.models.context_pool import Context
 from pipeline.models.custom_network import CustomNetwork
 from pipeline.models.custom_reach import custom_reach, known_probe
 from pipeline.models.deeplab import DeepLab
-from pipeline.models.receptive_field import local_span, reach_of
-from pipeline.models.stages import Chain, stages_of
+from pipeline.models.receptive_field import reach_of, receptive_field
+from pipeline.models.stages import stages_of
 
 _TRACED: dict[tuple[str, Context, int], Traced] = {}
 _LOCK = threading.Lock()
@@ -65,12 +66,12 @@ def of_layers(network: DeepLab, context: Context) -> Traced:
     """What the layers of a network say; its window is taken off but for context ``window``."""
     if context != "window":
         network.pool_over(None)
-    span = local_span(network)
+    chain = stages_of(network)
     return Traced(
         reach=reach_of(network, context=context),
         exact=network.pool is None or context != "tile",
-        receptive_field=tuple(b - a + 1 for a, b in zip(span.low, span.high, strict=True)),
-        body=stages_of(network).moved(_without_values),
+        receptive_field=receptive_field(chain).shape,
+        body=chain.moved(_without_values),
         weight_bytes=_weight_bytes(network),
     )
 

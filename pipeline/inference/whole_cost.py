@@ -19,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.domain import Region, Shape, Tile
 from pipeline.inference.tile_cost import TileCost, kept_bytes, read_bytes
-from pipeline.models.custom_architecture import CustomArchitecture
 from pipeline.models.custom_network import CustomNetwork
 
 _FLOAT32 = 4
@@ -36,6 +35,9 @@ class Trial:
 
     bands: int
 
+    size: Shape
+    """Of the image that it was tried on, in pixels."""
+
     work_px: float
     """Multiply-adds of convolutions and products of matrices."""
 
@@ -43,15 +45,10 @@ class Trial:
     """Of the values that live at once, image and logits included, weights left out."""
 
 
-def trial_size(architecture: CustomArchitecture) -> Shape:
-    """A small image of whole strides."""
-    stride, dims = architecture.output_stride, architecture.dims
-    return (max(2, -(-_SIDE[dims] // stride)) * stride,) * dims
-
-
 def trial_of(network: CustomNetwork) -> Trial:
     """Run the network over a small image and count. Raises RuntimeError where it does not run."""
-    size = trial_size(network.architecture)
+    stride, dims = network.stride, network.architecture.dims
+    size = (max(2, -(-_SIDE[dims] // stride)) * stride,) * dims
     image_BCS = torch.zeros(1, network.bands, *size)
     values = _LiveValues()
     with torch.no_grad(), FlopCounterMode(display=False) as flops, values:
@@ -60,6 +57,7 @@ def trial_of(network: CustomNetwork) -> Trial:
     pixels = math.prod(size)
     return Trial(
         bands=network.bands,
+        size=size,
         work_px=flops.get_total_flops() / 2 / pixels,
         bytes_px=values.peak / pixels,
     )

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from pipeline.models.architecture import Architecture
 from pipeline.models.context_pool import ContextPool, window_features
 from pipeline.models.frame import Frame
+from pipeline.models.resize import Resize
 from pipeline.models.trunks import SLIM_WIDTH, build_trunk, classify, conv, conv_norm_relu, norm
-
-_UPSAMPLING = {2: "bilinear", 3: "trilinear"}
 
 
 class Aspp(nn.Module):
@@ -86,9 +85,7 @@ class DeepLab(nn.Module):
             aspp = Aspp(architecture, inputs=inputs, width=width, dropout=0.5)
             smooth = conv_norm_relu(dims, width, width, kernel=3)
             self.classifier = Head(aspp, *smooth, classify(dims, width, classes))
-        self.upsample = nn.Upsample(
-            scale_factor=architecture.output_stride, mode=_UPSAMPLING[dims], align_corners=False
-        )
+        self.upsample = Resize.by(architecture.output_stride, dims, align_corners=False)
 
     def forward(self, image_BCS: Tensor, frame: Frame) -> Tensor:
         """Return (B, K, *S) logits at the input's size, which are multiples of the stride."""
@@ -99,6 +96,11 @@ class DeepLab(nn.Module):
         """Return (B, K, *S / stride) logits at the output stride."""
         logits_BKS: Tensor = self.classifier(self.backbone(image_BCS), frame)
         return logits_BKS
+
+    @property
+    def stride(self) -> int:
+        """Pixels that tile origins are multiples of."""
+        return self.architecture.output_stride
 
     @property
     def pool(self) -> ContextPool | None:

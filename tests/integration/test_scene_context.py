@@ -25,11 +25,11 @@ from pipeline.inference.normalise import normalise
 from pipeline.inference.padding import read_padded
 from pipeline.inference.stage_plan import needs_of, stage_work
 from pipeline.models.bundle import Architecture, Bundle, load_bundle
+from pipeline.models.chain import Chain
 from pipeline.models.frame import Frame
 from pipeline.models.fresh import new_bundle
 from pipeline.models.scene_mean import valid_features
 from pipeline.models.scene_stages import pooled_chain
-from pipeline.models.stages import Chain
 from workflows.batch import batch
 from workflows.config import SegmentOptions
 from workflows.run_dir import file_digest
