@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.domain import ImageInfo
+from pipeline.models.bundle import Bundle
 from pipeline.ports import Record
 from pipeline.segment_image import Outcome
 from workflows.finish import Product
@@ -53,7 +54,7 @@ def manifest(
         "tiles": _tiles(mask),
         "halo_work_ratio": round(plan.costs.halo_work_ratio, 4),
         "windows": windows_json(plan),
-        "context": plan.resolved.context if bundle.architecture.image_pooling else "none",
+        "context": plan.resolved.context if _mixes(plan, bundle) else "none",
         "scene_mean": None,
         "crf": _crf(plan),
         "precision": plan.resolved.precision.name,
@@ -73,6 +74,11 @@ def manifest(
             for r in needed.failed
         ],
     }
+
+
+def _mixes(plan: SegmentPlan, bundle: Bundle) -> bool:
+    """Whether a label depends on more than the network's receptive field."""
+    return bundle.architecture.image_pooling or plan.receptive_field is None
 
 
 def counts(outcome: Outcome) -> Counter[int]:

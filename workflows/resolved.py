@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline.crf.params import ResolvedCrf
 from pipeline.domain import Shape
 from pipeline.errors import ExecutionError, PlanError
 from pipeline.execution.identity import package_digest
 from pipeline.inference.precision import Precision, resolve_precision
+from pipeline.models.bundle import CustomArchitecture
 from pipeline.models.context_pool import Context
+from pipeline.models.custom_code import code_version
 from workflows.config import SegmentOptions
 from workflows.short_halo import HaloTrial
 from workflows.sizing import Budget, Sizer, Team
@@ -104,18 +105,16 @@ def resolve(
         context=options.context,
         halo=halo,
         canonical_px=sizer.canonical_px,
-        versions=_versions(sizer.crf),
+        versions=_versions(sizer),
     )
 
 
-def resolved_before(
-    found: Mapping[str, Any], options: SegmentOptions, *, crf: ResolvedCrf | None
-) -> Resolved:
+def resolved_before(found: Mapping[str, Any], options: SegmentOptions, sizer: Sizer) -> Resolved:
     """The values of an interrupted run, with today's versions: other ones are another run.
 
     Raises PlanError or ExecutionError when this machine cannot honour them.
     """
-    before = replace(Resolved.from_json(found), versions=_versions(crf))
+    before = replace(Resolved.from_json(found), versions=_versions(sizer))
     place = workplace(options)
     if before.device == "cuda" and place.here and not place.gpus:
         raise ExecutionError("the run was begun on CUDA, torch sees no such device here; --fresh")
@@ -124,6 +123,12 @@ def resolved_before(
     return before
 
 
-def _versions(crf: ResolvedCrf | None) -> dict[str, str]:
-    names = ["terravox", "torch", "numpy", "rasterio", "nibabel"] + (["pydensecrf2"] if crf else [])
-    return {name: version(name) for name in names} | {"code": package_digest()[:16]}
+def _versions(sizer: Sizer) -> dict[str, str]:
+    """Of all that decides the bytes, somebody's own code included."""
+    names = ["terravox", "torch", "numpy", "rasterio", "nibabel"]
+    names += ["pydensecrf2"] if sizer.crf else []
+    found = {name: version(name) for name in names} | {"code": package_digest()[:16]}
+    architecture = sizer.bundle.architecture
+    if isinstance(architecture, CustomArchitecture) and architecture.entry_point:
+        found |= code_version(architecture.entry_point)
+    return found

@@ -15,12 +15,14 @@ from torch import Tensor
 from pipeline.domain import Region
 from pipeline.errors import BundleError, SourceError
 from pipeline.inference.canonical import BoxMap, CanonicalNetwork, upsampled
+from pipeline.inference.convolution import fix_convolutions
 from pipeline.inference.precision import Precision, fix_kernels
 from pipeline.inference.stage_plan import coarse_place, coarse_region, feature_region
 from pipeline.inference.staged import StagedNetwork, WholeNetwork
 from pipeline.models.bundle import Bundle
 from pipeline.models.chain import Chain
 from pipeline.models.context_pool import Context
+from pipeline.models.custom_network import CustomNetwork
 from pipeline.models.frame import Frame
 from pipeline.models.geometry import Scale
 from pipeline.models.scene_mean import GivenMean, OwnMean
@@ -47,7 +49,7 @@ class Predictor:
         window: int | None = WINDOW,
         canonical_px: int | None = None,
     ) -> None:
-        """Load the network; ``window`` None runs it as one, as a network without stages must be.
+        """Load the network; ``window`` None runs it as one, as somebody's own always is.
 
         With ``canonical_px``, a side in pixels, windows are canonical, and ``window`` is not used.
 
@@ -69,7 +71,8 @@ class Predictor:
             raise BundleError("context 'scene' needs a network in stages: give it windows")
         self._canonical_px, self._window = canonical_px, window
         self._network: CanonicalNetwork | StagedNetwork | WholeNetwork
-        if canonical_px is None and window is None:
+        if isinstance(network, CustomNetwork) or (canonical_px is None and window is None):
+            fix_convolutions(network)
             for weight in (*network.parameters(), *network.buffers()):
                 weight.data = self._moved(weight.data)
             self._network = WholeNetwork(network)

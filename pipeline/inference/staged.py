@@ -24,10 +24,12 @@ from pipeline.inference.convolution import convolve
 from pipeline.inference.stage_plan import Needs, row_block
 from pipeline.models.chain import Chain, Convolution, Norm, Pool, Stage, Step
 from pipeline.models.context_pool import WindowMean
+from pipeline.models.custom_network import CustomNetwork
 from pipeline.models.deeplab import DeepLab
 from pipeline.models.frame import Frame
 from pipeline.models.geometry import Scale
 from pipeline.models.scene_mean import GivenMean, OwnMean
+from pipeline.models.stages import TRACING
 
 _POOL: Mapping[tuple[str, int], Callable[..., Tensor]] = MappingProxyType(
     {
@@ -110,12 +112,13 @@ class StagedNetwork:
 class WholeNetwork:
     """A network that runs as one over all that is read."""
 
-    def __init__(self, network: DeepLab) -> None:
+    def __init__(self, network: DeepLab | CustomNetwork) -> None:
         self.network = network
 
     def coarse_logits(self, image_BCS: Tensor, frame: Frame, coarse: Region) -> Tensor:
         """As ``StagedNetwork.coarse_logits``; a view."""
-        logits_BKS = self.network.coarse_logits(image_BCS, frame)
+        with TRACING:  # another thread's tracing would take these calls for its own
+            logits_BKS = self.network.coarse_logits(image_BCS, frame)
         whole = Region.whole(tuple(logits_BKS.shape[2:]))
         index: tuple[Any, ...] = (..., *coarse.slices(within=whole))
         return logits_BKS[index]

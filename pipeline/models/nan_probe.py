@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.domain import Halo, Shape
 from pipeline.errors import BundleError
+from pipeline.models.custom_network import CustomNetwork
 from pipeline.models.deeplab import DeepLab
 from pipeline.models.frame import Frame
 from pipeline.models.nan_watch import NanWatch
@@ -107,8 +108,8 @@ def probe(
     )
 
 
-def probe_network(network: DeepLab, *, most_px: int) -> Probe:
-    """``probe`` of one of our networks: each strip is a scene of its own."""
+def probe_network(network: DeepLab | CustomNetwork, *, most_px: int) -> Probe:
+    """``probe`` of a bundle's network: each strip is a scene of its own."""
     dims = network.architecture.dims
 
     def place(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor, Frame]:

@@ -132,11 +132,12 @@ def brain_course() -> Course:
 
 def train(course: Course, out: Path) -> Bundle:
     """Train the network of ``course``, choose its CRF, and write the bundle to ``out``."""
-    bundle = course.bundle
+    bundle, architecture = course.bundle, course.bundle.architecture
+    assert isinstance(architecture, Architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(course.recipe.seed)
         network = build_network(
-            bundle.architecture, bands=bundle.input.band_count, classes=len(bundle.classes)
+            architecture, bands=bundle.input.band_count, classes=len(bundle.classes)
         )
     spec = CropSpec(
         crop=bundle.crop,
