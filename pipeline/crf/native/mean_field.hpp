@@ -13,6 +13,7 @@
 
 namespace terravox {
 
+constexpr int MOST_VALUES = 256;  // a row of the widest table
 constexpr int AHEAD = 4;   // pixels whose rows are fetched before their turn
 constexpr size_t IN_CACHE = 1 << 17;  // values of a table that a core's cache holds beside its twin
 constexpr int BLOCK = 32;   // pixels whose softmax is taken together
@@ -296,10 +297,10 @@ private:
             return;
         }
         rows_.blur(kernel, team_, [&kernel, n, gain](float *row) {
-            std::vector<float> mixed(n, 0.0f);
+            float mixed[MOST_VALUES] = {};
             for (int k = 0; k < n; ++k)
                 for (int l = 0; l < n; ++l) mixed[k] += gain * kernel.matrix[k * n + l] * row[l];
-            std::copy(mixed.begin(), mixed.end(), row);
+            std::copy_n(mixed, n, row);
         });
     }
 

@@ -19,11 +19,13 @@ std::vector<float> relative(Kernel &kernel, const float *penalty, int classes, i
     const auto mu = [&](int k, int l) { return penalty[k * classes + l]; };
     std::vector<float> constant(last);
     for (int k = 0; k < last; ++k) constant[k] = mu(last, last) - mu(k, last);
+    // Potts: one value on the diagonal, one beside it.
+    const float same = mu(0, 0), other = classes > 1 ? mu(0, 1) : same;
     bool potts = true;
     for (int k = 0; k < classes; ++k)
-        for (int l = 0; l < classes; ++l) potts &= mu(k, l) == (k == l ? mu(0, 0) : 0.0f);
+        for (int l = 0; l < classes; ++l) potts &= mu(k, l) == (k == l ? same : other);
     if (potts) {
-        kernel.potts = -mu(0, 0);
+        kernel.potts = other - same;
         return constant;
     }
     kernel.matrix.assign(width * width, 0.0f);
