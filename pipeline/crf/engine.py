@@ -17,15 +17,21 @@ from numpy.typing import NDArray
 
 from pipeline.errors import CrfError
 
-EngineName = Literal["pydensecrf"]
+EngineName = Literal["native", "pydensecrf"]
 """Engines that compute; which one is part of a run's identity, for their last digits differ."""
 
 Device = Literal["cpu", "cuda"]
 
-_PREFERRED: dict[Device, tuple[EngineName, ...]] = {"cpu": ("pydensecrf",), "cuda": ("pydensecrf",)}
+_PREFERRED: dict[Device, tuple[EngineName, ...]] = {
+    "cpu": ("native", "pydensecrf"),
+    "cuda": ("native", "pydensecrf"),
+}
 """What ``auto`` takes: the first that is installed."""
 
-_ABSENT: dict[EngineName, str] = {
+_MODULES: dict[EngineName, str] = {"native": "pipeline.crf._native", "pydensecrf": "pydensecrf"}
+
+ABSENT_ENGINES: dict[EngineName, str] = {
+    "native": "the native engine was not built; install a C++ compiler, then terravox again",
     "pydensecrf": "pydensecrf is not installed; pip install 'terravox[crf]' (needs a C++ compiler)",
 }
 """What is missing where an engine cannot be had, and how to get it."""
@@ -67,7 +73,7 @@ class Engine(Protocol):
 
 def installed(name: EngineName) -> bool:
     """Whether an engine can be had here; loads nothing."""
-    return importlib.util.find_spec(name) is not None
+    return importlib.util.find_spec(_MODULES[name]) is not None
 
 
 def pick_engine(asked: EngineName | Literal["auto"], *, device: Device) -> EngineName:
@@ -80,7 +86,7 @@ def pick_engine(asked: EngineName | Literal["auto"], *, device: Device) -> Engin
     for name in wanted:
         if installed(name):
             return name
-    raise CrfError(f"crf: {_ABSENT[wanted[0]]}; or use --crf off")
+    raise CrfError(f"crf: {ABSENT_ENGINES[wanted[0]]}; or use --crf off")
 
 
 @lru_cache(maxsize=8)
@@ -98,6 +104,10 @@ def engine_named(name: EngineName, *, device: Device, threads: int) -> Engine:
     if name not in get_args(EngineName):
         raise CrfError(f"crf: no engine {name!r}; known are {', '.join(get_args(EngineName))}")
     pick_engine(name, device=device)
+    if name == "native":
+        from pipeline.crf.native_engine import NativeEngine
+
+        return NativeEngine(threads)
     from pipeline.crf.pydensecrf_engine import PydensecrfEngine
 
     return PydensecrfEngine()

@@ -1,4 +1,5 @@
-// What Python sees of the native engine: ``mean_field``.
+// What Python sees of the native engine. Built under two names: _native, and _native_avx2, which
+// only a processor that has AVX2 may load.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/vector.h>
@@ -93,7 +94,14 @@ nb::object mean_field(Matrix energy, std::vector<Matrix> features, std::vector<M
 
 }  // namespace
 
-NB_MODULE(_native, module) {
+NB_MODULE(TERRAVOX_MODULE, module) {
+    module.def("has_avx2", [] {
+#ifdef __x86_64__
+        return bool(__builtin_cpu_supports("avx2"));
+#else
+        return false;
+#endif
+    });
     module.def("mean_field", &mean_field, nb::arg("energy"), nb::arg("features"),
                nb::arg("penalties"), nb::arg("iterations"), nb::arg("threads"));
 }
