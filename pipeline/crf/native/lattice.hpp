@@ -162,8 +162,8 @@ private:
 // Features scaled so that the blur has unit deviation.
 inline std::vector<float> scales(int d) {
     std::vector<float> scale(d);
-    const float unit = std::sqrt(2.0f / 3.0f) * float(d + 1);
-    for (int i = 0; i < d; ++i) scale[i] = 1.0f / std::sqrt(float((i + 1) * (i + 2))) * unit;
+    const float unit = float(std::sqrt(2.0 / 3.0) * (d + 1));
+    for (int i = 0; i < d; ++i) scale[i] = float(unit / std::sqrt(double((i + 1) * (i + 2))));
     return scale;
 }
 
