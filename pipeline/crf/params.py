@@ -6,8 +6,9 @@ import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from pipeline.crf.engine import EngineName
 from pipeline.domain import Halo, Shape
 from pipeline.errors import CrfError
 
@@ -102,6 +103,9 @@ class ResolvedKernel:
 class ResolvedCrf:
     """The whole CRF on the grid of one image: what ``refine`` needs."""
 
+    engine: EngineName | Literal["auto"]
+    """As asked; a plan replaces ``auto`` by what it became."""
+
     iterations: int
     kernels: tuple[ResolvedKernel, ...]
 
@@ -109,11 +113,13 @@ class ResolvedCrf:
     """Context of the CRF around a core, on top of the network's, in pixels."""
 
     def check_extent(self, shape: Shape) -> None:
-        """Refuse a scene of ``shape`` whose far corner pydensecrf cannot address.
+        """Refuse a scene of ``shape`` whose far corner the engine cannot address.
 
         Raises:
             CrfError: naming the longest side that this CRF reaches.
         """
+        if self.engine != "pydensecrf":
+            return
         for kernel in self.kernels:
             if kernel.key_reach(shape) <= _KEY_MAX:
                 continue
@@ -125,7 +131,7 @@ class ResolvedCrf:
             raise CrfError(
                 f"crf: a scene of {' x '.join(map(str, shape))} px is beyond pydensecrf's int16 key"
                 f" range: a deviation of {', '.join(f'{p:g}' for p in kernel.position_px)} px"
-                f" reaches {limit} px a side; use --crf off or a larger deviation"
+                f" reaches {limit} px a side; use the native engine, or a larger deviation"
             )
 
 
@@ -133,6 +139,7 @@ class ResolvedCrf:
 class CrfParams:
     """The ``crf`` part of a bundle, checked."""
 
+    engine: EngineName | Literal["auto"]
     iterations: int
     kernels: tuple[Kernel, ...]
 
@@ -150,7 +157,7 @@ class CrfParams:
             mapping,
             where="crf",
             required={"iterations"},
-            optional={"smoothness", "appearance", "halo"},
+            optional={"smoothness", "appearance", "halo", "engine"},
         )
         kernels = tuple(
             _kernel(mapping[name], where=f"crf.{name}", guided=name == "appearance")
@@ -161,6 +168,7 @@ class CrfParams:
             raise CrfError("crf: no kernel found; give 'smoothness', 'appearance' or both")
         halo = mapping.get("halo")
         return cls(
+            engine=_engine(mapping.get("engine", "auto")),
             iterations=_integer(mapping["iterations"], where="crf.iterations", least=1),
             kernels=kernels,
             halo=None if halo is None else _integer(halo, where="crf.halo", least=0),
@@ -191,8 +199,18 @@ class CrfParams:
         widest = [max(axis) for axis in zip(*(k.position_px for k in kernels), strict=True)]
         widths = tuple(math.ceil(2 * w) if self.halo is None else self.halo for w in widest)
         return ResolvedCrf(
-            iterations=self.iterations, kernels=kernels, halo_px=Halo(widths, widths)
+            engine=self.engine,
+            iterations=self.iterations,
+            kernels=kernels,
+            halo_px=Halo(widths, widths),
         )
+
+
+def _engine(value: object) -> Any:
+    known = ("auto", *get_args(EngineName))
+    if value not in known:
+        raise CrfError(f"crf.engine: one of {', '.join(known)} is needed, found {value!r}")
+    return value
 
 
 def _channels(guide: Guide | None, channels: Sequence[str]) -> tuple[int, ...]:
