@@ -23,6 +23,7 @@ def resolve_crf(asked: str, bundle: Bundle, info: ImageInfo) -> ResolvedCrf | No
     names = tuple(str(i + 1) for i in range(bands)) if isinstance(bands, int) else bands
     crf = params.resolve(info.spacing, unit=info.unit, channels=names)
     crf.check_extent(info.shape)
+    crf.check_classes(len(bundle.classes))
     return crf
 
 

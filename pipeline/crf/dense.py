@@ -65,6 +65,7 @@ def refine(
     assert len(origin) == valid_S.ndim
     assert min(origin) >= 0
     refined_KS = prob_KS.astype(np.float32, order="C")
+    params.check_classes(len(prob_KS))
     if not valid_S.any():
         return refined_KS
     position_SN = tuple(
@@ -79,12 +80,19 @@ def refine(
         features_DN = _features(kernel, guide_CS=guide_CS, valid_S=valid_S, position_SN=position_SN)
         field.addPairwiseEnergy(
             _checked(features_DN, what="guide value"),
-            compat=kernel.weight,
+            compat=_cost(kernel, params),
             kernel=engine.DIAG_KERNEL,
             normalization=engine.NORMALIZE_SYMMETRIC,
         )
     refined_KS[:, valid_S] = np.asarray(field.inference(params.iterations))
     return refined_KS
+
+
+def _cost(kernel: ResolvedKernel, params: ResolvedCrf) -> Any:
+    """What pydensecrf takes: the weight for Potts, else (K, K) float32 costs."""
+    if params.compatibility is None:
+        return kernel.weight
+    return np.array(params.compatibility, np.float32) * np.float32(kernel.weight)
 
 
 def _features(
@@ -98,11 +106,13 @@ def _features(
     deviations = kernel.position_px
     rows = [axis / dev for axis, dev in zip(position_SN[::-1], deviations[::-1], strict=True)]
     if kernel.guide is not None:
-        low, high = kernel.guide.range
-        for channel in kernel.channels:
+        guide = kernel.guide
+        for channel, dev, (low, high) in zip(
+            kernel.channels, guide.value, guide.range, strict=True
+        ):
             band_N = guide_CS[channel][valid_S].astype(np.float64)
             scaled_N = np.clip((band_N - low) * (GUIDE_MAX / (high - low)), 0.0, GUIDE_MAX)
-            rows.append(scaled_N / kernel.guide.value)
+            rows.append(scaled_N / dev)
     return np.stack(rows, dtype=np.float32, casting="same_kind")
 
 
