@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.crf.dense import refine
+from pipeline.crf.engine import engine_named
 from pipeline.crf.params import ResolvedCrf
 from pipeline.domain import Shape, Tile
 from pipeline.inference.normalise import normalise
@@ -119,10 +120,15 @@ class CertifySamples:
         if self.crf is not None:
             score_KS = refine(
                 softmax(score_KS),
-                guide_CS=keep_core(block.image_CS, core=tile.scored, within=tile.read),
-                valid_S=keep_core(block.valid_S, core=tile.scored, within=tile.read),
+                block=Block(
+                    keep_core(block.image_CS, core=tile.scored, within=tile.read),
+                    keep_core(block.valid_S, core=tile.scored, within=tile.read),
+                ),
                 origin=tile.scored.start,
                 params=self.crf,
+                engine=engine_named(
+                    self.crf.engine, device=self.model.device, threads=self.model.threads
+                ),
             )
         core_KS = keep_core(score_KS, core=tile.core, within=tile.scored)
         return Reference(

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.crf.dense import refine
+from pipeline.crf.engine import engine_named
 from pipeline.crf.params import ResolvedCrf
 from pipeline.domain import Shape, Tile
 from pipeline.inference.normalise import normalise
@@ -153,10 +154,15 @@ class SegmentTiles:
         assert self.crf is not None
         return refine(
             softmax(logit_KS),
-            guide_CS=keep_core(block.image_CS, core=tile.scored, within=tile.read),
-            valid_S=keep_core(block.valid_S, core=tile.scored, within=tile.read),
+            block=Block(
+                keep_core(block.image_CS, core=tile.scored, within=tile.read),
+                keep_core(block.valid_S, core=tile.scored, within=tile.read),
+            ),
             origin=tile.scored.start,
             params=self.crf,
+            engine=engine_named(
+                self.crf.engine, device=self.model.device, threads=self.model.threads
+            ),
         )
 
     def write(self, tile: Tile, result: TileResult) -> Record:

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
-from pipeline.crf.dense import require_engine
+from pipeline.crf.engine import EngineName
 from pipeline.crf.params import CrfParams, ResolvedCrf
-from pipeline.domain import ImageInfo
+from pipeline.domain import ImageInfo, Shape
 from pipeline.errors import CrfError
 from pipeline.models.bundle import Bundle
 
 
 def resolve_crf(asked: str, bundle: Bundle, info: ImageInfo) -> ResolvedCrf | None:
-    """The CRF on this image's grid; None for none. Raises CrfError."""
+    """The CRF on this image's grid, its engine as asked; None for none. Raises CrfError."""
     params = crf_params(asked, bundle)
     if params is None:
         return None
     bands = bundle.input.bands
     names = tuple(str(i + 1) for i in range(bands)) if isinstance(bands, int) else bands
     crf = params.resolve(info.spacing, unit=info.unit, channels=names)
-    crf.check_extent(info.shape)
     crf.check_classes(len(bundle.classes))
     return crf
+
+
+def with_engine(
+    crf: ResolvedCrf | None, engine: EngineName | None, *, shape: Shape
+) -> ResolvedCrf | None:
+    """The same CRF, computed by that engine. Raises CrfError where ``shape`` is beyond it."""
+    if crf is None or engine is None:
+        return None
+    chosen = replace(crf, engine=engine)
+    chosen.check_extent(shape)
+    return chosen
 
 
 def crf_params(asked: str, bundle: Bundle) -> CrfParams | None:
@@ -44,5 +55,4 @@ def crf_params(asked: str, bundle: Bundle) -> CrfParams | None:
             mapping = mapping["crf"]
     if not isinstance(mapping, Mapping):
         raise CrfError(f"--crf {asked}: a mapping of CRF parameters is needed, found {mapping!r}")
-    require_engine()
     return CrfParams.from_mapping(mapping)

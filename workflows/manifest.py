@@ -111,7 +111,7 @@ def _crf(plan: SegmentPlan) -> dict[str, Any] | None:
     if plan.crf is None:
         return None
     return {
-        "engine": "pydensecrf",
+        "engine": plan.crf.engine,
         "scope": "tile",
         "iterations": plan.crf.iterations,
         "halo": plan.sweep.crf_halo.before,

@@ -6,10 +6,11 @@ import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pipeline.crf.checked import check_keys, integer, mapping, number, positive, sequence
-from pipeline.crf.presets import without_preset
+from pipeline.crf.engine import EngineName
+from pipeline.crf.presets import OTHERS, without_preset
 from pipeline.domain import Halo, Shape
 from pipeline.errors import CrfError
 
@@ -107,6 +108,9 @@ class ResolvedKernel:
 class ResolvedCrf:
     """The whole CRF on the grid of one image: what ``refine`` needs."""
 
+    engine: EngineName | Literal["auto"]
+    """As asked; a plan replaces ``auto`` by what it became."""
+
     iterations: int
     kernels: tuple[ResolvedKernel, ...]
 
@@ -125,7 +129,7 @@ class ResolvedCrf:
             )
 
     def check_extent(self, shape: Shape) -> None:
-        """Refuse a scene of ``shape`` whose far corner pydensecrf cannot address.
+        """Refuse a scene of ``shape`` whose far corner the engine cannot address.
 
         Raises:
             CrfError: naming the longest side that this CRF reaches.
@@ -149,6 +153,7 @@ class ResolvedCrf:
 class CrfParams:
     """The ``crf`` part of a bundle, checked."""
 
+    engine: EngineName | Literal["auto"]
     iterations: int
     kernels: tuple[Kernel, ...]
 
@@ -170,10 +175,10 @@ class CrfParams:
         """
         spelt = without_preset(mapping(crf, where="crf"))
         named = {"kernels"} if "kernels" in spelt else {"smoothness", "appearance"}
-        others = {"iterations", "halo", "compatibility"}
-        check_keys(spelt, where="crf", required=set(), optional=named | others)
+        check_keys(spelt, where="crf", required=set(), optional=named | OTHERS)
         halo, matrix = spelt.get("halo"), spelt.get("compatibility")
         return cls(
+            engine=_engine(spelt.get("engine", "auto")),
             iterations=integer(
                 spelt.get("iterations", ITERATIONS), where="crf.iterations", least=1
             ),
@@ -207,11 +212,19 @@ class CrfParams:
         widest = [max(axis) for axis in zip(*(k.position_px for k in kernels), strict=True)]
         widths = tuple(math.ceil(2 * w) if self.halo is None else self.halo for w in widest)
         return ResolvedCrf(
+            engine=self.engine,
             iterations=self.iterations,
             kernels=kernels,
             halo_px=Halo(widths, widths),
             compatibility=self.compatibility,
         )
+
+
+def _engine(value: object) -> Any:
+    known = ("auto", *get_args(EngineName))
+    if value not in known:
+        raise CrfError(f"crf.engine: one of {', '.join(known)} is needed, found {value!r}")
+    return value
 
 
 def _channels(guide: Guide | None, channels: Sequence[str]) -> tuple[int, ...]:

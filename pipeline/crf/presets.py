@@ -19,6 +19,9 @@ PRESETS = MappingProxyType(
     }
 )
 
+OTHERS = {"engine", "iterations", "halo", "compatibility"}
+"""What a ``crf`` part may say beside its kernels."""
+
 
 def without_preset(crf: Mapping[str, Any]) -> Mapping[str, Any]:
     """The same ``crf`` part, its ``preset`` spelt out as two kernels over its bands.
@@ -31,14 +34,14 @@ def without_preset(crf: Mapping[str, Any]) -> Mapping[str, Any]:
         crf,
         where="crf",
         required={"preset", "bands", "range"},
-        optional={"iterations", "halo", "compatibility"},
+        optional=OTHERS,
     )
     name = crf["preset"]
     if not isinstance(name, str) or name not in PRESETS:
         raise CrfError(f"crf.preset: {name!r} asked; there are: {', '.join(PRESETS)}")
     smooth_weight, smooth_position, weight, position, value = PRESETS[name]
     return {
-        **{key: crf[key] for key in ("iterations", "halo", "compatibility") if key in crf},
+        **{key: crf[key] for key in OTHERS & crf.keys()},
         "smoothness": {"weight": smooth_weight, "position": smooth_position},
         "appearance": {
             "weight": weight,

@@ -9,9 +9,11 @@ import threading
 import numpy as np
 import pytest
 
-from pipeline.crf.dense import refine, require_engine
+from pipeline.crf.dense import refine
+from pipeline.crf.engine import engine_named, pick_engine
 from pipeline.crf.params import CrfParams, ResolvedCrf
 from pipeline.errors import CrfError
+from pipeline.ports import Block
 
 densecrf = pytest.importorskip("pydensecrf.densecrf", reason="the extra 'crf' is not installed")
 
@@ -24,7 +26,7 @@ MAPPING = {
 
 
 def resolved(*, spacing: tuple[float, ...] = (1.0, 1.0), **changes: object) -> ResolvedCrf:
-    mapping = {**MAPPING, **changes}
+    mapping = {**MAPPING, "engine": "pydensecrf", **changes}
     return CrfParams.from_mapping(mapping).resolve(spacing, unit="px", channels=RGB)
 
 
@@ -44,11 +46,12 @@ def scene(shape: tuple[int, ...], *, classes: int = 4, seed: int = 5) -> tuple[n
 
 
 def run(prob_KS: np.ndarray, image_CS: np.ndarray, **changes: object) -> np.ndarray:
+    valid_S = changes.pop("valid_S", np.ones(prob_KS.shape[1:], bool))
     arguments = {
-        "guide_CS": image_CS,
-        "valid_S": np.ones(prob_KS.shape[1:], bool),
+        "block": Block(image_CS, valid_S),
         "origin": (0,) * (prob_KS.ndim - 1),
         "params": resolved(spacing=(1.0,) * (prob_KS.ndim - 1)),
+        "engine": engine_named("pydensecrf", device="cpu", threads=1),
     }
     return refine(prob_KS, **{**arguments, **changes})
 
@@ -245,7 +248,7 @@ def test_an_absent_engine_is_named_with_its_extra(monkeypatch):
     """The user would see ModuleNotFoundError from a worker, hours into a run."""
     monkeypatch.setitem(sys.modules, "pydensecrf", None)
     with pytest.raises(CrfError, match=r"terravox\[crf\]"):
-        require_engine()
+        pick_engine("pydensecrf", device="cpu")
 
 
 def test_the_key_range_is_refused_before_pydensecrf_wraps():

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from pipeline.crf.dense import refine
+from pipeline.crf.engine import engine_named
 from pipeline.crf.params import CrfParams, ResolvedCrf
 from pipeline.errors import CrfError
+from pipeline.ports import Block
 
 RGB = ("red", "green", "blue")
 APPEARANCE = {"weight": 4, "position": 20, "value": 13, "bands": RGB, "range": [0, 255]}
@@ -36,8 +38,13 @@ def scene(shape: tuple[int, ...], *, classes: int, bands: int = 3) -> tuple[np.n
 
 def run(prob_KS: np.ndarray, guide_CS: np.ndarray, params: ResolvedCrf) -> np.ndarray:
     shape = prob_KS.shape[1:]
-    origin, valid_S = (0,) * len(shape), np.ones(shape, bool)
-    return refine(prob_KS, guide_CS=guide_CS, valid_S=valid_S, origin=origin, params=params)
+    return refine(
+        prob_KS,
+        block=Block(guide_CS, np.ones(shape, bool)),
+        origin=(0,) * len(shape),
+        params=params,
+        engine=engine_named("pydensecrf", device="cpu", threads=1),
+    )
 
 
 def test_a_list_of_kernels_says_the_same_as_the_two_short_names():
