@@ -40,19 +40,21 @@ def with_engine(
 
 def crf_params(asked: str, bundle: Bundle) -> CrfParams | None:
     """What is asked of the CRF, whatever the image; None for none. Raises CrfError."""
-    mapping: object = bundle.crf
     if asked == "off" or (asked == "auto" and bundle.crf is None):
         return None
-    if asked != "auto":
-        try:
-            mapping = yaml.safe_load(Path(asked).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise CrfError(
-                f"--crf {asked}: not a readable YAML file: {error};"
-                " give one with a crf part, or auto, or off"
-            ) from error
-        if isinstance(mapping, Mapping) and set(mapping) == {"crf"}:
-            mapping = mapping["crf"]
-    if not isinstance(mapping, Mapping):
-        raise CrfError(f"--crf {asked}: a mapping of CRF parameters is needed, found {mapping!r}")
-    return CrfParams.from_mapping(mapping)
+    return read_crf(Path(asked)) if asked != "auto" else CrfParams.from_mapping(bundle.crf or {})
+
+
+def read_crf(path: Path) -> CrfParams:
+    """The CRF of a YAML file: the ``crf`` part alone, or under that key. Raises CrfError."""
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CrfError(
+            f"--crf {path}: not a readable YAML file: {error}; give one with a crf part"
+        ) from error
+    if isinstance(found, Mapping) and "crf" in found:
+        found = found["crf"]
+    if not isinstance(found, Mapping):
+        raise CrfError(f"--crf {path}: a mapping of CRF parameters is needed, found {found!r}")
+    return CrfParams.from_mapping(found)

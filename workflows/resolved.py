@@ -110,7 +110,7 @@ def resolve(
         halo=halo,
         canonical_px=sizer.canonical_px,
         crf_engine=engine,
-        versions=_versions(engine),
+        versions=versions_here(engine),
     )
 
 
@@ -122,7 +122,7 @@ def resolved_before(found: Mapping[str, Any], options: SegmentOptions) -> Resolv
     before = Resolved.from_json(found)
     if before.crf_engine is not None:
         pick_engine(before.crf_engine, device=before.device)
-    before = replace(before, versions=_versions(before.crf_engine))
+    before = replace(before, versions=versions_here(before.crf_engine))
     place = workplace(options)
     if before.device == "cuda" and place.here and not place.gpus:
         raise ExecutionError("the run was begun on CUDA, torch sees no such device here; --fresh")
@@ -131,7 +131,8 @@ def resolved_before(found: Mapping[str, Any], options: SegmentOptions) -> Resolv
     return before
 
 
-def _versions(engine: EngineName | None) -> dict[str, str]:
+def versions_here(engine: EngineName | None) -> dict[str, str]:
+    """Of what decides the bytes of a result."""
     names = ["terravox", "torch", "numpy", "rasterio", "nibabel"]
     names += ["pydensecrf2"] if engine == "pydensecrf" else []
     return {name: version(name) for name in names} | {"code": package_digest()[:16]}
