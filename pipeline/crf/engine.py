@@ -17,16 +17,20 @@ from numpy.typing import NDArray
 
 from pipeline.errors import CrfError
 
-EngineName = Literal["pydensecrf"]
+EngineName = Literal["pydensecrf", "torch"]
 """Engines that compute; which one is part of a run's identity, for their last digits differ."""
 
 Device = Literal["cpu", "cuda"]
 
-_PREFERRED: dict[Device, tuple[EngineName, ...]] = {"cpu": ("pydensecrf",), "cuda": ("pydensecrf",)}
+_PREFERRED: dict[Device, tuple[EngineName, ...]] = {
+    "cpu": ("pydensecrf", "torch"),
+    "cuda": ("torch",),
+}
 """What ``auto`` takes: the first that is installed."""
 
 _ABSENT: dict[EngineName, str] = {
     "pydensecrf": "pydensecrf is not installed; pip install 'terravox[crf]' (needs a C++ compiler)",
+    "torch": "torch is not installed",
 }
 """What is missing where an engine cannot be had, and how to get it."""
 
@@ -98,6 +102,10 @@ def engine_named(name: EngineName, *, device: Device, threads: int) -> Engine:
     if name not in get_args(EngineName):
         raise CrfError(f"crf: no engine {name!r}; known are {', '.join(get_args(EngineName))}")
     pick_engine(name, device=device)
+    if name == "torch":
+        from pipeline.crf.torch_engine import TorchEngine
+
+        return TorchEngine(device=device, threads=threads)
     from pipeline.crf.pydensecrf_engine import PydensecrfEngine
 
     return PydensecrfEngine()

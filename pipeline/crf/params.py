@@ -135,7 +135,8 @@ class ResolvedCrf:
             CrfError: naming the longest side that this CRF reaches.
         """
         for kernel in self.kernels:
-            if kernel.key_reach(shape) <= _KEY_MAX:
+            # torch numbers a tile's own vertices, in 64 bits, and refuses what they do not hold.
+            if self.engine == "torch" or kernel.key_reach(shape) <= _KEY_MAX:
                 continue
             limit = bisect.bisect_left(
                 range(1, max(shape) + 1),

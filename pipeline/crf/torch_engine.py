@@ -198,8 +198,9 @@ def _simplices(features_DN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     d = len(features_DN)
     elevated = [torch.zeros_like(features_DN[0])] * (d + 1)
     total = torch.zeros_like(features_DN[0])
+    side = np.float32(math.sqrt(2 / 3) * (d + 1))
     for j in range(d, 0, -1):
-        scale = np.float32(math.sqrt(2 / 3) * (d + 1) / math.sqrt(j * (j + 1)))
+        scale = np.float32(1 / math.sqrt(j * (j + 1)) * float(side))
         scaled = features_DN[j - 1] * float(scale)
         elevated[j] = total - j * scaled
         total = total + scaled
