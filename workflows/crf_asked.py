@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -46,7 +47,12 @@ def crf_params(asked: str, bundle: Bundle) -> CrfParams | None:
 
 
 def read_crf(path: Path) -> CrfParams:
-    """The CRF of a YAML file: the ``crf`` part alone, or under that key. Raises CrfError."""
+    """The CRF of a YAML file. Raises CrfError."""
+    return CrfParams.from_mapping(read_crf_part(path))
+
+
+def read_crf_part(path: Path) -> Mapping[str, Any]:
+    """The ``crf`` part of a YAML file, such as a bundle's, or all of it. Raises CrfError."""
     try:
         found = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -57,4 +63,4 @@ def read_crf(path: Path) -> CrfParams:
         found = found["crf"]
     if not isinstance(found, Mapping):
         raise CrfError(f"--crf {path}: a mapping of CRF parameters is needed, found {found!r}")
-    return CrfParams.from_mapping(found)
+    return found

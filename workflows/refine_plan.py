@@ -15,12 +15,12 @@ from pipeline.crf.engine import EngineName, pick_engine
 from pipeline.crf.params import CrfParams, ResolvedCrf
 from pipeline.domain import Grid, ImageInfo, Pass, Reach, SamplePass, Shape, TilePlan
 from pipeline.errors import PlanError
-from pipeline.models.document import from_document, read_yaml
-from pipeline.models.input_spec import ClassInfo, Legend
+from pipeline.models.input_spec import Legend
 from pipeline.ports import Source
 from pipeline.stitching.given_scores import check_scores
 from workflows.case import Case
 from workflows.config import RefineOptions
+from workflows.legend import read_legend
 from workflows.resolved import versions_here
 from workflows.run_dir import canonical_digest
 from workflows.same_grid import check_same_grid
@@ -184,28 +184,6 @@ def _fit(wish: Wish) -> _Fitted:
         "classes": asdict(legend),
     }
     return _Fitted(crf=crf, legend=legend, content=content, notes=notes)
-
-
-def read_legend(path: Path | None, channels: tuple[str, ...]) -> Legend:
-    """The classes in the order of the scores' bands. Raises BundleError or PlanError."""
-    if path is None:
-        count = len(channels)
-        return Legend(
-            tuple(
-                ClassInfo.numbered(n, of=count, name=f"class-{n}" if name == str(n + 1) else name)
-                for n, name in enumerate(channels)
-            )
-        )
-    document = read_yaml(path)
-    listed = document.get("classes") if isinstance(document, Mapping) else document
-    if not isinstance(listed, list) or len(listed) != len(channels):
-        raise PlanError(
-            f"--classes {path}: a list of {len(channels)} classes (id, name, color) is needed, one"
-            f" for each band of the scores, in their order; found {listed!r}"
-        )
-    return Legend(
-        tuple(from_document(ClassInfo, row, at=f"classes[{n}]") for n, row in enumerate(listed))
-    )
 
 
 def _resolve(crf: ResolvedCrf, info: ImageInfo, options: RefineOptions) -> RefineResolved:
