@@ -14,8 +14,10 @@ from scenes import write_raster
 
 from pipeline.models.bundle import load_bundle
 
+pytest.importorskip("pydensecrf.densecrf", reason="the extra 'crf' is not installed")
+
 CRF = {
-    "engine": "torch",
+    "engine": "pydensecrf",
     "iterations": 5,
     "smoothness": {"weight": 1, "position": 1},
     "appearance": {
