@@ -133,11 +133,16 @@ def resolved_before(found: Mapping[str, Any], options: SegmentOptions, sizer: Si
     return before
 
 
-def _versions(sizer: Sizer, engine: EngineName | None) -> dict[str, str]:
-    """Of all that decides the bytes, somebody's own code included."""
+def versions_here(engine: EngineName | None) -> dict[str, str]:
+    """Of what decides the bytes of a result."""
     names = ["terravox", "torch", "numpy", "rasterio", "nibabel"]
     names += ["pydensecrf2"] if engine == "pydensecrf" else []
-    found = {name: version(name) for name in names} | {"code": package_digest()[:16]}
+    return {name: version(name) for name in names} | {"code": package_digest()[:16]}
+
+
+def _versions(sizer: Sizer, engine: EngineName | None) -> dict[str, str]:
+    """``versions_here``, and that of somebody's own code."""
+    found = versions_here(engine)
     architecture = sizer.bundle.architecture
     if isinstance(architecture, CustomArchitecture) and architecture.entry_point:
         found |= code_version(architecture.entry_point)

@@ -258,8 +258,7 @@ class Sizer:
         if device == "cpu":
             tile += costs.largest.device_bytes
         if self.crf is not None:
-            # pydensecrf on top of its inputs, per pixel; measured at 2 to 21 classes.
-            tile += costs.scored * (300 + 50 * len(self.bundle.classes))
+            tile += crf_bytes(costs.scored, classes=len(self.bundle.classes))
         return DRIVER_BYTES + min(workers, costs.tiles) * (WORKER_BYTES + tile)
 
     def choose(
@@ -299,6 +298,11 @@ class Sizer:
                 f"--tile {side}: must be a multiple of the canonical window, {self.canonical_px} px"
             )
         return tuple(min(side, -(-n // stride) * stride) for n in self.info.shape)
+
+
+def crf_bytes(pixels: int, *, classes: int) -> int:
+    """What pydensecrf takes on top of its inputs; measured at 2 to 21 classes."""
+    return pixels * (300 + 50 * classes)
 
 
 def canonical_side(options: SegmentOptions, bundle: Bundle) -> int | None:

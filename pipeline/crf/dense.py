@@ -50,6 +50,7 @@ def refine(
     assert len(origin) == valid_S.ndim
     assert min(origin) >= 0
     refined_KS = prob_KS.astype(np.float32, order="C")
+    params.check_classes(len(prob_KS))
     if not valid_S.any():
         return refined_KS
     position_SN = tuple(
@@ -62,7 +63,7 @@ def refine(
             features_DN=_checked(
                 _features(kernel, block=block, position_SN=position_SN), what="guide value"
             ),
-            compatibility=kernel.weight,
+            compatibility=_cost(kernel, params),
         )
         for kernel in params.kernels
     ]
@@ -72,6 +73,13 @@ def refine(
     return refined_KS
 
 
+def _cost(kernel: ResolvedKernel, params: ResolvedCrf) -> float | NDArray[np.float32]:
+    """The weight of a Potts kernel, else (K, K) penalties."""
+    if params.compatibility is None:
+        return kernel.weight
+    return np.array(params.compatibility, np.float32) * np.float32(kernel.weight)
+
+
 def _features(
     kernel: ResolvedKernel, *, block: Block, position_SN: tuple[NDArray[np.intp], ...]
 ) -> NDArray[np.float32]:
@@ -79,11 +87,13 @@ def _features(
     deviations = kernel.position_px
     rows = [axis / dev for axis, dev in zip(position_SN[::-1], deviations[::-1], strict=True)]
     if kernel.guide is not None:
-        low, high = kernel.guide.range
-        for channel in kernel.channels:
+        guide = kernel.guide
+        for channel, dev, (low, high) in zip(
+            kernel.channels, guide.value, guide.range, strict=True
+        ):
             band_N = block.image_CS[channel][block.valid_S].astype(np.float64)
             scaled_N = np.clip((band_N - low) * (GUIDE_MAX / (high - low)), 0.0, GUIDE_MAX)
-            rows.append(scaled_N / kernel.guide.value)
+            rows.append(scaled_N / dev)
     return np.stack(rows, dtype=np.float32, casting="same_kind")
 
 

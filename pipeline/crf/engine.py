@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from pipeline.errors import CrfError
 
-EngineName = Literal["native", "pydensecrf"]
+EngineName = Literal["native", "pydensecrf", "torch"]
 """Engines that compute; which one is part of a run's identity, for their last digits differ."""
 
 Device = Literal["cpu", "cuda"]
 
 _PREFERRED: dict[Device, tuple[EngineName, ...]] = {
-    "cpu": ("native", "pydensecrf"),
-    "cuda": ("native", "pydensecrf"),
+    "cpu": ("native", "pydensecrf", "torch"),
+    "cuda": ("torch", "native", "pydensecrf"),
 }
 """What ``auto`` takes: the first that is installed."""
 
@@ -33,6 +33,7 @@ _MODULES: dict[EngineName, str] = {"native": "pipeline.crf._native", "pydensecrf
 ABSENT_ENGINES: dict[EngineName, str] = {
     "native": "the native engine was not built; install a C++ compiler, then terravox again",
     "pydensecrf": "pydensecrf is not installed; pip install 'terravox[crf]' (needs a C++ compiler)",
+    "torch": "torch is not installed",
 }
 """What is missing where an engine cannot be had, and how to get it."""
 
@@ -108,6 +109,10 @@ def engine_named(name: EngineName, *, device: Device, threads: int) -> Engine:
         from pipeline.crf.native_engine import NativeEngine
 
         return NativeEngine(threads)
+    if name == "torch":
+        from pipeline.crf.torch_engine import TorchEngine
+
+        return TorchEngine(device=device, threads=threads)
     from pipeline.crf.pydensecrf_engine import PydensecrfEngine
 
     return PydensecrfEngine()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +40,10 @@ def new_bundle(
         name=f"fresh-{architecture.family}-{architecture.backbone}",
         version=1,
         architecture=architecture,
-        classes=tuple(_class(number, classes) for number in range(classes)),
+        classes=tuple(
+            ClassInfo.numbered(number, of=classes, name=f"class-{number}")
+            for number in range(classes)
+        ),
         ignore_index=255 if classes <= 255 else 65535,
         input=spec,
         crop=_CROP[architecture.dims],
@@ -164,9 +166,3 @@ def _noise(network: DeepLab) -> Tensor:
         for step in (1, 4, 16)
     ]
     return torch.stack(parts).sum(0)
-
-
-def _class(number: int, count: int) -> ClassInfo:
-    red, green, blue = colorsys.hsv_to_rgb(number / count, 0.65, 0.85)
-    color = f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
-    return ClassInfo(id=number, name=f"class-{number}", color=color)

@@ -74,15 +74,17 @@ def brute_force(prob_KS: np.ndarray, image_CS: np.ndarray, params: ResolvedCrf) 
     for kernel in params.kernels:
         rows = [axis / dev for axis, dev in zip(places_SN, kernel.position_px, strict=True)]
         if kernel.guide is not None:
-            rows += [image_CS[c].ravel() / kernel.guide.value for c in kernel.channels]
+            bands = zip(kernel.channels, kernel.guide.value, strict=True)
+            rows += [image_CS[c].ravel() / value for c, value in bands]
         features = np.stack(rows, 1)
         square = ((features[:, None] - features[None]) ** 2).sum(-1)
         weights = np.exp(-square / 2)
         norm = 1 / np.sqrt(weights.sum(1))
         kernels.append(kernel.weight * weights * norm[:, None] * norm)
+    cost_KK = -np.eye(classes) if params.compatibility is None else np.array(params.compatibility)
     q = np.exp(unary_KN) / np.exp(unary_KN).sum(0)
     for _ in range(params.iterations):
-        energy = unary_KN + sum(q @ k for k in kernels)
+        energy = unary_KN - cost_KK @ sum(q @ k for k in kernels)
         odds = np.exp(energy - energy.max(0))
         q = odds / odds.sum(0)
     return q.reshape(prob_KS.shape)
@@ -106,6 +108,18 @@ def test_mean_field_follows_the_exact_gaussian_sum(shape, position):
     assert np.abs(refined - exact).mean() < 0.01
     assert (refined.argmax(0) == exact.argmax(0)).mean() > 0.99
     assert (prob_KS.argmax(0) == exact.argmax(0)).mean() < 0.9
+
+
+def test_a_compatibility_matrix_costs_what_it_says():
+    """A matrix that is transposed, negated or left out would favour the wrong neighbours."""
+    prob_KS, image_CS = scene((30, 31), classes=3)
+    near, far = [[0, 0.2, 1], [0.2, 0, 1], [1, 1, 0]], [[0, 1, 1], [1, 0, 0.2], [1, 0.2, 0]]
+    params = [resolved(iterations=3, compatibility=matrix) for matrix in (near, far)]
+    refined = [run(prob_KS, image_CS, params=one) for one in params]
+    for one, found in zip(params, refined, strict=True):
+        exact = brute_force(prob_KS, image_CS, one)
+        assert np.abs(found - exact).mean() < 0.01
+    assert np.abs(refined[0] - refined[1]).mean() > 0.05
 
 
 def test_a_uint8_rgb_scene_is_refined_as_pydensecrf_does_it_itself():
