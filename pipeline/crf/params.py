@@ -137,8 +137,7 @@ class ResolvedCrf:
         if self.engine != "pydensecrf":
             return
         for kernel in self.kernels:
-            # torch numbers a tile's own vertices, in 64 bits, and refuses what they do not hold.
-            if self.engine == "torch" or kernel.key_reach(shape) <= _KEY_MAX:
+            if kernel.key_reach(shape) <= _KEY_MAX:
                 continue
             limit = bisect.bisect_left(
                 range(1, max(shape) + 1),
