@@ -17,18 +17,25 @@ from numpy.typing import NDArray
 
 from pipeline.errors import CrfError
 
-EngineName = Literal["pydensecrf", "torch"]
+EngineName = Literal["native", "pydensecrf", "torch"]
 """Engines that compute; which one is part of a run's identity, for their last digits differ."""
 
 Device = Literal["cpu", "cuda"]
 
 _PREFERRED: dict[Device, tuple[EngineName, ...]] = {
-    "cpu": ("pydensecrf", "torch"),
+    "cpu": ("native", "pydensecrf", "torch"),
     "cuda": ("torch",),
 }
 """What ``auto`` takes: the first that is installed."""
 
-_ABSENT: dict[EngineName, str] = {
+_MODULES: dict[EngineName, str] = {
+    "native": "pipeline.crf._native",
+    "pydensecrf": "pydensecrf",
+    "torch": "torch",
+}
+
+ABSENT_ENGINES: dict[EngineName, str] = {
+    "native": "the native engine was not built; install a C++ compiler, then terravox again",
     "pydensecrf": "pydensecrf is not installed; pip install 'terravox[crf]' (needs a C++ compiler)",
     "torch": "torch is not installed",
 }
@@ -71,7 +78,7 @@ class Engine(Protocol):
 
 def installed(name: EngineName) -> bool:
     """Whether an engine can be had here; loads nothing."""
-    return importlib.util.find_spec(name) is not None
+    return importlib.util.find_spec(_MODULES[name]) is not None
 
 
 def pick_engine(asked: EngineName | Literal["auto"], *, device: Device) -> EngineName:
@@ -84,7 +91,7 @@ def pick_engine(asked: EngineName | Literal["auto"], *, device: Device) -> Engin
     for name in wanted:
         if installed(name):
             return name
-    raise CrfError(f"crf: {_ABSENT[wanted[0]]}; or use --crf off")
+    raise CrfError(f"crf: {ABSENT_ENGINES[wanted[0]]}; or use --crf off")
 
 
 @lru_cache(maxsize=8)
@@ -106,6 +113,10 @@ def engine_named(name: EngineName, *, device: Device, threads: int) -> Engine:
         from pipeline.crf.torch_engine import TorchEngine
 
         return TorchEngine(device=device, threads=threads)
+    if name == "native":
+        from pipeline.crf.native_engine import NativeEngine
+
+        return NativeEngine(threads)
     from pipeline.crf.pydensecrf_engine import PydensecrfEngine
 
     return PydensecrfEngine()

@@ -134,9 +134,10 @@ class ResolvedCrf:
         Raises:
             CrfError: naming the longest side that this CRF reaches.
         """
+        if self.engine != "pydensecrf":
+            return
         for kernel in self.kernels:
-            # torch numbers a tile's own vertices, in 64 bits, and refuses what they do not hold.
-            if self.engine == "torch" or kernel.key_reach(shape) <= _KEY_MAX:
+            if kernel.key_reach(shape) <= _KEY_MAX:
                 continue
             limit = bisect.bisect_left(
                 range(1, max(shape) + 1),
@@ -146,7 +147,7 @@ class ResolvedCrf:
             raise CrfError(
                 f"crf: a scene of {' x '.join(map(str, shape))} px is beyond pydensecrf's int16 key"
                 f" range: a deviation of {', '.join(f'{p:g}' for p in kernel.position_px)} px"
-                f" reaches {limit} px a side; use --crf off or a larger deviation"
+                f" reaches {limit} px a side; use the native engine, or a larger deviation"
             )
 
 

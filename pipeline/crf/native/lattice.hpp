@@ -11,9 +11,13 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <limits>
+#include <new>
 #include <stdexcept>
 #include <vector>
+
+#include <sys/mman.h>
 
 #include "team.hpp"
 
@@ -25,6 +29,30 @@ constexpr int64_t PART = 1 << 15;   // pixels that one job takes; fixed, since i
 constexpr int32_t ZERO_ROW = 0;     // the row of a vertex that does not exist: always zero
 
 using Wide = unsigned __int128;
+
+// Memory in huge pages where the system grants them: rows are read in no order, and with pages of
+// 4 KB each would be looked up as well.
+template <class T> struct HugePages {
+    using value_type = T;
+    HugePages() = default;
+    template <class U> HugePages(const HugePages<U> &) {}
+
+    T *allocate(size_t count) {
+        constexpr size_t PAGE = size_t(1) << 21;
+        const size_t bytes = count * sizeof(T);
+        const size_t align = bytes < PAGE ? 64 : PAGE;
+        void *place = std::aligned_alloc(align, (bytes + align - 1) / align * align);
+        if (!place) throw std::bad_alloc();
+        if (align == PAGE) madvise(place, bytes, MADV_HUGEPAGE);
+        return static_cast<T *>(place);
+    }
+
+    void deallocate(T *place, size_t) { std::free(place); }
+    template <class U> bool operator==(const HugePages<U> &) const { return true; }
+    template <class U> bool operator!=(const HugePages<U> &) const { return false; }
+};
+
+template <class T> using Large = std::vector<T, HugePages<T>>;
 
 // Where the D stored coordinates of a vertex lie in one integer, with the least of each taken off.
 // Steps along the lattice are then additions of constants.
@@ -126,7 +154,7 @@ private:
     }
 
     std::vector<Key> keys_;
-    std::vector<Slot> slots_;
+    Large<Slot> slots_;
     size_t mask_ = 0;
     int down_ = 0;
 };
@@ -134,8 +162,8 @@ private:
 // Features scaled so that the blur has unit deviation.
 inline std::vector<float> scales(int d) {
     std::vector<float> scale(d);
-    const float unit = std::sqrt(2.0f / 3.0f) * float(d + 1);
-    for (int i = 0; i < d; ++i) scale[i] = 1.0f / std::sqrt(float((i + 1) * (i + 2))) * unit;
+    const float unit = float(std::sqrt(2.0 / 3.0) * (d + 1));
+    for (int i = 0; i < d; ++i) scale[i] = float(unit / std::sqrt(double((i + 1) * (i + 2))));
     return scale;
 }
 

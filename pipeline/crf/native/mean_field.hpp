@@ -13,7 +13,10 @@
 
 namespace terravox {
 
-constexpr int BLOCK = 32;  // pixels whose softmax is taken together
+constexpr int MOST_VALUES = 256;  // a row of the widest table
+constexpr int AHEAD = 4;   // pixels whose rows are fetched before their turn
+constexpr size_t IN_CACHE = 1 << 17;  // values of a table that a core's cache holds beside its twin
+constexpr int BLOCK = 32;   // pixels whose softmax is taken together
 
 // exp(x) for x <= 0, and 0 below -64: less would only make denormal numbers. Relative error 2e-7.
 inline float exp_negative(float x) {
@@ -34,13 +37,30 @@ inline float exp_negative(float x) {
     return x < -64.0f ? 0.0f : value * power;
 }
 
+// Whole rows at a time. GCC's vector types say that lanes are apart, which it cannot see of pointers.
+template <int V> struct Lanes {
+    static constexpr int STEP = V % 8 == 0 && V ? 8 : V % 4 == 0 && V ? 4 : 1;
+    typedef float Chunk __attribute__((vector_size(STEP * sizeof(float)), aligned(sizeof(float))));
+
+    template <class Each> static void each(int n, const Each &each) {
+        if constexpr (V == 0)
+            for (int k = 0; k < n; ++k) each(k);
+        else
+#pragma GCC unroll 8
+            for (int k = 0; k < V; k += STEP) each(k);
+    }
+
+    static Chunk load(const float *from) { return *reinterpret_cast<const Chunk *>(from); }
+    static void store(float *to, Chunk chunk) { *reinterpret_cast<Chunk *>(to) = chunk; }
+};
+
 // A kernel at work. `values` is what a pixel reads, `sums` what it adds to; a blur swaps their roles
 // as often as it has steps. V values a row; 0 stands for `width` of them, known at run time.
 struct Kernel {
     Plan plan;
     float potts = 0;             // the weight, where there is no matrix
     std::vector<float> matrix;   // T, (width, width), or empty
-    std::vector<float> values, sums;
+    Large<float> values, sums;
 
     void widen(int width) {
         values.assign(plan.rows() * width, 0.0f);
@@ -49,6 +69,7 @@ struct Kernel {
 };
 
 template <int V> struct Rows {
+    using L = Lanes<V>;
     int width;
     int v() const { return V ? V : width; }
 
@@ -98,21 +119,29 @@ template <int V> struct Rows {
             const float *one = from + int64_t(pair[2 * i]) * n;
             const float *two = from + int64_t(pair[2 * i + 1]) * n;
             const float *here = from + (1 + i) * n;
-            float *__restrict there = to + (1 + i) * n;
-            for (int k = 0; k < n; ++k) there[k] = here[k] + 0.5f * (one[k] + two[k]);
+            float *there = to + (1 + i) * n;
+            L::each(n, [&](int k) {
+                L::store(there + k, L::load(here + k) + 0.5f * (L::load(one + k) + L::load(two + k)));
+            });
         }
     }
 
     // Adds what the kernel says about pixel `at` to z.
-    void slice(const Kernel &kernel, int64_t at, float *__restrict z) const {
+    void slice(const Kernel &kernel, int64_t at, float *z) const {
         const int n = v(), size = kernel.plan.d + 1;
         const int32_t *row = &kernel.plan.row[at * size];
         const float *weight = &kernel.plan.weight[at * size];
         const float *values = kernel.values.data();
-        for (int r = 0; r < size; ++r) {
-            const float *from = values + int64_t(row[r]) * n;
-            const float share = weight[r];
-            for (int k = 0; k < n; ++k) z[k] += share * from[k];
+        if constexpr (V == 0) {
+            for (int r = 0; r < size; ++r) add(z, values + int64_t(row[r]) * n, weight[r]);
+        } else {
+            typename L::Chunk sum[V / L::STEP];  // in registers: z in memory would be a chain of stores
+            L::each(n, [&](int k) { sum[k / L::STEP] = L::load(z + k); });
+            for (int r = 0; r < size; ++r) {
+                const float *from = values + int64_t(row[r]) * n;
+                L::each(n, [&](int k) { sum[k / L::STEP] += weight[r] * L::load(from + k); });
+            }
+            L::each(n, [&](int k) { L::store(z + k, sum[k / L::STEP]); });
         }
     }
 
@@ -121,11 +150,22 @@ template <int V> struct Rows {
         const int32_t *row = &kernel.plan.row[at * size];
         const float *weight = &kernel.plan.weight[at * size];
         float *sums = kernel.sums.data();
+        for (int r = 0; r < size; ++r) add(sums + int64_t(row[r]) * n, q, weight[r]);
+    }
+
+    // What slice and splat will touch of pixel `at`.
+    void prefetch(const Kernel &kernel, int64_t at) const {
+        const int n = v(), size = kernel.plan.d + 1;
+        if (kernel.values.size() < IN_CACHE) return;
+        const int32_t *row = &kernel.plan.row[at * size];
         for (int r = 0; r < size; ++r) {
-            float *__restrict to = sums + int64_t(row[r]) * n;
-            const float share = weight[r];
-            for (int k = 0; k < n; ++k) to[k] += share * q[k];
+            __builtin_prefetch(kernel.values.data() + int64_t(row[r]) * n);
+            __builtin_prefetch(kernel.sums.data() + int64_t(row[r]) * n, 1);
         }
+    }
+
+    void add(float *to, const float *from, float share) const {
+        L::each(v(), [&](int k) { L::store(to + k, L::load(to + k) + share * L::load(from + k)); });
     }
 };
 
@@ -205,7 +245,10 @@ private:
                 std::copy_n(&base_[at * n], count * n, z.data());
                 if (sliced)
                     for (int i = 0; i < count; ++i)
-                        for (const auto &kernel : kernels_) rows_.slice(kernel, at + i, &z[i * n]);
+                        for (const auto &kernel : kernels_) {
+                            if (at + i + AHEAD < end) rows_.prefetch(kernel, at + i + AHEAD);
+                            rows_.slice(kernel, at + i, &z[i * n]);
+                        }
                 softmax(z.data(), last, count);
                 if (prob)
                     write(z.data(), last, count, prob + at);
@@ -254,10 +297,10 @@ private:
             return;
         }
         rows_.blur(kernel, team_, [&kernel, n, gain](float *row) {
-            std::vector<float> mixed(n, 0.0f);
+            float mixed[MOST_VALUES] = {};
             for (int k = 0; k < n; ++k)
                 for (int l = 0; l < n; ++l) mixed[k] += gain * kernel.matrix[k * n + l] * row[l];
-            std::copy(mixed.begin(), mixed.end(), row);
+            std::copy_n(mixed, n, row);
         });
     }
 

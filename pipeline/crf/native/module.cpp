@@ -1,4 +1,5 @@
-// What Python sees of the native engine: ``mean_field``.
+// What Python sees of the native engine. Built under two names: _native, and _native_avx2, which
+// only a processor that has AVX2 may load.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/vector.h>
@@ -19,11 +20,13 @@ std::vector<float> relative(Kernel &kernel, const float *penalty, int classes, i
     const auto mu = [&](int k, int l) { return penalty[k * classes + l]; };
     std::vector<float> constant(last);
     for (int k = 0; k < last; ++k) constant[k] = mu(last, last) - mu(k, last);
+    // Potts: one value on the diagonal, one beside it.
+    const float same = mu(0, 0), other = classes > 1 ? mu(0, 1) : same;
     bool potts = true;
     for (int k = 0; k < classes; ++k)
-        for (int l = 0; l < classes; ++l) potts &= mu(k, l) == (k == l ? mu(0, 0) : 0.0f);
+        for (int l = 0; l < classes; ++l) potts &= mu(k, l) == (k == l ? same : other);
     if (potts) {
-        kernel.potts = -mu(0, 0);
+        kernel.potts = other - same;
         return constant;
     }
     kernel.matrix.assign(width * width, 0.0f);
@@ -91,7 +94,14 @@ nb::object mean_field(Matrix energy, std::vector<Matrix> features, std::vector<M
 
 }  // namespace
 
-NB_MODULE(_native, module) {
+NB_MODULE(TERRAVOX_MODULE, module) {
+    module.def("has_avx2", [] {
+#ifdef __x86_64__
+        return bool(__builtin_cpu_supports("avx2"));
+#else
+        return false;
+#endif
+    });
     module.def("mean_field", &mean_field, nb::arg("energy"), nb::arg("features"),
                nb::arg("penalties"), nb::arg("iterations"), nb::arg("threads"));
 }

@@ -17,9 +17,9 @@ struct Plan {
     int d = 0;
     int64_t pixels = 0;
     int64_t vertices = 0;
-    std::vector<int32_t> row;           // (pixels, d + 1)
-    std::vector<float> weight;          // (pixels, d + 1)
-    std::vector<int32_t> neighbour;     // (d + 1, vertices, 2); ZERO_ROW where there is none
+    Large<int32_t> row;           // (pixels, d + 1)
+    Large<float> weight;          // (pixels, d + 1)
+    Large<int32_t> neighbour;     // (d + 1, vertices, 2); ZERO_ROW where there is none
     std::vector<int32_t> mirrored;      // the vertex's row of each mirror, in the order of the parts
     std::vector<int32_t> by_owner;      // mirrors, grouped by the part that their vertex belongs to
     std::vector<int64_t> owner_begin;   // where in by_owner each part's begin, and the end
