@@ -24,11 +24,15 @@ Device = Literal["cpu", "cuda"]
 
 _PREFERRED: dict[Device, tuple[EngineName, ...]] = {
     "cpu": ("native", "pydensecrf", "torch"),
-    "cuda": ("torch", "native", "pydensecrf"),
+    "cuda": ("torch",),
 }
 """What ``auto`` takes: the first that is installed."""
 
-_MODULES: dict[EngineName, str] = {"native": "pipeline.crf._native", "pydensecrf": "pydensecrf"}
+_MODULES: dict[EngineName, str] = {
+    "native": "pipeline.crf._native",
+    "pydensecrf": "pydensecrf",
+    "torch": "torch",
+}
 
 ABSENT_ENGINES: dict[EngineName, str] = {
     "native": "the native engine was not built; install a C++ compiler, then terravox again",
@@ -105,14 +109,14 @@ def engine_named(name: EngineName, *, device: Device, threads: int) -> Engine:
     if name not in get_args(EngineName):
         raise CrfError(f"crf: no engine {name!r}; known are {', '.join(get_args(EngineName))}")
     pick_engine(name, device=device)
-    if name == "native":
-        from pipeline.crf.native_engine import NativeEngine
-
-        return NativeEngine(threads)
     if name == "torch":
         from pipeline.crf.torch_engine import TorchEngine
 
         return TorchEngine(device=device, threads=threads)
+    if name == "native":
+        from pipeline.crf.native_engine import NativeEngine
+
+        return NativeEngine(threads)
     from pipeline.crf.pydensecrf_engine import PydensecrfEngine
 
     return PydensecrfEngine()
