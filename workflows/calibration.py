@@ -33,7 +33,7 @@ def network_seconds(plan: SegmentPlan, bundle: Bundle) -> float:
         threads=resolved.threads,
     )
     chain = traced(bundle, resolved.context).chain
-    shape = (FEATURES[dims] * chain.stride,) * dims
+    shape = (FEATURES[dims] * chain.stride + chain.endpoint,) * dims
     whole = Region.whole(shape)
     image_CS = np.random.default_rng(0).normal(size=(chain.bands, *shape)).astype(np.float32)
     seconds = []

@@ -8,11 +8,12 @@ from typing import Any
 
 from pipeline.domain import Halo, Reach
 from pipeline.models.bundle import Bundle, load_bundle
-from pipeline.models.deeplab import DeepLab
+from pipeline.models.chain import Chain
 from pipeline.models.fresh import new_bundle
 from pipeline.models.nan_probe import Probe, probe_network
 from pipeline.models.published import published
-from pipeline.models.receptive_field import local_span, reach_of
+from pipeline.models.receptive_field import local_halo, reach_of
+from pipeline.models.stages import stages_of
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def probe_bundle(path: Path) -> dict[str, Any]:
     """
     network = load_bundle(path).network()
     reach = reach_of(network)
-    interval, halo = _interval(network, reach), reach.halo_with_window
+    interval, halo = _interval(stages_of(network), reach), reach.halo_with_window
     # Half a window is in the halo; near the strip's ends windows are shifted by up to the rest.
     window = max(reach.window.size, default=0) if reach.window else 0
     found = probe_network(network, most_px=2 * halo.largest + window + 64 * reach.stride)
@@ -81,14 +82,14 @@ def probe_bundle(path: Path) -> dict[str, Any]:
     }
 
 
-def _interval(network: DeepLab, reach: Reach) -> Halo:
+def _interval(chain: Chain, reach: Reach) -> Halo:
     """The reach that the arithmetic finds far from the scene's border, not rounded to strides."""
-    halo = local_span(network).halo_upsampled(reach.stride)
-    if reach.window is None:
-        return halo
-    half = tuple(side // reach.stride // 2 * reach.stride for side in reach.window.size)
-    pooled = reach.window.inner.round_up(reach.stride)  # whole features are pooled
-    return halo | (pooled + Halo(half, half) + reach.window.outer)
+    halo, window = local_halo(chain), reach.window
+    return (
+        halo
+        if window is None
+        else halo | (window.inner + Halo(window.half, window.half) + window.outer)
+    )
 
 
 def _problem(found: Probe, interval: Halo) -> str | None:

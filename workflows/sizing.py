@@ -199,7 +199,12 @@ class Sizer:
         return Pass(
             case=case,
             name="segment",
-            grid=Grid(shape=self.info.shape, tile=tile, stride=self.reach.stride),
+            grid=Grid(
+                shape=self.info.shape,
+                tile=tile,
+                stride=self.reach.stride,
+                endpoint=self.reach.endpoint,
+            ),
             reach=self.reach,
             crf_halo=self.crf.halo_px if self.crf else Halo.uniform(0, ndim=self.info.ndim),
         )

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.domain import Reach
+from pipeline.domain import Reach, Region
 from pipeline.models.bundle import WEIGHTS_FILE, Bundle
+from pipeline.models.chain import Chain
 from pipeline.models.context_pool import Context
-from pipeline.models.receptive_field import Span, local_span, reach_of
-from pipeline.models.stages import Chain, stages_of
+from pipeline.models.receptive_field import reach_of, receptive_field
+from pipeline.models.stages import stages_of
 
 _TRACED: dict[tuple[str, Context, int], Traced] = {}
 _LOCK = threading.Lock()
@@ -23,8 +24,8 @@ class Traced:
 
     reach: Reach
 
-    span: Span
-    """What a coarse logit needs of the image, image pooling left out."""
+    field: Region
+    """What coarse logit 0 needs of the image, image pooling left out."""
 
     chain: Chain
     """Its stages, their weights on torch's meta device."""
@@ -35,7 +36,7 @@ class Traced:
     @property
     def receptive_field(self) -> tuple[int, ...]:
         """Of a coarse logit, per axis, in pixels; image pooling left out."""
-        return tuple(b - a + 1 for a, b in zip(self.span.low, self.span.high, strict=True))
+        return self.field.shape
 
 
 def traced(bundle: Bundle, context: Context) -> Traced:
@@ -50,10 +51,11 @@ def traced(bundle: Bundle, context: Context) -> Traced:
             network = bundle.network()
             if context != "window":
                 network.pool_over(None)
+            chain = stages_of(network)
             _TRACED[key] = Traced(
                 reach=reach_of(network, context=context),
-                span=local_span(network),
-                chain=stages_of(network).moved(_without_values),
+                field=receptive_field(chain),
+                chain=chain.moved(_without_values),
                 weight_bytes=sum(p.numel() for p in network.parameters()) * 4,
             )
         return _TRACED[key]

@@ -22,14 +22,20 @@ from torch.nn import functional as F
 from pipeline.domain import Region, Shape
 from pipeline.inference.convolution import convolve
 from pipeline.inference.stage_plan import Needs, row_block
+from pipeline.models.chain import Chain, Convolution, Norm, Pool, Stage, Step
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.deeplab import DeepLab
 from pipeline.models.frame import Frame
+from pipeline.models.geometry import Scale
 from pipeline.models.scene_mean import GivenMean, OwnMean
-from pipeline.models.stages import Chain, Convolution, MaxPool, Norm, Stage, Step
 
-_MAX_POOL: Mapping[int, Callable[..., Tensor]] = MappingProxyType(
-    {2: F.max_pool2d, 3: F.max_pool3d}
+_POOL: Mapping[tuple[str, int], Callable[..., Tensor]] = MappingProxyType(
+    {
+        ("max", 2): F.max_pool2d,
+        ("max", 3): F.max_pool3d,
+        ("average", 2): F.avg_pool2d,
+        ("average", 3): F.avg_pool3d,
+    }
 )
 _FORMAT = MappingProxyType({2: torch.channels_last, 3: torch.channels_last_3d})
 
@@ -87,11 +93,13 @@ class StagedNetwork:
 
         ``image_BCS`` (1, C, *S) lies at ``frame``. Raises RegionError.
         """
-        image_BSC = image_BCS.movedim(1, -1).contiguous()
-        size = tuple(image_BSC.shape[1:-1])
+        size = tuple(image_BCS.shape[2:])
         needs = Needs.of(self.chain, size, frame=frame, coarse=coarse)
-        image = FeatureMap(image_BSC, Region.whole(size))
-        return run(self.chain, image, needs, windows=self._rows).view(coarse)
+        maps = {
+            self.chain.image: FeatureMap(image_BCS.movedim(1, -1).contiguous(), Region.whole(size))
+        }
+        del image_BCS  # it goes with its map
+        return run(self.chain, maps, needs, windows=self._rows).view(coarse)
 
     def _rows(self, stage: Stage, needs: Needs) -> Iterable[Region]:
         region = needs.regions[stage.name]
@@ -113,9 +121,11 @@ class WholeNetwork:
         return logits_BKS[index]
 
 
-def run(chain: Chain, image: FeatureMap, needs: Needs, *, windows: Windows) -> FeatureMap:
-    """The coarse logits that are needed of an image, by every stage in turn."""
-    maps = {chain.image: image}
+def run(chain: Chain, maps: dict[str, FeatureMap], needs: Needs, *, windows: Windows) -> FeatureMap:
+    """The coarse logits that are needed of an image, by every stage in turn.
+
+    ``maps`` holds the image alone; each map is taken out of it after its last reader.
+    """
     for stage in chain.stages:
         maps[stage.name] = _run_stage(stage, maps, needs, windows(stage, needs))
         for name in stage.frees:
@@ -163,8 +173,11 @@ def _apply(
     if isinstance(step.layer, (GivenMean, OwnMean)):
         source = maps[step.inputs[0]]
         return step.layer.over(source.view(source.region)).expand(-1, -1, *window.shape)
-    if isinstance(step.layer, (Convolution, MaxPool)) and step.spreads:
+    if step.geometry is not None:
         name = step.inputs[0]
+        if isinstance(step.layer, Scale):
+            return _resize(step.layer, maps[name], window, shape=needs.shapes[name])
+        assert isinstance(step.layer, (Convolution, Pool))
         return _slide(step.layer, maps[name], window, shape=needs.shapes[name])
     inputs = [values[n] if n in values else maps[n].read(window) for n in step.inputs]
     if step.layer == "cat":
@@ -176,11 +189,13 @@ def _apply(
     if step.layer == "relu":
         return inputs[0].relu_() if step.scratch else inputs[0].relu()
     first, second = inputs
+    if step.layer == "max":
+        return torch.maximum(first, second)
     return first.add_(second) if step.scratch else first + second
 
 
 def _slide(
-    layer: Convolution | MaxPool, source: FeatureMap, window: Region, *, shape: Shape
+    layer: Convolution | Pool, source: FeatureMap, window: Region, *, shape: Shape
 ) -> Tensor:
     """The layer's output in ``window``, padded at the border of ``shape``, the map's own in all."""
     if isinstance(layer, Convolution):
@@ -202,13 +217,14 @@ def _slide(
         for side in ends
     ]
     if any(fill):
-        edge = 0.0 if isinstance(layer, Convolution) else -math.inf
+        edge = -math.inf if isinstance(layer, Pool) and layer.kind == "max" else 0.0
         part_BCS = F.pad(part_BCS, fill, value=edge)
     if isinstance(layer, Convolution):
         result_BCS = _convolve(layer, part_BCS, padding=padding)
     else:
-        slide, pool = layer.slide, _MAX_POOL[window.ndim]
-        result_BCS = pool(part_BCS, slide.kernel, slide.stride, padding, slide.dilation)
+        slide, pool = layer.slide, _POOL[layer.kind, window.ndim]
+        rate = (slide.dilation,) if layer.kind == "max" else ()
+        result_BCS = pool(part_BCS, slide.kernel, slide.stride, padding, *rate)
     kept: tuple[Any, ...] = (
         ...,
         *(
@@ -218,6 +234,14 @@ def _slide(
     )
     # Batch norm computes in another way, and rounds otherwise, where memory has gaps.
     return result_BCS[kept].contiguous(memory_format=_FORMAT[window.ndim])
+
+
+def _resize(scale: Scale, source: FeatureMap, window: Region, *, shape: Shape) -> Tensor:
+    """The resized map in ``window``; ``shape`` is the map's own in all."""
+    reads = scale.reads(window).clip(shape)
+    resized_BCS: Tensor = scale.layer(source.read(reads))
+    kept: tuple[Any, ...] = (..., *window.slices(within=scale.gives(reads)))
+    return resized_BCS[kept].contiguous(memory_format=_FORMAT[window.ndim])
 
 
 def _own_padding(lacks: tuple[int, int], side: int, stride: int) -> int:

@@ -15,10 +15,10 @@ from pipeline.inference.stage_plan import (
     stage_bytes,
     stage_work,
 )
+from pipeline.models.chain import Chain
 from pipeline.models.frame import Frame
 from pipeline.models.scene_mean import GivenMean
 from pipeline.models.scene_stages import pooled_by, pooled_chain
-from pipeline.models.stages import Chain
 
 _FLOAT32 = 4
 _HELD = 3.2
@@ -84,7 +84,7 @@ class CostModel:
         )
         maps = stage_bytes(chain, needs, window=self.window, itemsize=self.itemsize)
         image = tile.read.size * chain.bands * self.itemsize
-        fine = needs.regions[chain.logits].size * chain.stride**tile.read.ndim
+        fine = chain.upsample.gives(needs.regions[chain.logits]).size
         upsampled = fine * self.classes * _FLOAT32
         # Logits are refined and written while the next are computed.
         kept = tile.scored.size * self.classes * _FLOAT32 + tile.core.size * _LABEL

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -24,6 +24,7 @@ STRIDES = MappingProxyType(
         ("xception65", 2): (8, 16),
         ("xception71", 2): (8, 16),
         ("mobilenetv3-large", 2): (16,),
+        ("vgg16", 2): (8,),
         ("slim", 2): (4, 8),
         ("slim", 3): (2, 4),
     }
@@ -58,14 +59,15 @@ class Architecture:
     """A DeepLab network, but for its bands and classes."""
 
     family: str
-    """``v3`` or ``v3plus``."""
+    """``v1``, ``v2``, ``v3`` or ``v3plus``."""
 
     backbone: str
     """The trunk, one of ``STRIDES``.
 
     ``resnet*`` are torchvision's; with ``c``, three 3x3 convolutions of 32, 32 and 64 channels are
     in place of the first 7x7. ``-tf`` and ``-beta`` have their strides in the last unit of a block,
-    as the authors' release; ``-beta`` starts with three 3x3 of 64, 64 and 128.
+    as the authors' release; ``-beta`` starts with three 3x3 of 64, 64 and 128. Family v1 has
+    ``vgg16``, and v2 that or ``resnet101`` with its strides as first released.
     """
 
     dims: int
@@ -75,7 +77,8 @@ class Architecture:
     """Pixels between neighbouring features of the encoder."""
 
     rates: tuple[int, ...]
-    """Dilations of the parallel 3x3 convolutions of ASPP, in features; none with a cascade."""
+    """Dilations of the parallel 3x3 convolutions of ASPP, in features; none with a cascade. One
+    alone is the LargeFOV of v1 and v2."""
 
     image_pooling: bool
     """Whether ASPP has the image-pooling branch."""
@@ -110,6 +113,10 @@ class Architecture:
 
     decoder: Decoder | None = None
     """The decoder of v3+; no other family has one."""
+
+    multi_scale: Literal["features", "inputs"] | None = None
+    """``features``: v1 with the scores of the image and the first pools added (its MSc).
+    ``inputs``: v2 on the image at scales 1, 3/4 and 1/2, of which the greatest score counts."""
 
     def __post_init__(self) -> None:
         check = _FAMILIES.get(self.family)
@@ -162,6 +169,43 @@ _UNITS = MappingProxyType({"resnet18": 2, "mobilenetv3-large": 0, "slim": 0})
 """Convolutions that ``multi_grid`` tells apart, where they are not three."""
 
 
+def _check_v1(asked: Architecture) -> None:
+    if len(asked.rates) != 1:
+        raise BundleError(f"family v1 has one rate, 12 as published; got {list(asked.rates)}")
+    _check_summed(asked, backbones=("vgg16",), multi_scale="features")
+
+
+def _check_v2(asked: Architecture) -> None:
+    _check_summed(asked, backbones=("vgg16", "resnet101"), multi_scale="inputs")
+
+
+_SUMMED = {"family", "backbone", "dims", "rates", "multi_scale"}
+"""What may vary in v1 and v2."""
+
+
+def _check_summed(asked: Architecture, *, backbones: tuple[str, ...], multi_scale: str) -> None:
+    """What v1 and v2 have in common: stride 8, corners aligned, and no image pooling."""
+    family = asked.family
+    if asked.backbone not in backbones:
+        raise BundleError(
+            f"family {family} has no backbone {asked.backbone!r}; it has: {', '.join(backbones)}"
+        )
+    if asked.multi_scale not in (None, multi_scale):
+        raise BundleError(
+            f"multi_scale of family {family} is {multi_scale!r} or absent,"
+            f" got {asked.multi_scale!r}"
+        )
+    if not asked.rates or min(asked.rates) < 1:
+        raise BundleError(f"rates must be positive dilations, got {list(asked.rates)}")
+    fixed = {f.name: f.default for f in fields(Architecture) if f.name not in _SUMMED}
+    fixed |= {"output_stride": 8, "image_pooling": False, "align_corners": True}
+    for name, value in fixed.items():
+        if getattr(asked, name) != value:
+            raise BundleError(
+                f"family {family} has {name} {value} and no other, got {getattr(asked, name)}"
+            )
+
+
 def _check_v3(asked: Architecture) -> None:
     if asked.decoder is not None:
         raise BundleError("family v3 has no decoder: that is v3plus")
@@ -178,6 +222,11 @@ def _check_v3plus(asked: Architecture) -> None:
 
 def _check_head(asked: Architecture) -> None:
     """What v3 and v3+ have in common: trunk, cascade and ASPP."""
+    if asked.backbone == "vgg16" or asked.multi_scale is not None:
+        raise BundleError(
+            f"family {asked.family} has neither backbone vgg16 nor multi_scale: they are of v1 and"
+            f" v2; got {asked.backbone} and {asked.multi_scale}"
+        )
     units = _UNITS.get(asked.backbone, 3)
     if asked.multi_grid and (len(asked.multi_grid) != units or min(asked.multi_grid) < 1):
         raise BundleError(
@@ -202,6 +251,6 @@ def _check_head(asked: Architecture) -> None:
 
 
 _FAMILIES: MappingProxyType[str, Callable[[Architecture], None]] = MappingProxyType(
-    {"v3": _check_v3, "v3plus": _check_v3plus}
+    {"v1": _check_v1, "v2": _check_v2, "v3": _check_v3, "v3plus": _check_v3plus}
 )
 """The families, each with what it asks of its fields."""

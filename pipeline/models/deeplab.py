@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Self
 
 import torch
@@ -18,10 +19,15 @@ from pipeline.models.architecture import Architecture
 from pipeline.models.aspp import Aspp
 from pipeline.models.blocks import classify, conv_norm_relu, mix
 from pipeline.models.context_pool import ContextPool, window_features
+from pipeline.models.deeplab_v1 import DeepLabV1
+from pipeline.models.deeplab_v2 import DeepLabV2
 from pipeline.models.frame import Frame
+from pipeline.models.network import DeepLab
 from pipeline.models.resize import Resize
 from pipeline.models.slim import SLIM_WIDTH
 from pipeline.models.trunks import Trunk, build_trunk
+
+__all__ = ["DecoderHead", "DeepLab", "DeepLabV3", "Head", "aspp_width", "build_network"]
 
 
 class Head(nn.Sequential):
@@ -77,14 +83,13 @@ def aspp_width(architecture: Architecture) -> int:
     return SLIM_WIDTH[architecture.dims] if architecture.backbone == "slim" else 256
 
 
-class DeepLab(nn.Module):
-    """A network whose tiles agree with the whole scene, given its reach (``reach_of``)."""
+class DeepLabV3(DeepLab):
+    """DeepLab v3, and with a decoder v3+."""
 
     def __init__(self, architecture: Architecture, *, bands: int, classes: int) -> None:
-        super().__init__()
+        super().__init__(architecture, bands=bands, classes=classes)
         dims = architecture.dims
-        self.architecture, self.bands, self.classes = architecture, bands, classes
-        self.stride, self.align_corners = architecture.output_stride, architecture.align_corners
+        self.stride = architecture.output_stride
         self.backbone = build_trunk(architecture, bands=bands)
         head, width = _encoder(architecture, inputs=self.backbone.channels)
         self.classifier: Head | DecoderHead
@@ -98,14 +103,6 @@ class DeepLab(nn.Module):
             factor = self.backbone.low_stride
         self.upsample = Resize.by(factor, dims, align_corners=self.align_corners)
 
-    def forward(self, image_BCS: Tensor, frame: Frame) -> Tensor:
-        """Return (B, K, *S) logits at the input's size.
-
-        Its sides are multiples of the stride, or one more with ``align_corners``.
-        """
-        logits_BKS: Tensor = self.upsample(self.coarse_logits(image_BCS, frame))
-        return logits_BKS
-
     def coarse_logits(self, image_BCS: Tensor, frame: Frame) -> Tensor:
         """Return (B, K, *S) logits at the output stride, or at that of the decoder."""
         logits_BKS: Tensor
@@ -115,6 +112,11 @@ class DeepLab(nn.Module):
             low_BCS, features_BCS = self.backbone.taps(image_BCS)
             logits_BKS = self.classifier(low_BCS, features_BCS, frame)
         return logits_BKS
+
+    @property
+    def last_layers(self) -> tuple[nn.Module, ...]:
+        """As ``DeepLab.last_layers``."""
+        return (self.classifier[-1],)
 
     @property
     def pool(self) -> ContextPool | None:
@@ -141,6 +143,11 @@ def _encoder(architecture: Architecture, *, inputs: int) -> tuple[Head, int]:
     return head, width
 
 
+_FAMILIES: MappingProxyType[str, type[DeepLab]] = MappingProxyType(
+    {"v1": DeepLabV1, "v2": DeepLabV2, "v3": DeepLabV3, "v3plus": DeepLabV3}
+)
+
+
 def build_network(architecture: Architecture, *, bands: int, classes: int) -> DeepLab:
     """A network with fresh weights, in training mode; image pooling over all that is read."""
-    return DeepLab(architecture, bands=bands, classes=classes)
+    return _FAMILIES[architecture.family](architecture, bands=bands, classes=classes)

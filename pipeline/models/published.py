@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MappingProxyType
 
 from pipeline.models.architecture import STRIDES, Architecture, Decoder
+
+_SUMMED_RATES = MappingProxyType({"v1": (12,), "v2": (6, 12, 18, 24)})
+"""Of the families whose branches give scores."""
 
 
 def published(
@@ -13,11 +17,22 @@ def published(
     """The architecture that goes with a trunk; ``output_stride`` None: the trunk's finest.
 
     torchvision's trunks come with its v3, those ending in ``c`` with OpenMMLab's heads, all others
-    with their authors'. The slim trunk has rates that keep its halo small.
+    with their authors'. The slim trunk has rates that keep its halo small. v1 is LargeFOV, v2 has
+    the wider of its two pyramids, ASPP-L.
 
     Raises:
         BundleError: there is no such family or trunk, or it has no such output stride.
     """
+    if family in _SUMMED_RATES:
+        return Architecture(
+            family=family,
+            backbone=backbone,
+            dims=dims,
+            output_stride=output_stride or 8,
+            rates=_SUMMED_RATES[family],
+            image_pooling=False,
+            align_corners=True,
+        )
     finest, *_ = STRIDES.get((backbone, dims), (8,))
     made = Architecture(
         family="v3",

@@ -172,7 +172,7 @@ def test_pooling_trains_as_torchvision_does() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"family": "v2"}, "family 'v2' asked; there is: v3"),
+        ({"family": "v4"}, "family 'v4' asked; there is: v1, v2, v3, v3plus"),
         ({"backbone": "vgg"}, "no 2-D backbone 'vgg'"),
         ({"dims": 3}, "no 3-D backbone 'resnet50'"),
         ({"output_stride": 4}, "output stride 4 asked of resnet50"),

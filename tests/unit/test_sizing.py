@@ -20,7 +20,7 @@ from pipeline.inference.precision import Precision
 from pipeline.models.architecture import Architecture
 from pipeline.models.bundle import load_bundle
 from pipeline.models.deeplab import build_network
-from pipeline.models.receptive_field import local_span, reach_of
+from pipeline.models.receptive_field import reach_of, receptive_field
 from pipeline.models.stages import stages_of
 from workflows.config import SegmentOptions
 from workflows.segment import plan_only
@@ -55,10 +55,11 @@ def resnet50(tmp_path_factory: pytest.TempPathFactory) -> Sizer:
     )  # fmt: skip
     with torch.device("meta"):
         network = build_network(architecture, bands=3, classes=4).eval().pool_over((512, 512))
+    chain = stages_of(network)
     traced = Traced(
         reach=reach_of(network),
-        span=local_span(network),
-        chain=stages_of(network),
+        field=receptive_field(chain),
+        chain=chain,
         weight_bytes=160_000_000,
     )
     bundle = fresh(tmp_path_factory.mktemp("bundle") / "slim")
