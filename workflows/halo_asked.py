@@ -26,7 +26,7 @@ def reach_asked(exact: Reach, options: SegmentOptions, trial: HaloTrial | None) 
 
 def is_exact(exact: Reach, bundle: Bundle, options: SegmentOptions, *, reach: Reach) -> bool:
     """Whether tiling with this ``reach`` changes nothing but roundings."""
-    local = options.context != "tile" or not bundle.architecture.image_pooling
+    local = options.context != "tile" or not bundle.architecture.pools
     enough = (exact.halo | reach.halo) == reach.halo and exact.window is None
     return local and (reach == exact or enough)
 

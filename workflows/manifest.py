@@ -53,7 +53,7 @@ def manifest(
         "tiles": _tiles(mask),
         "halo_work_ratio": round(plan.costs.halo_work_ratio, 4),
         "windows": windows_json(plan),
-        "context": plan.resolved.context if bundle.architecture.image_pooling else "none",
+        "context": plan.resolved.context if bundle.architecture.pools else "none",
         "scene_mean": None,
         "crf": _crf(plan),
         "precision": plan.resolved.precision.name,

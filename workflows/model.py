@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.domain import Halo, Reach
 from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.models.chain import Chain
+from pipeline.models.context_pool import Context
 from pipeline.models.fresh import new_bundle
 from pipeline.models.nan_probe import Probe, probe_network
 from pipeline.models.published import published
@@ -20,7 +21,8 @@ def describe(path: Path) -> dict[str, Any]:
     """A bundle in words: network, classes, input, halo, size. Raises BundleError."""
     bundle = load_bundle(path)
     network = bundle.network()
-    reach = reach_of(network)
+    context: Context = "tile" if bundle.architecture.squeezes else "window"
+    reach = reach_of(network, context=context)
     return {
         "name": bundle.name,
         "version": bundle.version,

@@ -293,7 +293,7 @@ def canonical_side(options: SegmentOptions, bundle: Bundle) -> int | None:
         return None
     others = {"--halo": options.halo != "exact" and options.halo}
     others["--context"] = (
-        bundle.architecture.image_pooling and options.context == "tile" and options.context
+        bundle.architecture.pools and options.context == "tile" and options.context
     )
     for name, value in others.items():
         if value:
