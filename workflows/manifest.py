@@ -79,7 +79,7 @@ def manifest(
 
 def _mixes(plan: SegmentPlan, bundle: Bundle) -> bool:
     """Whether a label depends on more than the network's receptive field."""
-    return bundle.architecture.image_pooling or plan.receptive_field is None
+    return bundle.architecture.pools or plan.receptive_field is None
 
 
 def counts(outcome: Outcome) -> Counter[int]:

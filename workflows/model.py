@@ -117,7 +117,7 @@ def _understated(found: Probe, stated: Halo | None) -> str | None:
 def _reach(network: DeepLab | CustomNetwork) -> Reach | None:
     """As it is tiled; None for somebody's own that is GLOBAL."""
     if not isinstance(network, CustomNetwork):
-        return reach_of(network)
+        return reach_of(network, context="tile" if network.architecture.squeezes else "window")
     halo = known_probe(network).halo
     return Reach(stride=network.stride, halo=halo.round_up(network.stride)) if halo else None
 

@@ -316,7 +316,7 @@ def canonical_side(options: SegmentOptions, bundle: Bundle) -> int | None:
         raise PlanError("--windows canonical needs a network in stages, a custom one runs as one")
     others = {"--halo": options.halo != "exact" and options.halo}
     others["--context"] = (
-        bundle.architecture.image_pooling and options.context == "tile" and options.context
+        bundle.architecture.pools and options.context == "tile" and options.context
     )
     for name, value in others.items():
         if value:

@@ -69,7 +69,7 @@ def of_layers(network: DeepLab, context: Context) -> Traced:
     chain = stages_of(network)
     return Traced(
         reach=reach_of(network, context=context),
-        exact=network.pool is None or context != "tile",
+        exact=context != "tile" or not network.architecture.pools,
         receptive_field=receptive_field(chain).shape,
         body=chain.moved(_without_values),
         weight_bytes=_weight_bytes(network),

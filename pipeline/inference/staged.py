@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from pipeline.domain import Region, Shape
 from pipeline.inference.convolution import convolve
 from pipeline.inference.stage_plan import Needs, row_block
-from pipeline.models.chain import Chain, Convolution, Norm, Pool, Stage, Step
+from pipeline.models.chain import Chain, Convolution, Gate, Norm, Pool, Stage, Step
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.custom_network import CustomNetwork
 from pipeline.models.deeplab import DeepLab
@@ -176,6 +176,9 @@ def _apply(
     if isinstance(step.layer, (GivenMean, OwnMean)):
         source = maps[step.inputs[0]]
         return step.layer.over(source.view(source.region)).expand(-1, -1, *window.shape)
+    if isinstance(step.layer, Gate):
+        source = maps[step.inputs[0]]
+        return source.read(window) * step.layer.over(source.view(source.region))
     if step.geometry is not None:
         name = step.inputs[0]
         if isinstance(step.layer, Scale):
@@ -191,6 +194,8 @@ def _apply(
         return _normalise(step.layer, inputs[0], scratch=step.scratch)
     if step.layer == "relu":
         return inputs[0].relu_() if step.scratch else inputs[0].relu()
+    if step.layer == "hardswish":
+        return F.hardswish(inputs[0], inplace=step.scratch)
     first, second = inputs
     if step.layer == "max":
         return torch.maximum(first, second)

@@ -142,6 +142,16 @@ class Architecture:
             return self.smoothing
         return self.family == "v3" and self.backbone in TORCHVISION
 
+    @property
+    def squeezes(self) -> bool:
+        """Whether the trunk takes means over all that is read, so that no halo is exact."""
+        return self.backbone == "mobilenetv3-large"
+
+    @property
+    def pools(self) -> bool:
+        """Whether there is a mean that the context is about."""
+        return self.image_pooling or self.squeezes
+
     def at_stride(self, stride: int) -> Architecture:
         """The same weights at another output stride: rates keep their reach in pixels.
 

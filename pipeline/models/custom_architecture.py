@@ -55,7 +55,7 @@ class CustomArchitecture:
             raise BundleError(f"halo has {len(self.halo.before)} axes, the network {self.dims}")
 
     @property
-    def image_pooling(self) -> bool:
+    def pools(self) -> bool:
         """Whether it pools as ASPP does, over a window that can be set: never."""
         return False
 

@@ -9,14 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.domain import Halo, Region
 from pipeline.errors import BundleError
+from pipeline.inference.staged import StagedNetwork
 from pipeline.models.architecture import Architecture, Decoder
 from pipeline.models.bundle import load_bundle
 from pipeline.models.deeplab import DeepLab, build_network
 from pipeline.models.document import from_document, to_document
 from pipeline.models.frame import Frame
 from pipeline.models.published import published
-from pipeline.models.receptive_field import local_span
+from pipeline.models.receptive_field import reach_of, receptive_field
+from pipeline.models.stages import stages_of
 from pipeline.models.xception import XCEPTIONS, XceptionTrunk
 from tests.golden.outside_networks import figures, fill, image
 from workflows.model import create
@@ -191,25 +194,54 @@ def test_a_decoder_works_at_stride_4(backbone: str, side: int, low: int, encoded
 
 
 @pytest.mark.parametrize(
-    ("architecture", "radius"),
+    ("architecture", "before", "after"),
     [
-        (PAPER, 657),
-        (published("v3", "resnet101-tf", output_stride=16), 929),
-        (published("v3", "resnet101-tf", output_stride=8), 929),
-        (published("v3", "resnet50-beta", output_stride=16), 659),
-        (VAINF, 517),
-        (published("v3", "resnet101", output_stride=16), 789),
-        (published("v3", "resnet50c"), 511),
-        (published("v3", "resnet101c"), 783),
-        (SMP, 533),
-        (published("v3", "xception65", output_stride=16), 1245),
+        (PAPER, 657, 657),
+        (published("v3", "resnet101-tf", output_stride=16), 929, 929),
+        (published("v3", "resnet101-tf", output_stride=8), 929, 929),
+        (published("v3", "resnet50-beta", output_stride=16), 659, 659),
+        (VAINF, 517, 517),
+        (published("v3", "resnet101", output_stride=16), 789, 789),
+        (published("v3", "resnet50c"), 511, 511),
+        (published("v3", "resnet101c"), 783, 783),
+        (SMP, 533, 533),
+        (published("v3", "xception65", output_stride=16), 1245, 1245),
+        (published("v3", "mobilenetv3-large"), 921, 921),
+        (published("v3plus", "resnet101-tf", output_stride=16), 945, 945),
+        (published("v3plus", "xception65", output_stride=16), 1261, 1261),
+        (published("v3plus", "xception71", output_stride=16), 1297, 1297),
+        (JFZHANG, 933, 933),
+        (VAINF_PLUS, 517, 501),
     ],
 )
-def test_a_logit_sees_as_far_as_published(architecture: Architecture, radius: int) -> None:
+def test_a_logit_sees_as_far_as_published(
+    architecture: Architecture, before: int, after: int
+) -> None:
     """A kernel, rate or stride would be another: figures of receptive fields, layer by layer."""
-    network = build_network(replace(architecture, image_pooling=False), bands=3, classes=2)
-    span = local_span(network.eval())
-    assert (span.low, span.high) == ((-radius,) * 2, (radius,) * 2)
+    field = receptive_field(stages_of(on_paper(replace(architecture, image_pooling=False))))
+    assert (field.start, field.stop) == ((-before,) * 2, (after + 1,) * 2)
+
+
+def test_squeeze_and_excitation_is_refused_by_name_where_tiles_must_agree() -> None:
+    """Tiles would differ at every seam, and the run be called exact."""
+    network = on_paper(published("v3", "mobilenetv3-large")).pool_over((513, 513))
+    with pytest.raises(BundleError, match=r"backbone\.4\.block\.2 \(SqueezeExcitation\) mixes"):
+        reach_of(network)
+    with pytest.raises(BundleError, match="mixes the whole scene"):
+        reach_of(network, context="scene")
+    assert reach_of(network, context="tile").halo == Halo((944, 944), (928, 928))
+
+
+def test_squeeze_and_excitation_in_stages_is_that_of_one_pass() -> None:
+    """A tile's means would be a window's, or its factors not those of the layer."""
+    network = fill(on_paper(published("v3", "mobilenetv3-large"), classes=3))
+    frame, coarse = Frame((0, 0), (96, 128)), Region((1, 2), (4, 7))
+    image_BCS = torch.cat([image(96), image(96)[..., :32]], dim=3)
+    with torch.inference_mode():
+        want_BKS = network.coarse_logits(image_BCS, frame)[..., 1:4, 2:7]
+        staged = StagedNetwork(stages_of(network), window=2)
+        got_BKS = staged.coarse_logits(image_BCS, frame, coarse)
+    assert torch.allclose(got_BKS, want_BKS, rtol=0, atol=1e-9 * float(want_BKS.std()))
 
 
 @pytest.mark.parametrize(
