@@ -1,0 +1,42 @@
+"""torchvision: DeepLab v3 as it has it, and ImageNet's trunks alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from pipeline.models.architecture import Architecture
+from pipeline.models.layouts.layout import Layout
+from pipeline.models.layouts.resnet_keys import resnet_name
+from pipeline.models.published import published
+
+_WHOLE = "backbone."
+"""What every name of a trunk begins with where there is a head as well."""
+
+
+class Torchvision(Layout):
+    """Key for key as ours."""
+
+    crop = (480, 480)
+    ignored = ("aux_classifier.*", "fc.*")
+    named_by_count = True
+
+    def architecture(self, tensors: Mapping[str, Tensor]) -> Architecture:
+        """As ``Layout.architecture``."""
+        if f"{_WHOLE}0.0.weight" in tensors:
+            return published("v3", "mobilenetv3-large")
+        prefix = _prefix(tensors)
+        return published("v3", resnet_name(tensors, prefix=prefix))
+
+    def modules(
+        self, architecture: Architecture, tensors: Mapping[str, Tensor]
+    ) -> Mapping[str, str]:
+        """As ``Layout.modules``."""
+        if _prefix(tensors):
+            return {"backbone": "backbone", "classifier": "classifier"}
+        return {"backbone": ""}
+
+
+def _prefix(tensors: Mapping[str, Tensor]) -> str:
+    return _WHOLE if any(key.startswith(_WHOLE) for key in tensors) else ""
