@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -21,8 +18,8 @@ from pipeline.errors import BundleError
 _WRAPPERS = ("state_dict", "model_state", "model_state_dict", "model")
 """Keys that training loops keep a state dict under, beside optimizer and counters."""
 
-_PARALLEL = "module."
-"""What ``DataParallel`` puts before every name."""
+_OUTER = ("module.", "model.")
+"""What ``DataParallel`` puts before every name, and Lightning does for a network so called."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,18 +43,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         BundleError: no such file, or it holds more than tensors, numbers and text.
     """
+    index = path.with_name(f"{path.name}.index")
+    if path.suffix in (".index", ".meta", ".pb") or ".data-" in path.name or index.exists():
+        raise BundleError(
+            f"{path} is TensorFlow's own: where that is installed, write the arrays of"
+            " tf.train.load_checkpoint by their names with numpy.savez, and give the .npz"
+        )
     try:
         data = path.read_bytes()
     except OSError as error:
         raise BundleError(f"cannot read the weights {path}: {error}") from error
     try:
         held = _held(path)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise BundleError(f"{path} holds no weights: {_line(error)}") from error
-    except (safetensors.SafetensorError, pickle.UnpicklingError) as error:
+    except Exception as error:  # what a reader of bytes raises on others is anything
         raise BundleError(
-            f"{path} holds no weights, or more than weights, which is not run: {_line(error)};"
-            " save its state dict alone"
+            f"{path} holds no weights, or more than weights, numbers and text, which is not run:"
+            f" {_problem(error)}"
         ) from error
     tensors, beside = _unwrapped(held, path)
     digest = hashlib.sha256(data).hexdigest()
@@ -70,11 +71,6 @@ def _held(path: Path) -> Any:
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(np.asarray(arrays[name])) for name in arrays.files}
-    if path.suffix in (".ckpt", ".index", ".meta", ".pb"):
-        raise ValueError(
-            "TensorFlow's own files are not read; with it, write the arrays of"
-            " tf.train.load_checkpoint by their names with numpy.savez, and give the .npz"
-        )
     with torch.serialization.safe_globals(_numbers()):
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -98,13 +94,17 @@ def _unwrapped(held: Any, path: Path) -> tuple[dict[str, Tensor], Mapping[str, A
     strange = [str(key) for key, value in held.items() if not isinstance(value, Tensor)]
     if strange:
         raise BundleError(f"{path} holds no state dict: {strange[0]} is no tensor")
-    parallel = all(key.startswith(_PARALLEL) for key in held)
-    return {k.removeprefix(_PARALLEL) if parallel else k: v for k, v in held.items()}, beside
+    outer = next((p for p in _OUTER if all(key.startswith(p) for key in held)), "")
+    return {key.removeprefix(outer): weight for key, weight in held.items()}, beside
 
 
 def _get(held: Any, key: str) -> Any:
     return held.get(key) if isinstance(held, Mapping) else None
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def _problem(error: Exception) -> str:
+    """What went wrong, without the advice to run the file all the same."""
+    text = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
+    for advice in (" was not an allowed global", " If you trust"):
+        text = text.partition(advice)[0]
+    return text[:150] or type(error).__name__
