@@ -144,8 +144,10 @@ def make_plan(
     )
     known = traced(bundle, options.context)
     # Of the layers, not as the options shorten it; pooling over a tile is held against a window's.
+    # Where the trunk squeezes no reach is exact; its halo is wider than a window.
     tile_pooled = options.context == "tile" and bundle.architecture.pools
-    whole = traced(bundle, "window") if tile_pooled else known
+    windowed = tile_pooled and not bundle.architecture.squeezes
+    whole = traced(bundle, "window") if windowed else known
     sizer = Sizer(
         bundle=bundle,
         info=info,
