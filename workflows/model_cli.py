@@ -78,7 +78,7 @@ def import_(
     ] = None,
     backbone: Annotated[str | None, typer.Option(help="Of torchvision's --weights.")] = None,
     family: Annotated[
-        str | None, typer.Option(help="Head for a trunk alone: v3 (the default) or v3plus.")
+        str | None, typer.Option(help="Head for a trunk alone, such as v3plus.")
     ] = None,
     output_stride: Annotated[
         int | None, typer.Option(help="As trained; the layout's if absent.")

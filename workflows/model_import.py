@@ -18,6 +18,7 @@ _TORCHVISION = MappingProxyType(
         "resnet18": ("resnet18",),
         "resnet50": ("deeplabv3_resnet50", "resnet50"),
         "resnet101": ("deeplabv3_resnet101", "resnet101"),
+        "vgg16": ("vgg16",),
         "mobilenetv3-large": ("deeplabv3_mobilenet_v3_large",),
     }
 )

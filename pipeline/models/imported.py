@@ -19,6 +19,7 @@ from pipeline.models.layouts.known_classes import KNOWN_CLASSES
 from pipeline.models.layouts.layout import Layout, bring, their_name
 from pipeline.models.layouts.other_bands import filters_for, scaling_for
 from pipeline.models.layouts.registry import layout_named
+from pipeline.models.layouts.resnet_keys import size_of
 from pipeline.models.published import published
 
 
@@ -27,7 +28,7 @@ class Asked:
     """What a file of weights does not say. None: as in the layout's published files."""
 
     family: str | None = None
-    """``v3`` or ``v3plus``: the head that a trunk alone is given."""
+    """The head that a trunk alone is given, such as ``v3plus``."""
 
     output_stride: int | None = None
     """Pixels between features, as the weights were trained."""
@@ -56,28 +57,20 @@ def import_bundle(path: str | Path, checkpoint: Checkpoint, *, layout: str, aske
         BundleError: names that are missing, unknown, or of another shape; a network that is not
             built here; something asked that contradicts the file.
     """
-    form = layout_named(layout)
-    tensors = checkpoint.tensors
+    form, tensors = layout_named(layout), checkpoint.tensors
     architecture = _architecture(form, tensors, asked)
-    names = form.modules(architecture, tensors)
-    alone = _alone(names)
-    sketch = _sketch(architecture, bands=len(form.bands), classes=2)
-    scores = None if alone else _scores(sketch, form, tensors, names)
+    alone = _alone(form.modules(architecture, tensors))
+    scores = None if alone else _scores(form, tensors, architecture)
     classes, source = _classes(form, checkpoint, asked, scores=scores)
-    sketch = _sketch(architecture, bands=len(form.bands), classes=scores or len(classes))
-    weights = bring(form, tensors, network=sketch, architecture=architecture)
-    if scores == 1:
-        _with_background(weights, sketch)
     bands = asked.bands or form.bands
-    if bands != form.bands:
-        first = _first_convolution(sketch)
-        weights[first] = filters_for(weights[first], known=form.bands, asked=bands)
-    scaling = scaling_for(form.scaling(architecture), known=form.bands, asked=bands)
+    weights = _weights(form, tensors, architecture, bands=bands, scores=scores or len(classes))
     said = {"layout": layout, "file": checkpoint.file, "sha256": checkpoint.sha256}
     said |= {"classes": source} | ({"note": form.note} if form.note else {})
     if alone:
         said["fresh"] = "the head: train it before use"
-        weights = _fresh(architecture, bands=len(bands), classes=len(classes)) | weights
+        fresh = _fresh_head(architecture, classes=len(classes))
+        weights |= {**fresh, **form.begun(fresh, tensors)}
+    scaling = scaling_for(form.scaling(architecture), known=form.bands, asked=bands)
     bundle = Bundle(
         name=f"{layout}-{architecture.family}-{architecture.backbone}",
         version=1,
@@ -92,9 +85,12 @@ def import_bundle(path: str | Path, checkpoint: Checkpoint, *, layout: str, aske
 
 
 def _architecture(form: Layout, tensors: Mapping[str, Tensor], asked: Asked) -> Architecture:
+    """What the file holds, as it was trained."""
     made = form.architecture(tensors)
     if _alone(form.modules(made, tensors)):
-        made = published(asked.family or "v3", made.backbone, output_stride=asked.output_stride)
+        made = published(
+            asked.family or made.family, made.backbone, output_stride=asked.output_stride
+        )
     elif asked.family not in (None, made.family):
         raise BundleError(f"--family {asked.family} asked, the file holds a {made.family}")
     elif asked.output_stride is not None:
@@ -113,24 +109,47 @@ def _sketch(architecture: Architecture, *, bands: int, classes: int) -> DeepLab:
         return build_network(architecture, bands=bands, classes=classes)
 
 
-def _fresh(architecture: Architecture, *, bands: int, classes: int) -> dict[str, Tensor]:
+def _fresh_head(architecture: Architecture, *, classes: int) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        return build_network(architecture, bands=bands, classes=classes).state_dict()
+        network = build_network(architecture, bands=1, classes=classes)
+    return {k: w for k, w in network.state_dict().items() if not k.startswith("backbone.")}
 
 
-def _scores(
-    sketch: DeepLab, form: Layout, tensors: Mapping[str, Tensor], names: Mapping[str, str]
-) -> int:
+def _scores(form: Layout, tensors: Mapping[str, Tensor], architecture: Architecture) -> int:
     """How many scores the last layer gives, by its bias."""
+    sketch = _sketch(architecture, bands=len(form.bands), classes=2)
     last = sketch.last_layers[0]
-    ours = next(name for name, module in sketch.named_modules() if module is last)
-    theirs = their_name(ours, names)
+    theirs = their_name(_name(last, sketch), form.modules(architecture, tensors))
     assert theirs is not None
-    key = form.key(last, theirs, "bias")
-    if key not in tensors:
-        raise BundleError(f"the file misses {key}, which tells the number of classes")
-    return len(tensors[key])
+    return size_of(tensors, form.key(last, theirs, "bias"))
+
+
+def _weights(
+    form: Layout,
+    tensors: Mapping[str, Tensor],
+    architecture: Architecture,
+    *,
+    bands: tuple[str, ...],
+    scores: int,
+) -> dict[str, Tensor]:
+    """What the file holds for our network, of the bands asked, and at least two classes."""
+    sketch = _sketch(architecture, bands=len(form.bands), classes=scores)
+    weights = bring(form, tensors, network=sketch, architecture=architecture)
+    if scores == 1:
+        for last in sketch.last_layers:
+            for key in (f"{_name(last, sketch)}.weight", f"{_name(last, sketch)}.bias"):
+                weights[key] = torch.cat([torch.zeros_like(weights[key]), weights[key]])
+    if bands != form.bands:
+        convolutions = (m for m in sketch.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
+        first = f"{_name(next(convolutions), sketch)}.weight"
+        weights[first] = filters_for(weights[first], known=form.bands, asked=bands)
+    return weights
+
+
+def _name(part: nn.Module, network: nn.Module) -> str:
+    names: dict[nn.Module, str] = {module: name for name, module in network.named_modules()}
+    return names[part]
 
 
 def _classes(
@@ -156,20 +175,3 @@ def _classes(
         names, source = list(known), f"{data}, by their number"
     numbered = [ClassInfo.numbered(n, of=count, name=name) for n, name in enumerate(names)]
     return tuple(numbered), source
-
-
-def _with_background(weights: dict[str, Tensor], sketch: DeepLab) -> None:
-    """Put a class of score 0 before the one there is."""
-    for last in sketch.last_layers:
-        ours = next(name for name, module in sketch.named_modules() if module is last)
-        for key in (f"{ours}.weight", f"{ours}.bias"):
-            weights[key] = torch.cat([torch.zeros_like(weights[key]), weights[key]])
-
-
-def _first_convolution(sketch: DeepLab) -> str:
-    """Name of the weight that reads the image."""
-    return next(
-        f"{name}.weight"
-        for name, module in sketch.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Conv3d))
-    )

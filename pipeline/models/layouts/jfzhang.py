@@ -10,7 +10,7 @@ from torch import Tensor
 from pipeline.models.architecture import Architecture
 from pipeline.models.layouts.layout import Layout
 from pipeline.models.layouts.our_names import Head
-from pipeline.models.layouts.resnet_keys import resnet_name
+from pipeline.models.layouts.resnet_keys import resnet_name, size_of
 from pipeline.models.published import published
 
 
@@ -21,6 +21,7 @@ class Jfzhang(Layout):
 
     def architecture(self, tensors: Mapping[str, Tensor]) -> Architecture:
         """As ``Layout.architecture``."""
+        size_of(tensors, "aspp.conv1.weight")
         backbone = resnet_name(tensors, prefix="backbone.")
         made = published("v3plus", backbone, output_stride=16)
         return replace(made, align_corners=True, dilate_first=True, multi_grid=(1, 2, 4))

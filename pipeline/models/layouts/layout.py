@@ -66,6 +66,16 @@ class Layout(ABC):
         """The classes that a file says it has."""
         return None
 
+    def ignores(self, key: str, architecture: Architecture) -> bool:
+        """Whether a weight of theirs has no place in the network."""
+        return any(fnmatchcase(key, pattern) for pattern in self.ignored)
+
+    def begun(
+        self, fresh: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """What else of a fresh head begins from the file, by our names."""
+        return {}
+
     def at_stride(self, architecture: Architecture, stride: int) -> Architecture:
         """The network at the output stride that it was trained at, where that is another."""
         return architecture.at_stride(stride)
@@ -117,39 +127,38 @@ def bring(
     used, missing, unlike = set(), [], []
     for ours, wanted in network.state_dict().items():
         owner, _, parameter = ours.rpartition(".")
-        theirs = their_name(owner, modules)
+        theirs, module = their_name(owner, modules), network.get_submodule(owner)
         if theirs is None:
             continue
-        module = network.get_submodule(owner)
         key = layout.key(module, theirs, parameter)
-        if key not in tensors:
-            if parameter == _COUNTER:
-                found[ours] = torch.zeros((), dtype=wanted.dtype)
-            else:
-                missing.append(key)
-            continue
         used.add(key)
-        weight = layout.brought(tensors[key], module)
+        if key in tensors:
+            weight = layout.brought(tensors[key], module)
+        elif parameter == _COUNTER:
+            weight = torch.zeros(())
+        else:
+            missing.append(key)
+            continue
         if parameter == "weight" and owner in moved:
             weight = weight.roll(-moved[owner], dims=1)
         if weight.shape != wanted.shape:
             unlike.append(f"{key} is {list(weight.shape)}, not {list(wanted.shape)}")
         found[ours] = weight.to(wanted.dtype, copy=True).contiguous()
-    unknown = [k for k in tensors if k not in used and not _ignored(k, layout)]
-    for what, names in (("misses", missing), ("has unknown", unknown), ("has unlike", unlike)):
-        if names:
-            raise BundleError(
-                f"the file {what} weights of {architecture.family} on {architecture.backbone}:"
-                f" {some(names)}"
-            )
+    unknown = [k for k in tensors if k not in used and not layout.ignores(k, architecture)]
+    _refuse({"misses": missing, "has unknown": unknown, "has unlike": unlike}, architecture)
     return found
+
+
+def _refuse(faults: Mapping[str, list[str]], architecture: Architecture) -> None:
+    said = "; ".join(f"{what} weights {some(names)}" for what, names in faults.items() if names)
+    if said:
+        raise BundleError(
+            f"the file is no {architecture.family} on {architecture.backbone} of this layout:"
+            f" it {said}"
+        )
 
 
 def some(names: list[str]) -> str:
     """The first few names, and how many more there are."""
     rest = len(names) - 4
     return ", ".join(names[:4]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _ignored(key: str, layout: Layout) -> bool:
-    return any(fnmatchcase(key, pattern) for pattern in layout.ignored)
