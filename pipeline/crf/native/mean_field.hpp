@@ -37,10 +37,17 @@ inline float exp_negative(float x) {
     return x < -64.0f ? 0.0f : value * power;
 }
 
+template <int STEP> struct ChunkOf {
+    typedef float type __attribute__((vector_size(STEP * sizeof(float)), aligned(sizeof(float))));
+};
+template <> struct ChunkOf<1> {
+    using type = float;
+};
+
 // Whole rows at a time. GCC's vector types say that lanes are apart, which it cannot see of pointers.
 template <int V> struct Lanes {
     static constexpr int STEP = V % 8 == 0 && V ? 8 : V % 4 == 0 && V ? 4 : 1;
-    typedef float Chunk __attribute__((vector_size(STEP * sizeof(float)), aligned(sizeof(float))));
+    using Chunk = typename ChunkOf<STEP>::type;
 
     template <class Each> static void each(int n, const Each &each) {
         if constexpr (V == 0)

@@ -49,9 +49,22 @@ inline Plan Plan::of(const float *features, int d, int64_t pixels, Team &team) {
     std::vector<float> low(d), high(d);
     const auto scale = scales(d);
     team.each(d, [&](int64_t k) {
-        const auto [least, most] = std::minmax_element(features + k * pixels, features + (k + 1) * pixels);
-        low[k] = *least * scale[k];
-        high[k] = *most * scale[k];
+        const float *feature = features + k * pixels;
+        float least[LANES], most[LANES];  // side by side, as the compiler may not reorder one
+        std::fill_n(least, LANES, feature[0]);
+        std::fill_n(most, LANES, feature[0]);
+        const int64_t whole = pixels / LANES * LANES;
+        for (int64_t at = 0; at < whole; at += LANES)
+            for (int l = 0; l < LANES; ++l) {
+                least[l] = feature[at + l] < least[l] ? feature[at + l] : least[l];
+                most[l] = feature[at + l] > most[l] ? feature[at + l] : most[l];
+            }
+        for (int64_t at = whole; at < pixels; ++at) {
+            least[0] = std::min(least[0], feature[at]);
+            most[0] = std::max(most[0], feature[at]);
+        }
+        low[k] = *std::min_element(least, least + LANES) * scale[k];
+        high[k] = *std::max_element(most, most + LANES) * scale[k];
     });
     const auto packing = Packing::of(low, high);
     if (packing.bits <= 64)
@@ -126,12 +139,15 @@ Numbering<Key> Plan::touch(const float *features, const Packing &packing, int64_
             simplices.keys(l, packing, key[l]);
             for (int r = 0; r <= d; ++r) numbering.prefetch(key[l][r]);
         }
-        for (int l = 0; l < lanes; ++l)
-            for (int r = 0; r <= d; ++r) {
-                const int64_t place = (at + l) * (d + 1) + r;
-                weight[place] = simplices.weight[r][l];
-                row[place] = numbering.number(key[l][r]);
-            }
+        for (int l = 0; l < lanes; ++l) {
+            const int64_t place = (at + l) * (d + 1);
+            for (int r = 0; r <= d; ++r) weight[place + r] = simplices.weight[r][l];
+            // The pixel before often lies in the same simplex.
+            if (l > 0 && std::equal(key[l], key[l] + d + 1, key[l - 1]))
+                std::copy_n(&row[place - d - 1], d + 1, &row[place]);
+            else
+                for (int r = 0; r <= d; ++r) row[place + r] = numbering.number(key[l][r]);
+        }
     }
     return numbering;
 }
