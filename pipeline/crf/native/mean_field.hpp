@@ -80,35 +80,72 @@ template <int V> struct Rows {
     int width;
     int v() const { return V ? V : width; }
 
-    // sums -> values: mirrors added to their vertices, the blur, `finish(row)` for each, mirrors set.
-    template <class Finish> void blur(Kernel &kernel, Team &team, const Finish &finish) const {
+    // sums -> values, all of it: what pixels added becomes what they read.
+    template <class Finish> void filter(Kernel &kernel, Team &team, const Finish &finish) const {
+        gather(kernel, team);
+        blur(kernel, team, finish);
+        spread(kernel, team);
+    }
+
+    // Adds what lies in mirrors to their vertices.
+    void gather(Kernel &kernel, Team &team) const {
         const Plan &plan = kernel.plan;
-        const int n = v();
         team.each(plan.parts(), [&](int64_t p) {
             float *sums = kernel.sums.data();
             for (int64_t i = plan.owner_begin[p]; i < plan.owner_begin[p + 1]; ++i) {
                 const int64_t mirror = plan.by_owner[i];
-                float *__restrict to = sums + int64_t(plan.mirrored[mirror - 1 - plan.vertices]) * n;
-                for (int k = 0; k < n; ++k) to[k] += sums[mirror * n + k];
+                const int64_t vertex = plan.mirrored[mirror - 1 - plan.vertices];
+                add(sums + vertex * v(), sums + mirror * v(), 1.0f);
             }
         });
+    }
+
+    // Sets mirrors to the values of their vertices, and the sums to zero.
+    void spread(Kernel &kernel, Team &team) const {
+        const Plan &plan = kernel.plan;
+        team.ranges(int64_t(plan.mirrored.size()), 8192, [&](int64_t begin, int64_t end) {
+            float *values = kernel.values.data();
+            for (int64_t m = begin; m < end; ++m)
+                std::copy_n(values + int64_t(plan.mirrored[m]) * v(), v(),
+                            values + (1 + plan.vertices + m) * v());
+        });
+        team.ranges(int64_t(kernel.sums.size()), 1 << 16, [&](int64_t begin, int64_t end) {
+            std::fill(kernel.sums.begin() + begin, kernel.sums.begin() + end, 0.0f);
+        });
+    }
+
+    // Along each axis in turn; `finish(row)` for each vertex in the end.
+    template <class Finish> void blur(Kernel &kernel, Team &team, const Finish &finish) const {
+        const Plan &plan = kernel.plan;
         for (int j = 0; j <= plan.d; ++j) {
             const bool last = j == plan.d;
             team.ranges(plan.vertices, 8192, [&](int64_t begin, int64_t end) {
                 pass(kernel, j, begin, end);
                 if (!last) return;
-                for (int64_t i = begin; i < end; ++i) finish(&kernel.values[(1 + i) * n]);
+                for (int64_t i = begin; i < end; ++i) finish(&kernel.values[(1 + i) * v()]);
             });
             if (!last) std::swap(kernel.values, kernel.sums);
         }
-        team.ranges(int64_t(plan.mirrored.size()), 8192, [&](int64_t begin, int64_t end) {
-            float *values = kernel.values.data();
-            for (int64_t m = begin; m < end; ++m)
-                std::memcpy(values + (1 + plan.vertices + m) * n, values + int64_t(plan.mirrored[m]) * n,
-                            n * sizeof(float));
-        });
-        team.ranges(int64_t(kernel.sums.size()), 1 << 16, [&](int64_t begin, int64_t end) {
-            std::fill(kernel.sums.begin() + begin, kernel.sums.begin() + end, 0.0f);
+    }
+
+    // What a kernel says about labels, for each row after the blur.
+    template <class Use> void with_compatibility(const Kernel &kernel, const Use &use) const {
+        const int n = v();
+        const float gain = kernel.plan.gain();
+        if (kernel.matrix.empty()) {
+            const float weight = gain * kernel.potts;
+            use([n, weight](float *row) {
+                float sum = 0;
+                for (int k = 0; k < n; ++k) sum += row[k];
+                for (int k = 0; k < n; ++k) row[k] = weight * (row[k] + sum);
+            });
+            return;
+        }
+        use([&kernel, n, gain](float *row) {
+            float mixed[MOST_VALUES] = {};
+            for (int k = 0; k < n; ++k)
+                for (int l = 0; l < n; ++l) mixed[k] += gain * kernel.matrix[k * n + l] * row[l];
+            std::copy_n(mixed, n, row);
         });
     }
 
@@ -176,26 +213,32 @@ template <int V> struct Rows {
     }
 };
 
-// A kernel's filter of 1 with its current weights, per pixel.
-inline std::vector<float> filter_ones(Kernel &kernel, Team &team) {
-    const Rows<1> rows{1};
-    const int64_t pixels = kernel.plan.pixels;
-    const float one = 1.0f, gain = kernel.plan.gain();
-    std::vector<float> result(pixels, 0.0f);
-    kernel.widen(1);
-    team.ranges(pixels, PART, [&](int64_t begin, int64_t end) {
-        for (int64_t at = begin; at < end; ++at) rows.splat(kernel, at, &one);
+inline void splat_ones(Kernel &kernel, Team &team) {
+    const float one = 1.0f;
+    team.ranges(kernel.plan.pixels, PART, [&](int64_t begin, int64_t end) {
+        for (int64_t at = begin; at < end; ++at) Rows<1>{1}.splat(kernel, at, &one);
     });
-    rows.blur(kernel, team, [gain](float *row) { *row *= gain; });
-    team.ranges(pixels, PART, [&](int64_t begin, int64_t end) {
-        for (int64_t at = begin; at < end; ++at) rows.slice(kernel, at, &result[at]);
+}
+
+inline std::vector<float> slice_ones(const Kernel &kernel, Team &team) {
+    std::vector<float> result(kernel.plan.pixels, 0.0f);
+    team.ranges(kernel.plan.pixels, PART, [&](int64_t begin, int64_t end) {
+        for (int64_t at = begin; at < end; ++at) Rows<1>{1}.slice(kernel, at, &result[at]);
     });
     return result;
 }
 
-// Folds the symmetric normalisation into the weights.
-inline void normalise(Kernel &kernel, Team &team) {
-    const auto ones = filter_ones(kernel, team);
+// A kernel's filter of 1 with its current weights, per pixel.
+inline std::vector<float> filter_ones(Kernel &kernel, Team &team) {
+    const float gain = kernel.plan.gain();
+    kernel.widen(1);
+    splat_ones(kernel, team);
+    Rows<1>{1}.filter(kernel, team, [gain](float *row) { *row *= gain; });
+    return slice_ones(kernel, team);
+}
+
+// Folds the symmetric normalisation into the weights. ones: the filter of 1, per pixel.
+inline void normalise(Kernel &kernel, const std::vector<float> &ones, Team &team) {
     const int size = kernel.plan.d + 1;
     team.ranges(kernel.plan.pixels, PART, [&](int64_t begin, int64_t end) {
         for (int64_t at = begin; at < end; ++at) {
@@ -227,12 +270,13 @@ public:
             update(i > 0, nullptr);  // the first softmax is of the unary energies alone
             if (i == 0)
                 for (size_t m = 0; m < kernels_.size(); ++m) add_constant(masses[m], constants[m]);
-            for (auto &kernel : kernels_) finish(kernel);
+            for (auto &kernel : kernels_)
+                rows_.with_compatibility(
+                    kernel, [&](auto finish) { rows_.filter(kernel, team_, finish); });
         }
         update(true, prob);
     }
 
-private:
     // constant: per class, what a pixel's kernel mass adds to z beside T.
     void add_constant(const std::vector<float> &mass, const std::vector<float> &constant) {
         team_.ranges(pixels_, PART, [&](int64_t begin, int64_t end) {
@@ -242,6 +286,7 @@ private:
         });
     }
 
+    // One softmax of what the kernels say, if `sliced`: splatted, or written to `prob`.
     void update(bool sliced, float *prob) {
         const int n = rows_.v();
         team_.ranges(pixels_, PART, [&](int64_t begin, int64_t end) {
@@ -266,6 +311,7 @@ private:
         });
     }
 
+private:
     void softmax(float *z, float *last, int count) const {
         const int n = rows_.v();
         for (int i = 0; i < count; ++i) {
@@ -289,26 +335,6 @@ private:
         for (int k = 0; k < classes_ - 1; ++k)
             for (int i = 0; i < count; ++i) prob[k * pixels_ + i] = q[i * rows_.v() + k];
         std::copy_n(last, count, prob + int64_t(classes_ - 1) * pixels_);
-    }
-
-    void finish(Kernel &kernel) {
-        const int n = rows_.v();
-        const float gain = kernel.plan.gain();
-        if (kernel.matrix.empty()) {
-            const float weight = gain * kernel.potts;
-            rows_.blur(kernel, team_, [n, weight](float *row) {
-                float sum = 0;
-                for (int k = 0; k < n; ++k) sum += row[k];
-                for (int k = 0; k < n; ++k) row[k] = weight * (row[k] + sum);
-            });
-            return;
-        }
-        rows_.blur(kernel, team_, [&kernel, n, gain](float *row) {
-            float mixed[MOST_VALUES] = {};
-            for (int k = 0; k < n; ++k)
-                for (int l = 0; l < n; ++l) mixed[k] += gain * kernel.matrix[k * n + l] * row[l];
-            std::copy_n(mixed, n, row);
-        });
     }
 
     Rows<V> rows_;

@@ -2,9 +2,10 @@
 // only a processor that has AVX2 may load.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
-#include "mean_field.hpp"
+#include "scene.hpp"
 
 namespace nb = nanobind;
 using namespace terravox;
@@ -52,49 +53,85 @@ void solve(const float *energy, int classes, int width, const std::vector<const 
     for (size_t m = 0; m < kernels.size(); ++m) {
         kernels[m].plan = Plan::of(features[m], dims[m], pixels, team);
         constants.push_back(relative(kernels[m], penalties[m], classes, width));
-        normalise(kernels[m], team);
+        normalise(kernels[m], filter_ones(kernels[m], team), team);
         masses.push_back(filter_ones(kernels[m], team));
     }
     MeanField<V> field(energy, classes, width, kernels, team);
     field.run(iterations, masses, constants, prob);
 }
 
+// Calls use(integral_constant) with the width where rows of it are compiled in, else with 0.
+template <class Use> auto at_width(int width, const Use &use) {
+    switch (width) {
+        case 1: return use(std::integral_constant<int, 1>());
+        case 2: return use(std::integral_constant<int, 2>());
+        case 4: return use(std::integral_constant<int, 4>());
+        case 8: return use(std::integral_constant<int, 8>());
+        case 12: return use(std::integral_constant<int, 12>());
+        case 16: return use(std::integral_constant<int, 16>());
+        case 20: return use(std::integral_constant<int, 20>());
+        case 24: return use(std::integral_constant<int, 24>());
+        case 32: return use(std::integral_constant<int, 32>());
+        default: return use(std::integral_constant<int, 0>());
+    }
+}
+
+struct Answer {
+    size_t classes, pixels;
+    float *prob;
+    Answer(size_t k, size_t n) : classes(k), pixels(n), prob(new float[k * n]) {}
+
+    nb::object array() const {
+        nb::capsule owner(prob, [](void *p) noexcept { delete[] static_cast<float *>(p); });
+        return nb::cast(Result(prob, {classes, pixels}, owner));
+    }
+};
+
+std::vector<const float *> pointers(const std::vector<Matrix> &arrays) {
+    std::vector<const float *> found;
+    for (const auto &array : arrays) found.push_back(array.data());
+    return found;
+}
+
 nb::object mean_field(Matrix energy, std::vector<Matrix> features, std::vector<Matrix> penalties,
                       int iterations, int threads) {
-    const int classes = int(energy.shape(0));
-    const auto pixels = int64_t(energy.shape(1));
-    auto *prob = new float[classes * pixels];
-    nb::capsule owner(prob, [](void *p) noexcept { delete[] static_cast<float *>(p); });
-    std::vector<const float *> feature, penalty;
+    const Answer answer(energy.shape(0), energy.shape(1));
     std::vector<int> dims;
-    for (auto &f : features) feature.push_back(f.data()), dims.push_back(int(f.shape(0)));
-    for (auto &p : penalties) penalty.push_back(p.data());
-    {
+    for (const auto &f : features) dims.push_back(int(f.shape(0)));
+    try {
         nb::gil_scoped_release release;
-        const int width = rounded(classes - 1);
-        const auto call = [&](auto v) {
-            solve<decltype(v)::value>(energy.data(), classes, width, feature, dims, penalty, pixels,
-                                      iterations, threads, prob);
-        };
-        switch (width) {
-            case 1: call(std::integral_constant<int, 1>()); break;
-            case 2: call(std::integral_constant<int, 2>()); break;
-            case 4: call(std::integral_constant<int, 4>()); break;
-            case 8: call(std::integral_constant<int, 8>()); break;
-            case 12: call(std::integral_constant<int, 12>()); break;
-            case 16: call(std::integral_constant<int, 16>()); break;
-            case 20: call(std::integral_constant<int, 20>()); break;
-            case 24: call(std::integral_constant<int, 24>()); break;
-            case 32: call(std::integral_constant<int, 32>()); break;
-            default: call(std::integral_constant<int, 0>());
-        }
+        const int width = rounded(int(answer.classes) - 1);
+        at_width(width, [&](auto v) {
+            solve<decltype(v)::value>(energy.data(), int(answer.classes), width, pointers(features),
+                                      dims, pointers(penalties), int64_t(answer.pixels), iterations,
+                                      threads, answer.prob);
+        });
+    } catch (...) {
+        delete[] answer.prob;
+        throw;
     }
-    return nb::cast(Result(prob, {size_t(classes), size_t(pixels)}, owner));
+    return answer.array();
+}
+
+std::unique_ptr<Scene> make_scene(std::vector<std::vector<float>> low,
+                                  std::vector<std::vector<float>> high,
+                                  std::vector<Matrix> penalties, int threads) {
+    const int classes = int(penalties.at(0).shape(0)), width = rounded(classes - 1);
+    auto scene = at_width(width, [&](auto v) -> std::unique_ptr<Scene> {
+        return std::make_unique<SceneOf<decltype(v)::value>>(classes, width, threads);
+    });
+    for (size_t m = 0; m < low.size(); ++m) {
+        auto shared = std::make_unique<Shared>(low[m], high[m]);
+        shared->constant = relative(shared->kernel, penalties[m].data(), classes, width);
+        scene->shared.push_back(std::move(shared));
+    }
+    return scene;
 }
 
 }  // namespace
 
 NB_MODULE(TERRAVOX_MODULE, module) {
+    using Free = nb::call_guard<nb::gil_scoped_release>;
     module.def("has_avx2", [] {
 #ifdef __x86_64__
         return bool(__builtin_cpu_supports("avx2"));
@@ -104,4 +141,35 @@ NB_MODULE(TERRAVOX_MODULE, module) {
     });
     module.def("mean_field", &mean_field, nb::arg("energy"), nb::arg("features"),
                nb::arg("penalties"), nb::arg("iterations"), nb::arg("threads"));
+    module.def("scene", &make_scene, nb::arg("low"), nb::arg("high"), nb::arg("penalties"),
+               nb::arg("threads"));
+    nb::class_<AnyTile>(module, "Tile")
+        .def("splat_ones", &AnyTile::splat_ones, Free())
+        .def("normalise", &AnyTile::normalise, Free())
+        .def("take_mass", &AnyTile::take_mass, Free())
+        .def("start", &AnyTile::start, Free())
+        .def("step", [](AnyTile &tile) { tile.step(nullptr); }, Free())
+        .def("finish", [](AnyTile &tile, int classes, int64_t pixels) {
+            const Answer answer(classes, pixels);
+            {
+                nb::gil_scoped_release release;
+                tile.step(answer.prob);
+            }
+            return answer.array();
+        });
+    nb::class_<Scene>(module, "Scene")
+        .def("tile", [](Scene &scene, Matrix energy, std::vector<Matrix> features) {
+            nb::gil_scoped_release release;
+            return scene.tile(energy.data(), int64_t(energy.shape(1)), pointers(features));
+        }, nb::keep_alive<0, 1>(), nb::arg("energy"), nb::arg("features"))
+        .def("link", &Scene::link, Free())
+        .def("widen", [](Scene &scene) { scene.widen(scene.width); }, Free())
+        .def("narrow", [](Scene &scene) { scene.widen(1); }, Free())
+        .def("blur_ones", &Scene::blur_ones, Free())
+        .def("blur", &Scene::blur, Free())
+        .def_prop_ro("vertices", [](const Scene &scene) {
+            std::vector<int64_t> found;
+            for (const auto &one : scene.shared) found.push_back(int64_t(one->numbering.size()));
+            return found;
+        });
 }
