@@ -81,9 +81,7 @@ def main() -> None:
     engines = {"pydensecrf": reference} | {
         f"native, {n} threads": engine_named("native", device="cpu", threads=n) for n in THREADS
     }
-    print(
-        f"{asked.side} px a side, {ITERATIONS} iterations, least of {asked.repeats}"
-    )
+    print(f"{asked.side} px a side, {ITERATIONS} iterations, least of {asked.repeats}")
     print(
         f"{'image':8}{'deviations':>12}{'K':>4}{'pydensecrf s':>14}"
         + "".join(f"{name:>20}" for name in list(engines)[1:])

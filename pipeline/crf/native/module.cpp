@@ -76,13 +76,15 @@ template <class Use> auto at_width(int width, const Use &use) {
     }
 }
 
+// What Python gets in the end; freed where something goes wrong before.
 struct Answer {
     size_t classes, pixels;
+    std::unique_ptr<float[]> held;
     float *prob;
-    Answer(size_t k, size_t n) : classes(k), pixels(n), prob(new float[k * n]) {}
+    Answer(size_t k, size_t n) : classes(k), pixels(n), held(new float[k * n]), prob(held.get()) {}
 
-    nb::object array() const {
-        nb::capsule owner(prob, [](void *p) noexcept { delete[] static_cast<float *>(p); });
+    nb::object array() {
+        nb::capsule owner(held.release(), [](void *p) noexcept { delete[] static_cast<float *>(p); });
         return nb::cast(Result(prob, {classes, pixels}, owner));
     }
 };
@@ -95,10 +97,10 @@ std::vector<const float *> pointers(const std::vector<Matrix> &arrays) {
 
 nb::object mean_field(Matrix energy, std::vector<Matrix> features, std::vector<Matrix> penalties,
                       int iterations, int threads) {
-    const Answer answer(energy.shape(0), energy.shape(1));
+    Answer answer(energy.shape(0), energy.shape(1));
     std::vector<int> dims;
     for (const auto &f : features) dims.push_back(int(f.shape(0)));
-    try {
+    {
         nb::gil_scoped_release release;
         const int width = rounded(int(answer.classes) - 1);
         at_width(width, [&](auto v) {
@@ -106,9 +108,6 @@ nb::object mean_field(Matrix energy, std::vector<Matrix> features, std::vector<M
                                       dims, pointers(penalties), int64_t(answer.pixels), iterations,
                                       threads, answer.prob);
         });
-    } catch (...) {
-        delete[] answer.prob;
-        throw;
     }
     return answer.array();
 }
@@ -143,30 +142,20 @@ NB_MODULE(TERRAVOX_MODULE, module) {
                nb::arg("penalties"), nb::arg("iterations"), nb::arg("threads"));
     module.def("scene", &make_scene, nb::arg("low"), nb::arg("high"), nb::arg("penalties"),
                nb::arg("threads"));
-    nb::class_<AnyTile>(module, "Tile")
-        .def("splat_ones", &AnyTile::splat_ones, Free())
-        .def("normalise", &AnyTile::normalise, Free())
-        .def("take_mass", &AnyTile::take_mass, Free())
-        .def("start", &AnyTile::start, Free())
-        .def("step", [](AnyTile &tile) { tile.step(nullptr); }, Free())
-        .def("finish", [](AnyTile &tile, int classes, int64_t pixels) {
-            const Answer answer(classes, pixels);
+    nb::class_<Scene>(module, "Scene")
+        .def("visit", [](Scene &scene, Matrix energy, std::vector<Matrix> features) {
+            nb::gil_scoped_release release;
+            scene.visit(energy.data(), int64_t(energy.shape(1)), pointers(features), nullptr);
+        }, nb::arg("energy"), nb::arg("features"))
+        .def("finish", [](Scene &scene, Matrix energy, std::vector<Matrix> features) {
+            Answer answer(energy.shape(0), energy.shape(1));
             {
                 nb::gil_scoped_release release;
-                tile.step(answer.prob);
+                scene.visit(energy.data(), int64_t(answer.pixels), pointers(features), answer.prob);
             }
             return answer.array();
-        });
-    nb::class_<Scene>(module, "Scene")
-        .def("tile", [](Scene &scene, Matrix energy, std::vector<Matrix> features) {
-            nb::gil_scoped_release release;
-            return scene.tile(energy.data(), int64_t(energy.shape(1)), pointers(features));
-        }, nb::keep_alive<0, 1>(), nb::arg("energy"), nb::arg("features"))
-        .def("link", &Scene::link, Free())
-        .def("widen", [](Scene &scene) { scene.widen(scene.width); }, Free())
-        .def("narrow", [](Scene &scene) { scene.widen(1); }, Free())
-        .def("blur_ones", &Scene::blur_ones, Free())
-        .def("blur", &Scene::blur, Free())
+        }, nb::arg("energy"), nb::arg("features"))
+        .def("advance", &Scene::advance, Free())
         .def_prop_ro("vertices", [](const Scene &scene) {
             std::vector<int64_t> found;
             for (const auto &one : scene.shared) found.push_back(int64_t(one->numbering.size()));
