@@ -1,10 +1,10 @@
 // Mean field of a fully connected CRF (Kraehenbuehl and Koltun, 2011) over planned kernels.
 //
-// Everything is relative to the last class: with K classes, V = K - 1 values are filtered, and
-//   z_k = base_k + sum over kernels of (T_m G_m q)_k,   q = softmax(z, 0),
-// where G is a kernel without compatibility and T_m(k, l) = -(mu(k, l) - mu(k, K) - mu(K, l) +
-// mu(K, K)); since G is linear, T is applied to the lattice's rows. A Potts weight w has
-// T = w (I + 1). What the last class would have added, T's constant part times G 1, lies in base.
+// Everything is relative to the last class: of K classes, V = K - 1 differences r_k = q_k - q_K are
+// filtered, and q = softmax(z, 0). A kernel G with the Potts weight w adds w G r_k to z_k, so classes
+// that are alike stay so to the bit. With a penalty matrix mu, a(k, l) = mu(k, l) - mu(K, l) and A_k
+// = sum over l of a(k, l), it adds sum over l of T(k, l) G r_l, with T = A_k / K - a(k, l), and c_k =
+// -A_k / K times G 1, its mass. Since G is linear, T is applied to the lattice's rows.
 #pragma once
 
 #include <cstring>
@@ -66,7 +66,8 @@ template <int V> struct Lanes {
 struct Kernel {
     Plan plan;
     float potts = 0;             // the weight, where there is no matrix
-    std::vector<float> matrix;   // T, (width, width), or empty
+    std::vector<float> matrix;    // T, (width, width), and empty for a Potts kernel
+    std::vector<float> constant;  // c, per class but the last, and empty as well
     Large<float> values, sums;
 
     void widen(int width) {
@@ -135,9 +136,7 @@ template <int V> struct Rows {
         if (kernel.matrix.empty()) {
             const float weight = gain * kernel.potts;
             use([n, weight](float *row) {
-                float sum = 0;
-                for (int k = 0; k < n; ++k) sum += row[k];
-                for (int k = 0; k < n; ++k) row[k] = weight * (row[k] + sum);
+                for (int k = 0; k < n; ++k) row[k] *= weight;
             });
             return;
         }
@@ -262,14 +261,13 @@ public:
         });
     }
 
-    // masses, constants: of each kernel, the filter of 1 per pixel, and what it adds per class.
-    void run(int iterations, const std::vector<std::vector<float>> &masses,
-             const std::vector<std::vector<float>> &constants, float *prob) {
+    // masses: of each kernel, the filter of 1 per pixel; empty for a Potts kernel.
+    void run(int iterations, const std::vector<std::vector<float>> &masses, float *prob) {
         for (auto &kernel : kernels_) kernel.widen(rows_.v());
         for (int i = 0; i < iterations; ++i) {
             update(i > 0, nullptr);  // the first softmax is of the unary energies alone
-            if (i == 0)
-                for (size_t m = 0; m < kernels_.size(); ++m) add_constant(masses[m], constants[m]);
+            for (size_t m = 0; m < masses.size() && i == 0; ++m)
+                add_constant(masses[m], kernels_[m].constant);
             for (auto &kernel : kernels_)
                 rows_.with_compatibility(
                     kernel, [&](auto finish) { rows_.filter(kernel, team_, finish); });
@@ -279,6 +277,7 @@ public:
 
     // constant: per class, what a pixel's kernel mass adds to z beside T.
     void add_constant(const std::vector<float> &mass, const std::vector<float> &constant) {
+        if (constant.empty()) return;
         team_.ranges(pixels_, PART, [&](int64_t begin, int64_t end) {
             for (int64_t at = begin; at < end; ++at)
                 for (int k = 0; k < classes_ - 1; ++k)
@@ -305,8 +304,10 @@ public:
                 if (prob)
                     write(z.data(), last, count, prob + at);
                 else
-                    for (int i = 0; i < count; ++i)
+                    for (int i = 0; i < count; ++i) {
+                        for (int k = 0; k < n; ++k) z[i * n + k] -= last[i];
                         for (auto &kernel : kernels_) rows_.splat(kernel, at + i, &z[i * n]);
+                    }
             }
         });
     }

@@ -15,26 +15,25 @@ using Result = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
 
 namespace {
 
-// Splits the (classes, classes) penalty into T and what the last class adds; see mean_field.hpp.
-std::vector<float> relative(Kernel &kernel, const float *penalty, int classes, int width) {
+// Sets what the kernel says about labels from their (classes, classes) penalty: see mean_field.hpp.
+void set_penalty(Kernel &kernel, const float *penalty, int classes, int width) {
     const int last = classes - 1;
     const auto mu = [&](int k, int l) { return penalty[k * classes + l]; };
-    std::vector<float> constant(last);
-    for (int k = 0; k < last; ++k) constant[k] = mu(last, last) - mu(k, last);
     // Potts: one value on the diagonal, one beside it.
     const float same = mu(0, 0), other = classes > 1 ? mu(0, 1) : same;
     bool potts = true;
     for (int k = 0; k < classes; ++k)
         for (int l = 0; l < classes; ++l) potts &= mu(k, l) == (k == l ? same : other);
-    if (potts) {
-        kernel.potts = other - same;
-        return constant;
-    }
+    kernel.potts = other - same;
+    if (potts) return;
     kernel.matrix.assign(width * width, 0.0f);
-    for (int k = 0; k < last; ++k)
+    for (int k = 0; k < last; ++k) {
+        float mean = 0;
+        for (int l = 0; l < classes; ++l) mean += (mu(k, l) - mu(last, l)) / float(classes);
+        kernel.constant.push_back(-mean);
         for (int l = 0; l < last; ++l)
-            kernel.matrix[k * width + l] = mu(k, last) + mu(last, l) - mu(k, l) - mu(last, last);
-    return constant;
+            kernel.matrix[k * width + l] = mean - (mu(k, l) - mu(last, l));
+    }
 }
 
 int rounded(int values) {
@@ -49,15 +48,15 @@ void solve(const float *energy, int classes, int width, const std::vector<const 
            int64_t pixels, int iterations, int threads, float *prob) {
     Team team(threads);
     std::vector<Kernel> kernels(features.size());
-    std::vector<std::vector<float>> constants, masses;
+    std::vector<std::vector<float>> masses(kernels.size());
     for (size_t m = 0; m < kernels.size(); ++m) {
         kernels[m].plan = Plan::of(features[m], dims[m], pixels, team);
-        constants.push_back(relative(kernels[m], penalties[m], classes, width));
+        set_penalty(kernels[m], penalties[m], classes, width);
         normalise(kernels[m], filter_ones(kernels[m], team), team);
-        masses.push_back(filter_ones(kernels[m], team));
+        if (!kernels[m].constant.empty()) masses[m] = filter_ones(kernels[m], team);
     }
     MeanField<V> field(energy, classes, width, kernels, team);
-    field.run(iterations, masses, constants, prob);
+    field.run(iterations, masses, prob);
 }
 
 // Calls use(integral_constant) with the width where rows of it are compiled in, else with 0.
@@ -121,7 +120,7 @@ std::unique_ptr<Scene> make_scene(std::vector<std::vector<float>> low,
     });
     for (size_t m = 0; m < low.size(); ++m) {
         auto shared = std::make_unique<Shared>(low[m], high[m]);
-        shared->constant = relative(shared->kernel, penalties[m].data(), classes, width);
+        set_penalty(shared->kernel, penalties[m].data(), classes, width);
         scene->shared.push_back(std::move(shared));
     }
     return scene;

@@ -15,7 +15,6 @@ struct Shared {
     Packing packing;
     Numbering<Wide> numbering;
     Kernel kernel;
-    std::vector<float> constant;  // per class, what the last one adds for a mass of 1
     Large<float> ones, mass;      // blurred 1: with plain weights, and with normalised ones
 
     Shared(std::vector<float> low, std::vector<float> high) {
@@ -123,7 +122,7 @@ public:
         }
         MeanField<V> field(energy, classes, width, kernels, team);
         for (size_t m = 0; m < masses.size(); ++m)
-            field.add_constant(masses[m], shared[m]->constant);
+            field.add_constant(masses[m], shared[m]->kernel.constant);
         field.update(pass == Pass::step, prob);
         if (prob) return;
         for (size_t m = 0; m < shares.size(); ++m) {
