@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-BENCHMARKS := bench-batch bench-crf bench-crf-engines bench-deep-memory bench-dispatch bench-equality \
+BENCHMARKS := bench-batch bench-crf bench-deep-memory bench-dispatch bench-equality \
 	bench-memory bench-reads \
 	bench-seams bench-throughput bench-work
 
