@@ -65,7 +65,7 @@ def create(
         dims=dims,
         output_stride=stride,
         rates=(12, 24, 36) if resnet else slim,
-        image_pooling=resnet,
+        image_pooling=backbone != "slim",
     )
     return new_bundle(output, architecture=architecture, bands=bands, classes=classes, seed=seed)
 

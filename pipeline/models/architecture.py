@@ -12,6 +12,10 @@ STRIDES = MappingProxyType(
         ("resnet18", 2): (8, 16),
         ("resnet50", 2): (8, 16),
         ("resnet101", 2): (8, 16),
+        ("medicalnet10", 3): (8,),
+        ("medicalnet18", 3): (8,),
+        ("medicalnet34", 3): (8,),
+        ("medicalnet50", 3): (8,),
         ("slim", 2): (4, 8),
         ("slim", 3): (2, 4),
     }
@@ -41,6 +45,11 @@ class Architecture:
     image_pooling: bool
     """Whether ASPP has the image-pooling branch."""
 
+    slice_stride: int | None = None
+    """Voxels between neighbouring features along z, for thick slices: 2 where they are 5 mm, and
+    voxels 1 mm along y and x, brings features 10 mm and 8 mm apart, so that one rate serves all
+    axes. None: the output stride. MedicalNet's trunks alone have it."""
+
     def __post_init__(self) -> None:
         if self.family != "v3":
             raise BundleError(f"architecture family {self.family!r} asked; there is: v3")
@@ -55,3 +64,16 @@ class Architecture:
             )
         if not self.rates or min(self.rates) < 1:
             raise BundleError(f"rates must be positive dilations, got {list(self.rates)}")
+        if self.slice_stride is not None and (
+            not self.backbone.startswith("medicalnet") or self.slice_stride not in (1, 2, 4, 8)
+        ):
+            raise BundleError(
+                f"slice_stride {self.slice_stride} asked of {self.backbone}: the medicalnet trunks"
+                " have it, 1, 2, 4 or 8"
+            )
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Pixels between neighbouring features, per axis."""
+        sides = (self.output_stride,) * self.dims
+        return sides if self.slice_stride is None else (self.slice_stride, *sides[1:])

@@ -16,7 +16,15 @@ from pipeline.models.architecture import Architecture
 from pipeline.models.context_pool import ContextPool, window_features
 from pipeline.models.frame import Frame
 from pipeline.models.resize import Resize
-from pipeline.models.trunks import SLIM_WIDTH, build_trunk, classify, conv, conv_norm_relu, norm
+from pipeline.models.trunks import (
+    RESNETS,
+    SLIM_WIDTH,
+    build_trunk,
+    classify,
+    conv,
+    conv_norm_relu,
+    norm,
+)
 
 
 class Aspp(nn.Module):
@@ -34,9 +42,7 @@ class Aspp(nn.Module):
         ]
         if architecture.image_pooling:
             pointwise = conv(dims, inputs, width, kernel=1)
-            branches.append(
-                ContextPool(pointwise, norm(dims, width), stride=architecture.output_stride)
-            )
+            branches.append(ContextPool(pointwise, norm(dims, width), stride=architecture.steps))
         self.convs = nn.ModuleList(branches)
         self.project = nn.Sequential(
             *conv_norm_relu(dims, len(branches) * width, width, kernel=1), nn.Dropout(dropout)
@@ -78,14 +84,14 @@ class DeepLab(nn.Module):
         self.architecture, self.bands, self.classes = architecture, bands, classes
         self.backbone = build_trunk(architecture, bands=bands)
         inputs, width = self.backbone.channels, aspp_width(architecture)
-        if architecture.backbone == "slim":
+        if architecture.backbone not in RESNETS:
             aspp = Aspp(architecture, inputs=inputs, width=width, dropout=0.1)
             self.classifier = Head(aspp, classify(dims, width, classes))
         else:
             aspp = Aspp(architecture, inputs=inputs, width=width, dropout=0.5)
             smooth = conv_norm_relu(dims, width, width, kernel=3)
             self.classifier = Head(aspp, *smooth, classify(dims, width, classes))
-        self.upsample = Resize.by(architecture.output_stride, dims, align_corners=False)
+        self.upsample = Resize(architecture.steps, (1,) * dims, align_corners=False)
 
     def forward(self, image_BCS: Tensor, frame: Frame) -> Tensor:
         """Return (B, K, *S) logits at the input's size, which are multiples of the stride."""
@@ -110,8 +116,8 @@ class DeepLab(nn.Module):
     def pool_over(self, crop: Sequence[int] | None) -> Self:
         """Pool over windows of the training crop, in px; over all that is read where None."""
         if self.pool is not None:
-            stride = self.architecture.output_stride
-            window = None if crop is None else window_features(crop, stride=stride)
+            steps = self.architecture.steps
+            window = None if crop is None else window_features(crop, steps=steps)
             self.pool.mean.window = window
         return self
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from pipeline.models.architecture import Architecture
+from pipeline.models.medicalnet import MEDICALNETS, MedicalNetTrunk
 
 _CONV: dict[int, Callable[..., nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
 _NORM: dict[int, Callable[[int], nn.Module]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -133,10 +134,14 @@ class SlimTrunk(nn.Sequential):
         self.channels = width
 
 
-def build_trunk(architecture: Architecture, *, bands: int) -> ResNetTrunk | SlimTrunk:
+def build_trunk(
+    architecture: Architecture, *, bands: int
+) -> ResNetTrunk | SlimTrunk | MedicalNetTrunk:
     """The trunk an architecture names; its ``channels`` are those of its features."""
     stride = architecture.output_stride
     if architecture.backbone == "slim":
         return SlimTrunk(architecture.dims, bands=bands, output_stride=stride)
+    if architecture.backbone in MEDICALNETS:
+        return MedicalNetTrunk(architecture, bands=bands)
     block, depths = RESNETS[architecture.backbone]
     return ResNetTrunk(block, list(depths), bands=bands, output_stride=stride)
