@@ -57,15 +57,15 @@ def create(
     """Write an untrained bundle. Raises BundleError for a network that does not exist."""
     strides = STRIDES.get((backbone, dims), (8,))
     stride = output_stride or strides[0]
-    resnet = backbone.startswith("resnet")
+    v3, resnet = family != "fcn", backbone.startswith("resnet")
     slim = (2, 4, 6) if stride == strides[0] else (1, 2)
     architecture = Architecture(
         family=family,
         backbone=backbone,
         dims=dims,
         output_stride=stride,
-        rates=(12, 24, 36) if resnet else slim,
-        image_pooling=backbone != "slim",
+        rates=((12, 24, 36) if resnet else slim) if v3 else (),
+        image_pooling=v3 and backbone != "slim",
     )
     return new_bundle(output, architecture=architecture, bands=bands, classes=classes, seed=seed)
 

@@ -28,7 +28,8 @@ class Architecture:
     """A DeepLab network, but for its bands and classes."""
 
     family: str
-    """``v3``; the other families of DeepLab are not built yet."""
+    """``v3``, or ``fcn``: torchvision's head of one 3x3 convolution (Long et al. 2015), as a
+    baseline."""
 
     backbone: str
     """The trunk: ``resnet18``, ``resnet50``, ``resnet101`` or ``slim``."""
@@ -39,8 +40,8 @@ class Architecture:
     output_stride: int
     """Pixels between neighbouring features."""
 
-    rates: tuple[int, ...]
-    """Dilations of the parallel 3x3 convolutions of ASPP, in features."""
+    rates: tuple[int, ...] = ()
+    """Dilations of the parallel 3x3 convolutions of ASPP, in features; none of an FCN."""
 
     image_pooling: bool
     """Whether ASPP has the image-pooling branch."""
@@ -51,8 +52,10 @@ class Architecture:
     axes. None: the output stride. MedicalNet's trunks alone have it."""
 
     def __post_init__(self) -> None:
-        if self.family != "v3":
-            raise BundleError(f"architecture family {self.family!r} asked; there is: v3")
+        if self.family not in ("v3", "fcn"):
+            raise BundleError(f"architecture family {self.family!r} asked; there is: v3, fcn")
+        if self.family == "fcn" and (self.dims == 3 or self.rates or self.image_pooling):
+            raise BundleError("family fcn has 2-D trunks, rates [], and no image_pooling")
         strides = STRIDES.get((self.backbone, self.dims))
         if strides is None:
             known = ", ".join(f"{name} ({dims}-D)" for name, dims in STRIDES)
@@ -62,7 +65,7 @@ class Architecture:
                 f"output stride {self.output_stride} asked of {self.backbone} in {self.dims}-D;"
                 f" it has {' and '.join(map(str, strides))}"
             )
-        if not self.rates or min(self.rates) < 1:
+        if self.family == "v3" and (not self.rates or min(self.rates) < 1):
             raise BundleError(f"rates must be positive dilations, got {list(self.rates)}")
         if self.slice_stride is not None and (
             not self.backbone.startswith("medicalnet") or self.slice_stride not in (1, 2, 4, 8)

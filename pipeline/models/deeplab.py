@@ -11,6 +11,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.segmentation.fcn import FCNHead
 
 from pipeline.models.architecture import Architecture
 from pipeline.models.context_pool import ContextPool, window_features
@@ -59,15 +60,15 @@ class Aspp(nn.Module):
 
 
 class Head(nn.Sequential):
-    """ASPP and the classifier, at the output stride."""
+    """ASPP, unless it is of an FCN, and the classifier, at the output stride."""
 
     def forward(self, features_BCS: Tensor, frame: Frame) -> Tensor:  # type: ignore[override]
         """Return (B, K, *S) logits."""
-        aspp, *rest = self
-        logits_BKS: Tensor = aspp(features_BCS, frame)
-        for layer in rest:
-            logits_BKS = layer(logits_BKS)
-        return logits_BKS
+        for layer in self:
+            features_BCS = (
+                layer(features_BCS, frame) if isinstance(layer, Aspp) else layer(features_BCS)
+            )
+        return features_BCS
 
 
 def aspp_width(architecture: Architecture) -> int:
@@ -84,7 +85,9 @@ class DeepLab(nn.Module):
         self.architecture, self.bands, self.classes = architecture, bands, classes
         self.backbone = build_trunk(architecture, bands=bands)
         inputs, width = self.backbone.channels, aspp_width(architecture)
-        if architecture.backbone not in RESNETS:
+        if architecture.family == "fcn":
+            self.classifier = Head(*FCNHead(inputs, classes))
+        elif architecture.backbone not in RESNETS:
             aspp = Aspp(architecture, inputs=inputs, width=width, dropout=0.1)
             self.classifier = Head(aspp, classify(dims, width, classes))
         else:

@@ -1,19 +1,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torchvision.models import resnet18
-from torchvision.models.segmentation import deeplabv3_resnet50, deeplabv3_resnet101
+from torchvision.models.segmentation import deeplabv3_resnet50, deeplabv3_resnet101, fcn_resnet50
+from torchvision.models.segmentation.fcn import FCNHead
 
+from pipeline.domain import Region
 from pipeline.errors import BundleError, RegionError
+from pipeline.inference.precision import Precision
+from pipeline.inference.predictor import Predictor
 from pipeline.models.architecture import Architecture
+from pipeline.models.bundle import save_bundle
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.deeplab import DeepLab, build_network
 from pipeline.models.frame import Frame
-from pipeline.models.fresh import spread
+from pipeline.models.fresh import new_bundle, spread
 
 
 def architecture_of(**changes: object) -> Architecture:
@@ -57,6 +64,39 @@ def test_a_deep_network_is_torchvisions_key_for_key_and_value_for_value(
         want_BKS = theirs.double()(image_BCS)["out"]
         got_BKS = ours.double()(image_BCS, Frame((0, 0), (88, 120)))
     assert (got_BKS - want_BKS).abs().max() <= 1e-9 * want_BKS.std()
+
+
+def test_an_fcn_is_torchvisions_and_runs_in_windows(tmp_path: Path) -> None:
+    """The baseline would be another network than the one that is published."""
+    theirs = fcn_resnet50(weights=None, weights_backbone=None, num_classes=4).eval()
+    shake(theirs, seed=3)
+    architecture = architecture_of(family="fcn", rates=(), image_pooling=False)
+    bundle = new_bundle(tmp_path / "b", architecture=architecture, bands=3, classes=4, seed=0)
+    bundle = save_bundle(tmp_path / "b", bundle, theirs.state_dict())
+    image_CS = np.random.default_rng(0).normal(size=(3, 88, 120)).astype(np.float32)
+    predictor = Predictor(
+        bundle,
+        device="cpu",
+        precision=Precision(name="fp32", channels_last=True, why="test"),
+        context="window",
+        threads=1,
+        window=4,
+    )
+    whole = Region.whole((88, 120))
+    with torch.inference_mode():
+        want_KS = theirs(torch.from_numpy(image_CS)[None])["out"][0]
+        got_KS = predictor.logits(image_CS, Frame.of(whole, shape=whole.shape), scored=whole)
+    assert (got_KS - want_KS).abs().max() < 1e-5 * want_KS.std()
+
+
+def test_an_fcn_has_as_many_parameters_as_published() -> None:
+    """A layer would be missing: torchvision states 35,322,218, the auxiliary classifier counted."""
+    architecture = architecture_of(family="fcn", rates=(), image_pooling=False)
+    with torch.device("meta"):
+        network = build_network(architecture, bands=3, classes=21)
+        auxiliary = FCNHead(1024, 21)
+    count = sum(weight.numel() for part in (network, auxiliary) for weight in part.parameters())
+    assert count == 35_322_218
 
 
 def test_resnet101_has_as_many_parameters_as_published() -> None:
