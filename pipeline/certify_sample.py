@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.crf.dense import refine
+from pipeline.crf.engine import engine_named
 from pipeline.crf.params import ResolvedCrf
 from pipeline.domain import Shape, Tile
 from pipeline.inference.normalise import normalise
@@ -98,18 +99,18 @@ class CertifySamples:
     def compute(self, model: ReferenceNetwork, tile: Tile, data: Block) -> TileLogits:
         """Logits from one forward over all that was read; none where no pixel is valid."""
         if not keep_core(data.valid_S, core=tile.core, within=tile.read).any():
-            return TileLogits(block=data, logit_KS=None)
+            return TileLogits.of(tile, data, None, guided=False)
         frame = Frame.of(tile.read, shape=self.padded_shape)
         mean = None if self.scene is None else self.scene.pooling(tile, data)
         all_KS = model.logits(normalise(data, self.model.bundle.input.scaling), frame, mean=mean)
         scored_KS = keep_core(all_KS, core=tile.scored, within=tile.read)
-        return TileLogits(block=data, logit_KS=scored_KS)
+        return TileLogits.of(tile, data, scored_KS, guided=self.crf is not None)
 
     def refine(self, tile: Tile, data: TileLogits) -> Reference:
         """Logits and labels of the sample; the CRF sees more around it than that of a tile."""
-        bundle, block, score_KS = self.model.bundle, data.block, data.logit_KS
+        bundle, score_KS = self.model.bundle, data.logit_KS
         values = np.array(bundle.class_values, dtype=bundle.mask_dtype)
-        valid_S = keep_core(block.valid_S, core=tile.core, within=tile.read)
+        valid_S = keep_core(data.valid_S, core=tile.core, within=tile.scored)
         if score_KS is None:
             return Reference(
                 logits_KS=np.full((len(values), *valid_S.shape), np.nan, np.float32),
@@ -117,12 +118,15 @@ class CertifySamples:
             )
         logits_KS = keep_core(score_KS, core=tile.core, within=tile.scored)
         if self.crf is not None:
+            assert data.guide_CS is not None
             score_KS = refine(
                 softmax(score_KS),
-                guide_CS=keep_core(block.image_CS, core=tile.scored, within=tile.read),
-                valid_S=keep_core(block.valid_S, core=tile.scored, within=tile.read),
+                block=Block(data.guide_CS, data.valid_S),
                 origin=tile.scored.start,
                 params=self.crf,
+                engine=engine_named(
+                    self.crf.engine, device=self.model.device, threads=self.model.threads
+                ),
             )
         core_KS = keep_core(score_KS, core=tile.core, within=tile.scored)
         return Reference(

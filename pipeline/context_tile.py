@@ -54,9 +54,10 @@ class ContextTiles:
         valid_S = core_features(tile, data, stride=stride)
         if not valid_S.any():
             return self.sums.zeros(tile.core)
-        image_CS = normalise(data, self.model.bundle.input.scaling)
         frame = Frame.of(tile.read, shape=self.padded_shape)
-        features_CS = model.pooled(image_CS, frame, core=tile.scored)
+        features_CS = model.pooled(
+            normalise(data, self.model.bundle.input.scaling), frame, core=tile.scored
+        )
         return block_sums(features_CS, valid_S, block=self.sums.block)
 
     def refine(self, tile: Tile, data: NDArray[np.float64]) -> NDArray[np.float64]:

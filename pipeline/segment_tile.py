@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.crf.dense import refine
+from pipeline.crf.engine import engine_named
 from pipeline.crf.params import ResolvedCrf
 from pipeline.domain import Shape, Tile
 from pipeline.inference.normalise import normalise
@@ -67,11 +68,25 @@ class SegmentModel:
 class TileLogits:
     """What the device made of a tile, over ``tile.scored``, in the memory of the host."""
 
-    block: Block
-    """What was read, halo included; its image guides the CRF."""
+    valid_S: NDArray[np.bool_]
+
+    guide_CS: NDArray[Any] | None
+    """The image as it was read; None where no CRF wants it, so that what was read is freed."""
 
     logit_KS: NDArray[np.float32] | None
-    """(K, *S); None where no pixel of the core is valid."""
+    """None where no pixel of the core is valid."""
+
+    @classmethod
+    def of(
+        cls, tile: Tile, block: Block, logit_KS: NDArray[np.float32] | None, *, guided: bool
+    ) -> TileLogits:
+        """With the part of ``block``, which is what was read, that is wanted later; views."""
+        image_CS = keep_core(block.image_CS, core=tile.scored, within=tile.read)
+        return cls(
+            valid_S=keep_core(block.valid_S, core=tile.scored, within=tile.read),
+            guide_CS=image_CS if guided and logit_KS is not None else None,
+            logit_KS=logit_KS,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -123,18 +138,22 @@ class SegmentTiles:
     def compute(self, model: Predictor, tile: Tile, data: Block) -> TileLogits:
         """Logits on the host; the network is not asked where no pixel of the core is valid."""
         if not keep_core(data.valid_S, core=tile.core, within=tile.read).any():
-            return TileLogits(block=data, logit_KS=None)
-        image_CS = normalise(data, self.model.bundle.input.scaling)
+            return TileLogits.of(tile, data, None, guided=False)
         frame = Frame.of(tile.read, shape=self.padded_shape)
         pooling = None if self.scene is None else self.scene.pooling(tile, data)
-        logit_KS = model.logits(image_CS, frame, scored=tile.scored, pooling=pooling)
-        return TileLogits(block=data, logit_KS=logit_KS.cpu().numpy())
+        logit_KS = model.logits(
+            normalise(data, self.model.bundle.input.scaling),
+            frame,
+            scored=tile.scored,
+            pooling=pooling,
+        )
+        return TileLogits.of(tile, data, logit_KS.cpu().numpy(), guided=self.crf is not None)
 
     def refine(self, tile: Tile, data: TileLogits) -> TileResult:
         """Labels of the core, after the CRF where there is one."""
         bundle, score_KS = self.model.bundle, data.logit_KS
         values = np.array(bundle.class_values, dtype=bundle.mask_dtype)
-        valid_S = keep_core(data.block.valid_S, core=tile.core, within=tile.read)
+        valid_S = keep_core(data.valid_S, core=tile.core, within=tile.scored)
         if score_KS is None:
             empty_S = np.full(valid_S.shape, bundle.mask_nodata, dtype=values.dtype)
             return TileResult(
@@ -142,21 +161,25 @@ class SegmentTiles:
             )
         samples = self.samples.cut(score_KS, core=tile.core, within=tile.scored)
         if self.crf is not None:
-            score_KS = self._smooth(tile, data.block, score_KS)
+            score_KS = self._smooth(tile, data)
         core_KS = keep_core(score_KS, core=tile.core, within=tile.scored)
         labels_S = to_labels(core_KS, valid_S=valid_S, values=values, nodata=bundle.mask_nodata)
         kept_KS = None if self.scores is None else core_KS
         return TileResult(labels_S=labels_S, valid_S=valid_S, score_KS=kept_KS, samples=samples)
 
-    def _smooth(self, tile: Tile, block: Block, logit_KS: NDArray[np.float32]) -> NDArray[Any]:
+    def _smooth(self, tile: Tile, data: TileLogits) -> NDArray[Any]:
         """Probabilities after the dense CRF, which sees ``tile.scored``; (K, *S) float32."""
         assert self.crf is not None
+        assert data.logit_KS is not None
+        assert data.guide_CS is not None
         return refine(
-            softmax(logit_KS),
-            guide_CS=keep_core(block.image_CS, core=tile.scored, within=tile.read),
-            valid_S=keep_core(block.valid_S, core=tile.scored, within=tile.read),
+            softmax(data.logit_KS),
+            block=Block(data.guide_CS, data.valid_S),
             origin=tile.scored.start,
             params=self.crf,
+            engine=engine_named(
+                self.crf.engine, device=self.model.device, threads=self.model.threads
+            ),
         )
 
     def write(self, tile: Tile, result: TileResult) -> Record:

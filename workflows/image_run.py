@@ -124,7 +124,9 @@ class ImageRun:
         lost |= {
             key
             for stage, parts in stores.items()
-            for key in lost_chunks((r for r in done if r.key.stage == stage), self.plan, parts)
+            for key in lost_chunks(
+                (r for r in done if r.key.stage == stage), self.plan.sweep, parts
+            )
         }
         for key in lost:
             log.warning("%s %d: what it wrote is damaged; done again", key.stage, key.number)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.domain import Halo, Reach
-from pipeline.models.architecture import STRIDES, Architecture
 from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.models.chain import Chain
 from pipeline.models.custom_network import CustomNetwork
@@ -15,6 +14,7 @@ from pipeline.models.custom_reach import known_probe, probe_custom
 from pipeline.models.deeplab import DeepLab
 from pipeline.models.fresh import new_bundle
 from pipeline.models.nan_probe import Probe, probe_network
+from pipeline.models.published import published
 from pipeline.models.receptive_field import local_halo, reach_of
 from pipeline.models.stages import stages_of
 
@@ -55,18 +55,7 @@ def create(
     seed: int,
 ) -> Bundle:
     """Write an untrained bundle. Raises BundleError for a network that does not exist."""
-    strides = STRIDES.get((backbone, dims), (8,))
-    stride = output_stride or strides[0]
-    v3, resnet = family != "fcn", backbone.startswith("resnet")
-    slim = (2, 4, 6) if stride == strides[0] else (1, 2)
-    architecture = Architecture(
-        family=family,
-        backbone=backbone,
-        dims=dims,
-        output_stride=stride,
-        rates=((12, 24, 36) if resnet else slim) if v3 else (),
-        image_pooling=v3 and backbone != "slim",
-    )
+    architecture = published(family, backbone, dims=dims, output_stride=output_stride)
     return new_bundle(output, architecture=architecture, bands=bands, classes=classes, seed=seed)
 
 
@@ -128,7 +117,7 @@ def _understated(found: Probe, stated: Halo | None) -> str | None:
 def _reach(network: DeepLab | CustomNetwork) -> Reach | None:
     """As it is tiled; None for somebody's own that is GLOBAL."""
     if not isinstance(network, CustomNetwork):
-        return reach_of(network)
+        return reach_of(network, context="tile" if network.architecture.squeezes else "window")
     halo = known_probe(network).halo
     return Reach(stride=network.stride, halo=halo.round_up(network.stride)) if halo else None
 

@@ -13,7 +13,7 @@ from pipeline.models.bundle import Bundle
 from pipeline.models.chain import Chain
 from workflows.case import Case
 from workflows.config import SegmentOptions
-from workflows.crf_asked import resolve_crf
+from workflows.crf_asked import resolve_crf, with_engine
 from workflows.fitting import check_modality, check_spacing, match_channels
 from workflows.halo_asked import halo_notes, is_exact, reach_asked, try_halos
 from workflows.plan_json import halo_json, windows_json, windows_words
@@ -77,7 +77,7 @@ class SegmentPlan:
             f"{len(sweep)} tiles of {side} px, halo {sweep.reach.halo_with_window.largest} px,"
             f" work {self.costs.halo_work_ratio:.2f} times that of one pass, {windows_words(self)},"
             f" {resolved.precision.name} on {resolved.device} ({resolved.precision.why}),"
-            f" CRF {'on' if self.crf else 'off'}"
+            f" CRF {f'by {self.crf.engine}' if self.crf else 'off'}"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -144,8 +144,10 @@ def make_plan(
     )
     known = traced(bundle, options.context)
     # Of the layers, not as the options shorten it; pooling over a tile is held against a window's.
-    tile_pooled = options.context == "tile" and bundle.architecture.image_pooling
-    whole = traced(bundle, "window") if tile_pooled else known
+    # Where the trunk squeezes no reach is exact; its halo is wider than a window.
+    tile_pooled = options.context == "tile" and bundle.architecture.pools
+    windowed = tile_pooled and not bundle.architecture.squeezes
+    whole = traced(bundle, "window") if windowed else known
     sizer = Sizer(
         bundle=bundle,
         info=info,
@@ -162,7 +164,8 @@ def make_plan(
         trial = try_halos(case, options, sizer, channels)
         asked = replace(sizer, reach=reach_asked(known.reach, options, trial))
         resolved = resolve(options, asked, halo=trial, alone=alone)
-    sizer = replace(sizer, reach=reach_asked(known.reach, options, resolved.halo))
+    crf = with_engine(crf, resolved.crf_engine, shape=info.shape)
+    sizer = replace(sizer, crf=crf, reach=reach_asked(known.reach, options, resolved.halo))
     sweep = sizer.sweep(resolved.tile, case=case.name)
     plan = SegmentPlan(
         tiles=_tile_plan(case, options, sizer, resolved, channels),

@@ -258,8 +258,7 @@ class Sizer:
         if device == "cpu":
             tile += costs.largest.device_bytes
         if self.crf is not None:
-            # pydensecrf on top of its inputs, per pixel; measured at 2 to 21 classes.
-            tile += costs.scored * (300 + 50 * len(self.bundle.classes))
+            tile += crf_bytes(costs.scored, classes=len(self.bundle.classes))
         return DRIVER_BYTES + min(workers, costs.tiles) * (WORKER_BYTES + tile)
 
     def choose(
@@ -301,6 +300,11 @@ class Sizer:
         return tuple(min(side, -(-n // stride) * stride) for n in self.info.shape)
 
 
+def crf_bytes(pixels: int, *, classes: int) -> int:
+    """What pydensecrf takes on top of its inputs; measured at 2 to 21 classes."""
+    return pixels * (300 + 50 * classes)
+
+
 def canonical_side(options: SegmentOptions, bundle: Bundle) -> int | None:
     """Side of canonical windows, in pixels; None where windows are rows of the tile.
 
@@ -312,7 +316,7 @@ def canonical_side(options: SegmentOptions, bundle: Bundle) -> int | None:
         raise PlanError("--windows canonical needs a network in stages, a custom one runs as one")
     others = {"--halo": options.halo != "exact" and options.halo}
     others["--context"] = (
-        bundle.architecture.image_pooling and options.context == "tile" and options.context
+        bundle.architecture.pools and options.context == "tile" and options.context
     )
     for name, value in others.items():
         if value:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from pipeline.domain import Reach, Shape
-from pipeline.errors import BundleError
 from pipeline.inference.whole_cost import Trial, trial_of
 from pipeline.models.bundle import Bundle
 from pipeline.models.chain import Chain
@@ -65,17 +64,12 @@ def traced(bundle: Bundle, context: Context) -> Traced:
 
 def of_layers(network: DeepLab, context: Context) -> Traced:
     """What the layers of a network say; its window is taken off but for context ``window``."""
-    if context == "scene" and network.pool and len(set(network.architecture.steps)) > 1:
-        raise BundleError(
-            "context 'scene' asked of a network with a slice stride of its own: its mean is taken"
-            " over features of one stride on all axes; use context 'window'"
-        )
     if context != "window":
         network.pool_over(None)
     chain = stages_of(network)
     return Traced(
         reach=reach_of(network, context=context),
-        exact=network.pool is None or context != "tile",
+        exact=context != "tile" or not network.architecture.pools,
         receptive_field=receptive_field(chain).shape,
         body=chain.moved(_without_values),
         weight_bytes=_weight_bytes(network),

@@ -68,14 +68,17 @@ class CanonicalNetwork:
         Raises:
             RegionError: the image does not hold all that ``coarse`` needs.
         """
-        image_BSC = image_BCS.movedim(1, -1).contiguous()
-        read = Region.whole(tuple(image_BSC.shape[1:-1])).move(frame.origin)
+        read = Region.whole(tuple(image_BCS.shape[2:])).move(frame.origin)
         wanted = coarse.move(coarse_place(frame.origin, upsample=self.chain.upsample))
         needs = Needs.canonical(self.chain, frame.shape, coarse=wanted, side_px=self.side_px)
         needed = needs.regions[self.chain.image]
         if needed not in read:
             raise RegionError(f"canonical windows need {needed} of the scene, the input is {read}")
-        return run(self.chain, BoxMap(image_BSC, read), needs, windows=_windows).view(wanted)
+        maps: dict[str, FeatureMap] = {
+            self.chain.image: BoxMap(image_BCS.movedim(1, -1).contiguous(), read)
+        }
+        del image_BCS  # it goes with its map
+        return run(self.chain, maps, needs, windows=_windows).view(wanted)
 
 
 def upsampled(

@@ -14,7 +14,8 @@ def normalise(block: Block, scaling: Scaling) -> NDArray[np.float32]:
     """Scale a block; pixels that are invalid, and values that are not finite, become 0.
 
     Returns:
-        (C, *S) float32, C-contiguous and finite; a new array.
+        (C, *S) float32, finite; a new array, in memory a pixel's channels side by side, as the
+        network wants them.
 
     Raises:
         SourceError: the block has no real numbers, or another number of bands than the scaling.
@@ -24,14 +25,14 @@ def normalise(block: Block, scaling: Scaling) -> NDArray[np.float32]:
         raise SourceError(f"pixels of type {image_CS.dtype} asked of a network; give real numbers")
     # Halves and small integers are exact in float32; others keep their own precision until scaled.
     precision = np.result_type(image_CS.dtype, np.float32)
-    scaled_CS = np.empty(image_CS.shape, np.float32)
+    scaled_CS = np.moveaxis(np.empty((*image_CS.shape[1:], len(image_CS)), np.float32), -1, 0)
     with np.errstate(over="ignore", invalid="ignore"):
         for band, (first, second) in enumerate(scaling.pairs(len(image_CS))):
             values_S = image_CS[band].astype(precision)
             _scale(values_S, scaling, first=first, second=second)
-            scaled_CS[band] = values_S
-            usable_S = np.isfinite(scaled_CS[band]) & block.valid_S
-            scaled_CS[band][~usable_S] = 0.0
+            scaled_S = values_S.astype(np.float32, copy=False)
+            scaled_S[~(np.isfinite(scaled_S) & block.valid_S)] = 0.0
+            scaled_CS[band] = scaled_S
     return scaled_CS
 
 

@@ -89,8 +89,9 @@ class Predictor:
     ) -> Tensor:
         """Predict ``scored``, a region of the scene, from an input that lies at ``frame``.
 
-        The input has valid sides, and its origin lies on the stride. With context ``scene``,
-        ``pooling`` is the scene's mean, or how to take it where the input is all of the scene.
+        The input has valid sides, and its origin lies on the stride. It is freed once the first
+        layers have read it, where nobody else holds it: build it in the call. With context
+        ``scene``, ``pooling`` is the scene's mean, or how to take it where the input is all of it.
 
         Returns:
             (K, *S) float32 logits on the device, S as ``scored``; a new tensor.
@@ -108,7 +109,9 @@ class Predictor:
             assert not isinstance(network, WholeNetwork)
             network = self._in_windows(pooled_by(network.chain, pooling))
         with torch.inference_mode():
-            coarse_BKS = network.coarse_logits(self._input(image_CS), frame, coarse)
+            inputs = [self._input(image_CS)]
+            del image_CS  # and popped: the network's is the only reference
+            coarse_BKS = network.coarse_logits(inputs.pop(), frame, coarse)
             at = coarse.move(coarse_place(frame.origin, upsample=self._scale))
             # Interpolated in float32 in any case: bfloat16 would turn ramps into steps.
             if self._canonical_px is not None:
@@ -139,7 +142,9 @@ class Predictor:
         places = feature_region(read, core=core, stride=self._stride)
         network = self._in_windows(pooled_chain(self._network.chain))
         with torch.inference_mode():
-            return network.coarse_logits(self._input(image_CS), frame, places)[0]
+            inputs = [self._input(image_CS)]
+            del image_CS
+            return network.coarse_logits(inputs.pop(), frame, places)[0]
 
     def _in_windows(self, chain: Chain) -> CanonicalNetwork | StagedNetwork:
         """A network, or part of one, ready to run in the windows asked for."""
@@ -159,10 +164,10 @@ class Predictor:
         return Region(frame.origin, tuple(a + n for a, n in zip(frame.origin, size, strict=True)))
 
     def _input(self, image_CS: NDArray[np.float32]) -> Tensor:
-        """(1, C, *S) on the device."""
+        """(1, C, *S) on the device; of the same memory where nothing has to be moved."""
         # Here, not at construction: networks with other threads may share the process.
         torch.set_num_threads(self._threads)
-        return self._moved(torch.from_numpy(np.ascontiguousarray(image_CS)).unsqueeze(0))
+        return self._moved(torch.from_numpy(image_CS).unsqueeze(0))
 
     def _moved(self, tensor: Tensor) -> Tensor:
         """On the device, in its floats and memory format."""

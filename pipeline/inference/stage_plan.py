@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from pipeline.domain import Region, Shape
-from pipeline.models.chain import Chain, Convolution, Stage, Step
+from pipeline.models.chain import Chain, Convolution, Gate, Stage, Step
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.frame import Frame
 from pipeline.models.geometry import Scale
@@ -148,8 +148,8 @@ def stage_bytes(chain: Chain, needs: Needs, *, window: int, itemsize: int) -> in
             held[stage.name] = held.pop(stage.overwrites)
         scratch = _scratch(stage, needs, channels=chain.channels, window=window)
         peak = max(peak, sum(held.values()) + scratch)
-        for name in set(stage.frees) - {stage.overwrites, chain.image}:
-            del held[name]  # the caller holds the image to the end
+        for name in set(stage.frees) - {stage.overwrites}:
+            del held[name]
     return peak * itemsize
 
 
@@ -202,6 +202,6 @@ def _reads(step: Step, region: Region, shape: Shape, frame: Frame) -> Region:
     """What the step needs of a map of ``shape`` for ``region`` of its output."""
     if isinstance(step.layer, WindowMean):
         return step.layer.windows(region, size=shape, frame=frame).reads
-    if isinstance(step.layer, OwnMean):
+    if isinstance(step.layer, (OwnMean, Gate)):
         return Region.whole(shape)
     return step.geometry.reads(region).clip(shape) if step.geometry else region

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from pipeline.domain import Region, Shape
 from pipeline.inference.convolution import convolve
 from pipeline.inference.stage_plan import Needs, row_block
-from pipeline.models.chain import Chain, Convolution, Norm, Pool, Stage, Step
+from pipeline.models.chain import Chain, Convolution, Gate, Norm, Pool, Stage, Step
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.custom_network import CustomNetwork
 from pipeline.models.deeplab import DeepLab
@@ -95,11 +95,13 @@ class StagedNetwork:
 
         ``image_BCS`` (1, C, *S) lies at ``frame``. Raises RegionError.
         """
-        image_BSC = image_BCS.movedim(1, -1).contiguous()
-        size = tuple(image_BSC.shape[1:-1])
+        size = tuple(image_BCS.shape[2:])
         needs = Needs.of(self.chain, size, frame=frame, coarse=coarse)
-        image = FeatureMap(image_BSC, Region.whole(size))
-        return run(self.chain, image, needs, windows=self._rows).view(coarse)
+        maps = {
+            self.chain.image: FeatureMap(image_BCS.movedim(1, -1).contiguous(), Region.whole(size))
+        }
+        del image_BCS  # it goes with its map
+        return run(self.chain, maps, needs, windows=self._rows).view(coarse)
 
     def _rows(self, stage: Stage, needs: Needs) -> Iterable[Region]:
         region = needs.regions[stage.name]
@@ -122,9 +124,11 @@ class WholeNetwork:
         return logits_BKS[index]
 
 
-def run(chain: Chain, image: FeatureMap, needs: Needs, *, windows: Windows) -> FeatureMap:
-    """The coarse logits that are needed of an image, by every stage in turn."""
-    maps = {chain.image: image}
+def run(chain: Chain, maps: dict[str, FeatureMap], needs: Needs, *, windows: Windows) -> FeatureMap:
+    """The coarse logits that are needed of an image, by every stage in turn.
+
+    ``maps`` holds the image alone; each map is taken out of it after its last reader.
+    """
     for stage in chain.stages:
         maps[stage.name] = _run_stage(stage, maps, needs, windows(stage, needs))
         for name in stage.frees:
@@ -172,6 +176,9 @@ def _apply(
     if isinstance(step.layer, (GivenMean, OwnMean)):
         source = maps[step.inputs[0]]
         return step.layer.over(source.view(source.region)).expand(-1, -1, *window.shape)
+    if isinstance(step.layer, Gate):
+        source = maps[step.inputs[0]]
+        return source.read(window) * step.layer.over(source.view(source.region))
     if step.geometry is not None:
         name = step.inputs[0]
         if isinstance(step.layer, Scale):
@@ -187,6 +194,8 @@ def _apply(
         return _normalise(step.layer, inputs[0], scratch=step.scratch)
     if step.layer == "relu":
         return inputs[0].relu_() if step.scratch else inputs[0].relu()
+    if step.layer == "hardswish":
+        return F.hardswish(inputs[0], inplace=step.scratch)
     first, second = inputs
     if step.layer == "max":
         return torch.maximum(first, second)

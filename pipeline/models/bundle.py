@@ -16,7 +16,7 @@ from pipeline.errors import BundleError
 from pipeline.models.architecture import Architecture
 from pipeline.models.custom_architecture import CustomArchitecture
 from pipeline.models.document import from_document, read_yaml, to_document
-from pipeline.models.input_spec import ClassInfo, InputSpec, Scaling
+from pipeline.models.input_spec import ClassInfo, InputSpec, Legend, Scaling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,10 +68,7 @@ class Bundle:
     """The directory; not part of the file."""
 
     def __post_init__(self) -> None:
-        ids = [info.id for info in self.classes]
-        if len(ids) < 2 or len(set(ids)) != len(ids):
-            raise BundleError(f"classes need at least two different ids, got {ids}")
-        if self.ignore_index in ids:
+        if self.ignore_index in self.legend.values:
             raise BundleError(f"ignore_index {self.ignore_index} is the id of a class")
         dims = self.architecture.dims
         if len(self.crop) != dims or min(self.crop) < 1:
@@ -81,9 +78,14 @@ class Bundle:
             raise BundleError(f"spacing_mm {list(spacing)} must be {dims} numbers")
 
     @property
+    def legend(self) -> Legend:
+        """The classes, as a mask has them."""
+        return Legend(self.classes)
+
+    @property
     def class_values(self) -> tuple[int, ...]:
         """Class id of each output channel."""
-        return tuple(info.id for info in self.classes)
+        return self.legend.values
 
     @property
     def weights_file(self) -> Path:
@@ -95,18 +97,27 @@ class Bundle:
     @property
     def mask_dtype(self) -> Literal["uint8", "uint16"]:
         """The smallest type that holds the class ids and nodata."""
-        return "uint8" if max(self.class_values) <= 254 else "uint16"
+        return self.legend.dtype
 
     @property
     def mask_nodata(self) -> int:
         """Mask value where no pixel was valid: the greatest of the type."""
-        return 255 if self.mask_dtype == "uint8" else 65535
+        return self.legend.nodata
 
     @property
     def digest(self) -> str:
         """SHA-256 of what the bundle says, weights included by their own SHA-256."""
         text = json.dumps(_document(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def at_stride(self, output_stride: int) -> Bundle:
+        """The same weights at another output stride; a bundle of another digest.
+
+        Raises BundleError where the architecture has no such stride.
+        """
+        if isinstance(self.architecture, CustomArchitecture):
+            raise BundleError(f"{self.name}: the stride of a custom network is its own")
+        return replace(self, architecture=self.architecture.at_stride(output_stride))
 
     def network(self) -> DeepLab | CustomNetwork:
         """The network with its weights, on the CPU, in eval mode, pooling over the crop.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pipeline.domain import Shape
 from pipeline.models.context_pool import WindowMean
@@ -69,8 +70,29 @@ class Pool:
     kind: Literal["max", "average"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Gate:
+    """Squeeze-and-excitation: each channel by a factor that follows from the channels' means."""
+
+    label: str
+    """The layer's name and type for people."""
+
+    narrow: Convolution
+    widen: Convolution
+
+    def over(self, features_BCS: Tensor) -> Tensor:
+        """(B, C, 1, ..) factors between 0 and 1, from means over all of ``features_BCS``."""
+        factor_BCS = features_BCS.mean(dim=tuple(range(2, features_BCS.ndim)), keepdim=True)
+        for layer, bound in ((self.narrow, F.relu), (self.widen, F.hardsigmoid)):
+            weight_OI = layer.weight.flatten(1)
+            factor_BCS = bound(F.linear(factor_BCS.movedim(1, -1), weight_OI, layer.bias))
+            factor_BCS = factor_BCS.movedim(-1, 1)
+        return factor_BCS
+
+
 Mean = WindowMean | GivenMean | OwnMean
-Layer = Convolution | Norm | Pool | Scale | Mean | Literal["relu", "add", "max", "cat"]
+Function = Literal["relu", "hardswish", "add", "max", "cat"]
+Layer = Convolution | Norm | Pool | Scale | Mean | Gate | Function
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -101,7 +123,7 @@ class Step:
     @property
     def spreads(self) -> bool:
         """Whether it reads beyond its own place, so that its input must be a map."""
-        return self.geometry is not None or isinstance(self.layer, (WindowMean, OwnMean))
+        return self.geometry is not None or isinstance(self.layer, (WindowMean, OwnMean, Gate))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -130,7 +152,8 @@ class Stage:
     def whole(self) -> bool:
         """Whether it must run at once: a mean over all that is read is the same everywhere."""
         return any(
-            isinstance(layer, OwnMean) or (isinstance(layer, WindowMean) and layer.window is None)
+            isinstance(layer, (OwnMean, Gate))
+            or (isinstance(layer, WindowMean) and layer.window is None)
             for layer in (step.layer for step in self.steps)
         )
 
@@ -199,7 +222,10 @@ class Chain:
 def _moved(step: Step, move: Callable[[Tensor], Tensor]) -> Step:
     layer = step.layer
     if isinstance(layer, Convolution):
-        layer = replace(layer, weight=move(layer.weight), bias=_moved_or_none(layer.bias, move))
+        layer = _moved_convolution(layer, move)
+    elif isinstance(layer, Gate):
+        narrow, widen = (_moved_convolution(c, move) for c in (layer.narrow, layer.widen))
+        layer = replace(layer, narrow=narrow, widen=widen)
     elif isinstance(layer, Norm):
         layer = replace(
             layer,
@@ -209,6 +235,10 @@ def _moved(step: Step, move: Callable[[Tensor], Tensor]) -> Step:
             bias=_moved_or_none(layer.bias, move),
         )
     return replace(step, layer=layer)
+
+
+def _moved_convolution(layer: Convolution, move: Callable[[Tensor], Tensor]) -> Convolution:
+    return replace(layer, weight=move(layer.weight), bias=_moved_or_none(layer.bias, move))
 
 
 def _moved_or_none(tensor: Tensor | None, move: Callable[[Tensor], Tensor]) -> Tensor | None:

@@ -58,10 +58,14 @@ def from_document(kind: type[T], value: Any, *, at: str = "") -> T:
 
 
 def to_document(value: Any) -> Any:
-    """The mapping that ``from_document`` would build an equal value from; None left out."""
+    """The mapping that ``from_document`` would build an equal value from.
+
+    Defaults are left out, so that a new field that has one changes no digest.
+    """
     if dataclasses.is_dataclass(value):
-        pairs = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-        return {name: to_document(part) for name, part in pairs if part is not None and part != ()}
+        parts = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        said = [(f.name, part) for f, part in parts if part != f.default]
+        return {name: to_document(part) for name, part in said}
     if isinstance(value, Mapping):
         return {key: to_document(part) for key, part in value.items()}
     return [to_document(part) for part in value] if isinstance(value, (tuple, list)) else value

@@ -118,14 +118,18 @@ class MedicalNetTrunk(nn.Module):
             )
             for widths, depth, stride, rate in plan
         )
-        self.channels = inputs[-1]
+        self.channels, self.low_channels, self.low_stride = inputs[-1], inputs[1], 4
 
     def forward(self, image_BCS: Tensor) -> Tensor:
         """Return (B, 512 x expansion, *S) features, ``Architecture.steps`` voxels apart."""
-        features_BCS: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(image_BCS))))
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            features_BCS = layer(features_BCS)
-        return features_BCS
+        return self.taps(image_BCS)[1]
+
+    def taps(self, image_BCS: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, low_channels, *S / 4) low-level features, and those at the output stride."""
+        stem_BCS = self.maxpool(self.relu(self.bn1(self.conv1(image_BCS))))
+        low_BCS: Tensor = self.layer1(stem_BCS)
+        features_BCS: Tensor = self.layer4(self.layer3(self.layer2(low_BCS)))
+        return low_BCS, features_BCS
 
 
 def _units(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from pipeline.domain import ContextWindow, Halo, Reach, Region
 from pipeline.errors import BundleError
-from pipeline.models.chain import Chain
+from pipeline.models.chain import Chain, Gate
 from pipeline.models.context_pool import Context, WindowMean
 from pipeline.models.deeplab import DeepLab
 from pipeline.models.stages import stages_of
@@ -41,6 +41,8 @@ def reach_of(network: DeepLab, *, context: Context = "window") -> Reach:
             image pooling without window.
     """
     chain = stages_of(network)
+    if context != "tile":
+        _check_local(chain)
     stride, endpoint = chain.stride, chain.endpoint
     image, pooled = _needed(chain, _logits_of_a_stride(chain))
     halo = _halo(image, chain).round_up(stride)
@@ -65,6 +67,17 @@ def reach_of(network: DeepLab, *, context: Context = "window") -> Reach:
     size = tuple(side * s for side, s in zip(window, steps, strict=True))
     found = ContextWindow(size=size, steps=steps, inner=_halo(places, chain), outer=outer)
     return Reach(stride=stride, endpoint=endpoint, halo=halo, window=found)
+
+
+def _check_local(chain: Chain) -> None:
+    """Raise BundleError where a layer of the trunk mixes the whole scene."""
+    layers = (step.layer for stage in chain.stages for step in stage.steps)
+    gate = next((layer for layer in layers if isinstance(layer, Gate)), None)
+    if gate is not None:
+        raise BundleError(
+            f"layer {gate.label} mixes the whole scene, so that no halo makes its tiles agree:"
+            " ask for context 'tile', which is not exact"
+        )
 
 
 def _needed(chain: Chain, wanted: Mapping[str, Region]) -> tuple[Region, Region | None]:

@@ -13,12 +13,14 @@ import operator
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import torch
 from torch import fx, nn
+from torchvision.ops import SqueezeExcitation
 
 from pipeline.errors import BundleError
-from pipeline.models.chain import Chain, Convolution, Layer, Norm, Pool, Stage, Step
+from pipeline.models.chain import Chain, Convolution, Gate, Layer, Norm, Pool, Stage, Step
 from pipeline.models.context_pool import ContextPool, WindowMean
 from pipeline.models.deeplab import DeepLab
 from pipeline.models.geometry import Scale, Slide
@@ -144,6 +146,8 @@ def _trace(network: DeepLab) -> _Trace:
 
 def _layer(node: fx.Node, layer: nn.Module | None, network: DeepLab) -> Layer:
     label = layer_label(node, layer)
+    if _squeezes(layer):
+        return Gate(label=label, narrow=_convolution(layer.fc1), widen=_convolution(layer.fc2))
     if mixes_scene(node, layer):
         raise BundleError(
             f"layer {label} mixes the whole scene, so that no halo makes its tiles agree: only the"
@@ -175,6 +179,8 @@ def _module(layer: nn.Module, network: DeepLab) -> Layer | None:
         return Norm.of(layer)
     if isinstance(layer, nn.ReLU):
         return "relu"
+    if isinstance(layer, nn.Hardswish):
+        return "hardswish"
     if isinstance(layer, Resize) and layer.align_corners == network.upsample.align_corners:
         return Scale.of(layer)
     average = isinstance(layer, _AVERAGE_POOLS) and layer.count_include_pad
@@ -200,6 +206,15 @@ def _pooling(pool: ContextPool, *, name: str, read: str) -> Iterable[Step]:
     for label, operation in parts:
         yield Step(name=label, inputs=(read,), layer=operation, channels=layer.out_channels)
         read = label
+
+
+def _squeezes(layer: nn.Module | None) -> TypeGuard[SqueezeExcitation]:
+    """Whether it is squeeze-and-excitation in the form that MobileNetV3 has."""
+    return (
+        isinstance(layer, SqueezeExcitation)
+        and isinstance(layer.activation, nn.ReLU)
+        and isinstance(layer.scale_activation, nn.Hardsigmoid)
+    )
 
 
 def _convolution(layer: nn.Conv2d | nn.Conv3d) -> Convolution:

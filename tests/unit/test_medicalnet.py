@@ -19,7 +19,9 @@ from pipeline.models.bundle import save_bundle
 from pipeline.models.deeplab import DeepLab, build_network
 from pipeline.models.frame import Frame
 from pipeline.models.medicalnet import MedicalNetTrunk
+from pipeline.models.published import published
 from pipeline.models.receptive_field import reach_of
+from pipeline.models.stages import stages_of
 from workflows.tracing import of_layers
 
 
@@ -105,6 +107,17 @@ def test_thick_slices_are_stepped_over_less(slice_stride: int | None, halo: int)
     assert before == Halo((halo, 137, 137), (0, 0, 0)).round_up(8).before
 
 
+def test_a_volume_trunk_takes_a_decoder() -> None:
+    """v3+ in three dimensions would lie at the encoder's stride, or could not be tiled."""
+    network = without_memory(published("v3plus", "medicalnet10", dims=3))
+    image_BCS = torch.empty(1, 1, 64, 64, 64, device="meta")
+    coarse_BKS = network.pool_over(None).coarse_logits(image_BCS, Frame((0, 0, 0), (64, 64, 64)))
+    assert coarse_BKS.shape == (1, 2, 16, 16, 16)
+    chain = stages_of(network)
+    assert chain.shapes((64, 64, 64))[chain.logits] == (16, 16, 16)
+    assert reach_of(network.pool_over((96, 96, 96))).stride == 8
+
+
 @pytest.mark.parametrize("slice_stride", [0, 3, 16])
 def test_other_slice_strides_are_refused(slice_stride: int) -> None:
     """Features would not lie on whole voxels of the scene."""
@@ -115,7 +128,7 @@ def test_other_slice_strides_are_refused(slice_stride: int) -> None:
 def test_the_mean_of_the_scene_is_refused_where_slices_have_a_stride_of_their_own() -> None:
     """Its sums are taken over features of one stride on all axes."""
     network = without_memory(volume_network(10, slice_stride=2))
-    with pytest.raises(BundleError, match="slice stride"):
+    with pytest.raises(BundleError, match="features every 8 px"):
         of_layers(network, "scene")
 
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +16,20 @@ from torch import fx, nn
 from pipeline.domain import Region
 from pipeline.errors import PlanError, RegionError, SourceError
 from pipeline.inference import precision as precision_module
+from pipeline.inference import staged as staged_module
+from pipeline.inference.normalise import normalise
 from pipeline.inference.precision import Precision, processor_flags, resolve_precision
 from pipeline.inference.predictor import Predictor
+from pipeline.inference.staged import FeatureMap
 from pipeline.models.bundle import Architecture, Bundle, save_bundle
 from pipeline.models.context_pool import Context
 from pipeline.models.frame import Frame
 from pipeline.models.fresh import new_bundle
+from pipeline.models.input_spec import Scaling
 from pipeline.models.receptive_field import reach_of
 from pipeline.models.scene_mean import GivenMean, OwnMean, block_sums, mean_of, total_of
+from pipeline.models.stages import Stage
+from pipeline.ports import Block
 
 FP32 = Precision(name="fp32", channels_last=True, why="")
 BF16 = Precision(name="bf16", channels_last=True, why="")
@@ -182,6 +191,43 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(PlanError, match="no CUDA device"):
             resolve_precision("fp32", device="cuda")
+
+
+@pytest.mark.parametrize("canonical_px", [None, 64])
+def test_the_input_is_freed_when_the_first_layers_have_read_it(
+    bundle: Bundle, canonical_px: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image of floats is as large as the widest map of a slim network: it would be held to the
+    end, and a second time where the network wants its channels innermost."""
+    predictor = Predictor(
+        bundle,
+        device="cpu",
+        precision=FP32,
+        context="window",
+        threads=1,
+        canonical_px=canonical_px,
+    )
+    kept: list[weakref.ref[NDArray[np.float32]]] = []
+    lives: list[bool] = []
+    run_stage = staged_module._run_stage
+
+    def made() -> NDArray[np.float32]:
+        block = Block(image_of(), np.ones((96, 128), np.bool_))
+        image_CS = normalise(block, Scaling(type="offset-scale", offset=(0.0,), scale=(1.0,)))
+        kept.append(weakref.ref(image_CS))
+        return image_CS
+
+    def watched(stage: Stage, maps: Mapping[str, FeatureMap], *rest: Any) -> FeatureMap:
+        if (image_CS := kept[0]()) is not None:
+            (image,) = maps.values()
+            assert image.array_BSC.data_ptr() == image_CS.ctypes.data
+        lives.append(image_CS is not None)
+        del image_CS
+        return run_stage(stage, maps, *rest)
+
+    monkeypatch.setattr(staged_module, "_run_stage", watched)
+    predictor.logits(made(), FRAME, scored=WHOLE)
+    assert lives == [True] + [False] * (len(lives) - 1)
 
 
 @pytest.mark.parametrize("canonical_px", [None, 64])

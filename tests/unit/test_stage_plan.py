@@ -151,13 +151,14 @@ whole = Region.whole(shape)
 side = int(sys.argv[1]) or None
 needs = needs_of(chain, whole, scored=whole, shape=shape, canonical_px=side)
 staged = CanonicalNetwork(chain, side_px=side) if side else StagedNetwork(chain, window=64)
-image = torch.zeros(1, 3, *shape).contiguous(memory_format=torch.channels_last)
+def empty(side):
+    return torch.zeros(1, 3, side, side).contiguous(memory_format=torch.channels_last)
+
 with torch.inference_mode():
-    small = torch.zeros(1, 3, 256, 256).contiguous(memory_format=torch.channels_last)
-    staged.coarse_logits(small, Frame((0, 0), (256, 256)), Region((0, 0), (64, 64)))
-    before = held("VmRSS") - image.numel() * image.element_size()
+    staged.coarse_logits(empty(256), Frame((0, 0), (256, 256)), Region((0, 0), (64, 64)))
+    before = held("VmRSS")
     open("/proc/self/clear_refs", "w").write("5")
-    staged.coarse_logits(image, Frame((0, 0), shape), needs.regions[chain.logits])
+    staged.coarse_logits(empty(1024), Frame((0, 0), shape), needs.regions[chain.logits])
 print((held("VmHWM") - before) / stage_bytes(chain, needs, window=64, itemsize=4))
 """
 
