@@ -42,7 +42,7 @@ def test_an_fcn_gives_torchvisions_logits_in_windows(tmp_path: Path) -> None:
         precision=Precision(name="fp32", channels_last=True, why="test"),
         context="window",
         threads=1,
-        window=4,
+        window=16,
     )
     whole = Region.whole((88, 120))
     with torch.inference_mode():
