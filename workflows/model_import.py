@@ -45,7 +45,7 @@ def asked_of(
         rates=dilations,
         bands=tuple(bands.split(",")) if bands else None,
         classes=_classes(classes) if classes else None,
-        crop=(crop, crop) if crop else None,
+        crop=crop,
     )
 
 

@@ -42,8 +42,8 @@ class Asked:
     classes: int | tuple[ClassInfo, ...] | None = None
     """Names, or the number alone, which only a trunk alone needs."""
 
-    crop: tuple[int, ...] | None = None
-    """Training window in px; the window of image pooling."""
+    crop: int | None = None
+    """Side of the training window in px; image pooling is over such windows."""
 
 
 def import_bundle(path: str | Path, checkpoint: Checkpoint, *, layout: str, asked: Asked) -> Bundle:
@@ -77,8 +77,8 @@ def import_bundle(path: str | Path, checkpoint: Checkpoint, *, layout: str, aske
         architecture=architecture,
         classes=classes,
         ignore_index=255 if len(classes) <= 255 else 65535,
-        input=InputSpec(bands=bands, dtype="uint8", scaling=scaling),
-        crop=asked.crop or form.crop,
+        input=InputSpec(bands=bands, dtype=form.dtype, scaling=scaling),
+        crop=(asked.crop,) * architecture.dims if asked.crop else form.crop,
         training={"imported": said},
     )
     return save_bundle(path, bundle, weights)
@@ -88,9 +88,8 @@ def _architecture(form: Layout, tensors: Mapping[str, Tensor], asked: Asked) -> 
     """What the file holds, as it was trained."""
     made = form.architecture(tensors)
     if _alone(form.modules(made, tensors)):
-        made = published(
-            asked.family or made.family, made.backbone, output_stride=asked.output_stride
-        )
+        family, stride = asked.family or made.family, asked.output_stride
+        made = published(family, made.backbone, dims=made.dims, output_stride=stride)
     elif asked.family not in (None, made.family):
         raise BundleError(f"--family {asked.family} asked, the file holds a {made.family}")
     elif asked.output_stride is not None:

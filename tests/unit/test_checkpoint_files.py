@@ -16,8 +16,9 @@ WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
 
 
 def same(found: Any) -> bool:
-    return list(found) == list(WEIGHTS) and all(
-        torch.equal(found[k], w) for k, w in WEIGHTS.items()
+    """Whether these are the weights, name for name; files may have them in another order."""
+    return found.keys() == WEIGHTS.keys() and all(
+        torch.equal(found[name], weight) for name, weight in WEIGHTS.items()
     )
 
 

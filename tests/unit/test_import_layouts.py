@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models import vgg16
-from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large, deeplabv3_resnet50
+from torchvision.models.segmentation import (
+    deeplabv3_mobilenet_v3_large,
+    deeplabv3_resnet50,
+    fcn_resnet50,
+)
 
 from pipeline.errors import BundleError
 from pipeline.models.architecture import Architecture
@@ -199,7 +203,7 @@ def test_tensorflows_kernels_turn_and_its_image_pool_comes_first() -> None:
     assert (got_BKS - want_BKS).abs().max() < 1e-4 * want_BKS.std()
 
 
-@pytest.mark.parametrize("make", [deeplabv3_resnet50, deeplabv3_mobilenet_v3_large])
+@pytest.mark.parametrize("make", [deeplabv3_resnet50, deeplabv3_mobilenet_v3_large, fcn_resnet50])
 def test_torchvisions_auxiliary_classifier_is_left_out(make) -> None:
     """Published files hold one, and would be refused for it."""
     with torch.device("meta"):

@@ -163,6 +163,34 @@ def test_a_trunk_alone_is_given_a_fresh_head_and_the_bundle_says_so(
         assert not (tmp_path / "none").exists()
 
 
+def test_a_trunk_for_volumes_is_known_by_its_published_names(
+    terravox: Command, tmp_path: Path
+) -> None:
+    """MedicalNet's files could not be read: every name begins with ``module.`` there."""
+    with torch.device("meta"):
+        trunk = build_network(published("v3", "medicalnet10", dims=3), bands=1, classes=2).backbone
+    shapes = {f"module.{key}": part for key, part in trunk.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        key: torch.rand(part.shape, generator=generator).to(part.dtype)
+        for key, part in shapes.items()
+    }
+    assert state["module.conv1.weight"].shape == (64, 1, 7, 7, 7)
+    assert state["module.layer4.0.downsample.0.weight"].shape == (512, 256, 1, 1, 1)
+    torch.save({"state_dict": state}, tmp_path / "resnet_10_23dataset.pth")
+    bundle = imported(
+        terravox, tmp_path / "resnet_10_23dataset.pth", "medicalnet", "--classes", 3,
+        "--bands", "t1,t2", "--crop", 64,
+    )  # fmt: skip
+    assert bundle.architecture == published("v3", "medicalnet10", dims=3)
+    assert (bundle.input.dtype, bundle.input.bands) == ("float32", ("t1", "t2"))
+    assert bundle.crop == (64, 64, 64)
+    found = bundle.network().backbone.state_dict()  # type: ignore[union-attr]
+    first = found.pop("conv1.weight")
+    assert torch.equal(first, state["module.conv1.weight"].repeat(1, 2, 1, 1, 1) / 2)
+    assert all(torch.equal(state[f"module.{key}"], part) for key, part in found.items())
+
+
 def test_one_score_becomes_two_classes(terravox: Command, tmp_path: Path) -> None:
     """A network with one score, a sigmoid's, would be one class everywhere."""
     torch.manual_seed(0)
@@ -177,6 +205,30 @@ def test_one_score_becomes_two_classes(terravox: Command, tmp_path: Path) -> Non
         want_BKS = torch.cat([1 - score_BKS.sigmoid(), score_BKS.sigmoid()], dim=1)
     assert score_BKS.std() > 0
     assert (logits(bundle, image_BCS).softmax(1) - want_BKS).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("name", ["DeepLabV3", "DeepLabV3Plus"])
+def test_segmentation_models_weights_give_its_logits(
+    terravox: Command, tmp_path: Path, name: str
+) -> None:
+    """Its weights would run with other rates, dilations or a decoder of another order."""
+    smp = pytest.importorskip(
+        "segmentation_models_pytorch", reason="the extra 'baselines' is not installed"
+    )
+    torch.manual_seed(1)
+    theirs = shaken(getattr(smp, name)("resnet18", encoder_weights=None, classes=5))
+    torch.save(theirs.state_dict(), tmp_path / "smp.pth")
+    bundle = imported(terravox, tmp_path / "smp.pth", "smp")
+    side = 97 if name == "DeepLabV3Plus" else 65
+    # Its own quadruples the size, and so moves the corners that it says it aligns.
+    theirs.decoder.up = nn.Upsample(size=(25, 25), mode="bilinear", align_corners=True)
+    image_BCS = torch.randn(1, 3, side, side).double()
+    with torch.inference_mode():
+        features = theirs.double().encoder(image_BCS)
+        want_BKS = theirs.segmentation_head[0](theirs.decoder(features))
+        network = bundle.network().pool_over(None).double()
+        got_BKS = network.coarse_logits(image_BCS, Frame((0, 0), (side, side)))
+    assert (got_BKS - want_BKS).abs().max() < 1e-9 * want_BKS.std()
 
 
 CLASSES = "classes: [{id: 0, name: sea, color: '#0000ff'}, {id: 7, name: land, color: '#00ff00'}]"

@@ -30,6 +30,9 @@ class Layout(ABC):
     bands: tuple[str, ...] = ("red", "green", "blue")
     """Names and order of the bands that the network was trained on."""
 
+    dtype: str = "uint8"
+    """numpy dtype of the pixel values."""
+
     crop: tuple[int, ...] = (513, 513)
     """Training window, in px."""
 

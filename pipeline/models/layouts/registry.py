@@ -8,6 +8,7 @@ from pipeline.errors import BundleError
 from pipeline.models.layouts.jfzhang import Jfzhang
 from pipeline.models.layouts.kazuto import Kazuto
 from pipeline.models.layouts.layout import Layout
+from pipeline.models.layouts.medicalnet_layout import MedicalNet
 from pipeline.models.layouts.mmseg import Mmseg
 from pipeline.models.layouts.smp import Smp
 from pipeline.models.layouts.tensorflow_layout import Tensorflow
@@ -24,6 +25,7 @@ LAYOUTS: MappingProxyType[str, Layout] = MappingProxyType(
         "smp": Smp(),
         "mmseg": Mmseg(),
         "tf": Tensorflow(),
+        "medicalnet": MedicalNet(),
         "timm": Timm(),
     }
 )

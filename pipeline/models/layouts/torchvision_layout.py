@@ -1,4 +1,4 @@
-"""torchvision: DeepLab v3 as it has it, and ImageNet's ResNets and VGG-16 alone."""
+"""torchvision: DeepLab v3 and FCN as it has them, and ImageNet's ResNets and VGG-16 alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class Torchvision(Layout):
         if _VGG in tensors:
             return published("v1", "vgg16")
         prefix = _prefix(tensors)
-        return published("v3", resnet_name(tensors, prefix=prefix))
+        family = "fcn" if prefix and "classifier.0.weight" in tensors else "v3"
+        return published(family, resnet_name(tensors, prefix=prefix))
 
     def modules(
         self, architecture: Architecture, tensors: Mapping[str, Tensor]
