@@ -67,7 +67,7 @@ def import_(
     layout: Annotated[
         str,
         typer.Option(
-            help="Whose names: torchvision, kazuto, vainf, jfzhang, smp, mmseg, tf, timm."
+            help="torchvision kazuto vainf jfzhang smp mmseg tf medicalnet timm: whose names."
         ),
     ],
     file: Annotated[

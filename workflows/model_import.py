@@ -43,10 +43,17 @@ def asked_of(
         family=family,
         output_stride=output_stride,
         rates=dilations,
-        bands=tuple(bands.split(",")) if bands else None,
+        bands=_bands(bands) if bands else None,
         classes=_classes(classes) if classes else None,
         crop=crop,
     )
+
+
+def _bands(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise BundleError(f"--bands {text}: names with commas between, none of them empty")
+    return names
 
 
 def _classes(text: str) -> int | tuple[ClassInfo, ...]:

@@ -78,7 +78,7 @@ def import_bundle(path: str | Path, checkpoint: Checkpoint, *, layout: str, aske
         classes=classes,
         ignore_index=255 if len(classes) <= 255 else 65535,
         input=InputSpec(bands=bands, dtype=form.dtype, scaling=scaling),
-        crop=(asked.crop,) * architecture.dims if asked.crop else form.crop,
+        crop=(asked.crop,) * architecture.dims if asked.crop is not None else form.crop,
         training={"imported": said},
     )
     return save_bundle(path, bundle, weights)
@@ -159,6 +159,8 @@ def _classes(
     given = len(asked.classes) if isinstance(asked.classes, tuple) else asked.classes
     if given is None and count is None:
         raise BundleError("the file holds a trunk alone: give --classes for the head to train")
+    if count is None and given is not None and given < 2:
+        raise BundleError(f"--classes gives {given} classes: a head has at least two")
     if None not in (given, count) and given != count:
         raise BundleError(f"--classes gives {given} classes, the file's network has {count}")
     count = count or given

@@ -160,6 +160,8 @@ def test_a_trunk_alone_is_given_a_fresh_head_and_the_bundle_says_so(
         assert len(bundle.classes) == 3
         terravox("model", "import", tmp_path / "resnet18.pth", "--layout", layout, "-o",
                  tmp_path / "none").refuses("trunk alone", "--classes")  # fmt: skip
+        terravox("model", "import", tmp_path / "resnet18.pth", "--layout", layout, "-o",
+                 tmp_path / "none", "--classes", 1).refuses("at least two")  # fmt: skip
         assert not (tmp_path / "none").exists()
 
 
@@ -256,6 +258,8 @@ def test_what_contradicts_the_file_is_refused(terravox: Command, weights: Path) 
     terravox(*run, "--family", "v3plus").refuses("--family v3plus asked, the file holds a v3")
     terravox(*run, "--rates", "6,x").refuses("--rates 6,x: whole numbers")
     terravox(*run, "--bands", "red,red").refuses("band names must differ")
+    terravox(*run, "--bands", "red,,blue").refuses("--bands red,,blue", "none of them empty")
+    terravox(*run, "--crop", 0).refuses("crop [0, 0] must be")
     terravox(*run, "--weights", "V1").refuses("a file of weights, or --weights")
     terravox("model", "import", "--layout", "vainf", "-o", weights).refuses("a file of weights, or")
     terravox(*run[:4], "jfzhang", *run[5:]).refuses("the file has no aspp.conv1.weight")
