@@ -1,15 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-BENCHMARKS := bench-batch bench-deep-memory bench-dispatch bench-equality bench-memory bench-reads \
+BENCHMARKS := bench-batch bench-crf bench-crf-engines bench-deep-memory bench-dispatch bench-equality \
+	bench-memory bench-reads \
 	bench-seams bench-throughput bench-work
 
 .PHONY: setup demo demo-bundles test lint bench $(BENCHMARKS) stress clean
 
 setup: .venv/.ready
 
-.venv/.ready: pyproject.toml infra/constraints.txt
-	@command -v c++ >/dev/null || { echo "make setup: no C++ compiler found; pydensecrf2 (the extra 'crf') builds from source: install g++"; exit 2; }
+.venv/.ready: pyproject.toml infra/constraints.txt $(wildcard pipeline/crf/native/*)
+	@command -v c++ >/dev/null || { echo "make setup: no C++ compiler found; the CRF engine and its reference (the extra 'crf') are built here: install g++"; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make setup: $(PYTHON) is older than 3.11; set PYTHON=python3.11 or newer"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint infra/constraints.txt --editable '.[crf,demo,dev]'

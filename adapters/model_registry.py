@@ -15,7 +15,7 @@ from typing import Any
 
 from adapters.mlflow_quiet import import_mlflow
 from pipeline.errors import BundleError, StoreError
-from pipeline.models.bundle import MODEL_FILE, WEIGHTS_FILE, Bundle, load_bundle
+from pipeline.models.bundle import MODEL_FILE, PROGRAM_FILE, WEIGHTS_FILE, Bundle, load_bundle
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,8 @@ class ModelRegistry:
                 found = self._download(name, version, into=Path(scratch) / "found")
                 draft = Path(scratch) / "bundle"
                 draft.mkdir()
-                for file in (MODEL_FILE, WEIGHTS_FILE):  # nothing else belongs to a bundle
+                # Nothing else belongs to a bundle.
+                for file in (MODEL_FILE, WEIGHTS_FILE, PROGRAM_FILE):
                     if (found / file).is_file():
                         (found / file).rename(draft / file)
                 try:
@@ -143,11 +144,11 @@ class ModelRegistry:
 
 def _verified(path: Path) -> Bundle:
     bundle = load_bundle(path)
-    with (path / WEIGHTS_FILE).open("rb") as file:
+    with bundle.weights_file.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != bundle.weights_sha256:
         raise BundleError(
-            f"{path / WEIGHTS_FILE} has SHA-256 {found[:12]}.., {MODEL_FILE} says"
+            f"{bundle.weights_file} has SHA-256 {found[:12]}.., {MODEL_FILE} says"
             f" {bundle.weights_sha256[:12]}..: changed or cut short"
         )
     return bundle

@@ -55,6 +55,24 @@ def open_source(
     return _open_file(path, volume=volume, scratch=scratch)
 
 
+def open_channels(
+    uri: str,
+    *,
+    volume: int | None = None,
+    series: str | None = None,
+    scratch: Path | None = None,
+) -> Source:
+    """As ``open_source``, but a 4-D NIfTI of which no volume is chosen comes whole.
+
+    Its volumes are then channels. Raises SourceError.
+    """
+    if volume is None and uri.lower().endswith(_NIFTI) and Path(uri).is_file():
+        from adapters.nifti_volumes import NiftiVolumes
+
+        return NiftiVolumes(Path(uri), scratch)
+    return open_source(uri, volume=volume, series=series, scratch=scratch)
+
+
 def _open_file(path: Path, *, volume: int | None, scratch: Path | None) -> Source:
     name = path.name.lower()
     if name.endswith(_RASTERS):

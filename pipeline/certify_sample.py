@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.crf.dense import refine
+from pipeline.crf.engine import engine_named
 from pipeline.crf.params import ResolvedCrf
 from pipeline.domain import Shape, Tile
 from pipeline.inference.normalise import normalise
@@ -120,10 +121,12 @@ class CertifySamples:
             assert data.guide_CS is not None
             score_KS = refine(
                 softmax(score_KS),
-                guide_CS=data.guide_CS,
-                valid_S=data.valid_S,
+                block=Block(data.guide_CS, data.valid_S),
                 origin=tile.scored.start,
                 params=self.crf,
+                engine=engine_named(
+                    self.crf.engine, device=self.model.device, threads=self.model.threads
+                ),
             )
         core_KS = keep_core(score_KS, core=tile.core, within=tile.scored)
         return Reference(

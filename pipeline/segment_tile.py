@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.crf.dense import refine
+from pipeline.crf.engine import engine_named
 from pipeline.crf.params import ResolvedCrf
 from pipeline.domain import Shape, Tile
 from pipeline.inference.normalise import normalise
@@ -173,10 +174,12 @@ class SegmentTiles:
         assert data.guide_CS is not None
         return refine(
             softmax(data.logit_KS),
-            guide_CS=data.guide_CS,
-            valid_S=data.valid_S,
+            block=Block(data.guide_CS, data.valid_S),
             origin=tile.scored.start,
             params=self.crf,
+            engine=engine_named(
+                self.crf.engine, device=self.model.device, threads=self.model.threads
+            ),
         )
 
     def write(self, tile: Tile, result: TileResult) -> Record:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.ports import Backend
-from workflows.config import SegmentOptions, ray_address
+from workflows.config import RunOptions, ray_address
 from workflows.workplace import workers
 
 
 def make_backend(
-    options: SegmentOptions,
+    options: RunOptions,
     *,
     device: str,
     threads: int,

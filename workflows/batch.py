@@ -19,6 +19,7 @@ from typing import Any
 
 from adapters.lease_file import LeaseFile
 from adapters.ledger_file import CaseLedgerFile
+from pipeline.crf.engine import pick_engine
 from pipeline.domain import CaseRecord
 from pipeline.errors import LeaseHeldError, PlanError, StoreError, no_space
 from pipeline.execution.feed import FairFeed
@@ -175,7 +176,9 @@ class _Batch:
         # the machine is no case's fault.
         self._floats = resolve_floats(self._options)
         for bundle in self._bundles.values():
-            crf_params(self._options.crf, bundle)
+            crf = crf_params(self._options.crf, bundle)
+            if crf is not None:
+                pick_engine(crf.engine, device=self._floats.device)
             traced(bundle, self._options.context)
         floats = self._floats
         actors = workers(self._options, device=floats.device, threads=floats.threads)

@@ -9,6 +9,7 @@ import numpy as np
 from pipeline.domain import Region
 from pipeline.inference.predictor import Predictor
 from pipeline.inference.stage_plan import needs_of, stage_work
+from pipeline.inference.whole_cost import Trial
 from pipeline.models.bundle import Bundle
 from pipeline.models.frame import Frame
 from workflows.planning import SegmentPlan
@@ -32,15 +33,21 @@ def network_seconds(plan: SegmentPlan, bundle: Bundle) -> float:
         context=resolved.context,
         threads=resolved.threads,
     )
-    chain = traced(bundle, resolved.context).chain
-    shape = (FEATURES[dims] * chain.stride,) * dims
+    body = traced(bundle, resolved.context).body
+    if isinstance(body, Trial):
+        shape = body.size
+    else:
+        shape = (FEATURES[dims] * body.stride + body.endpoint,) * dims
     whole = Region.whole(shape)
-    image_CS = np.random.default_rng(0).normal(size=(chain.bands, *shape)).astype(np.float32)
+    image_CS = np.random.default_rng(0).normal(size=(body.bands, *shape)).astype(np.float32)
     seconds = []
     for _ in range(3):  # the first pays for what is made once
         start = time.perf_counter()
         predictor.logits(image_CS, Frame.of(whole, shape=shape), scored=whole).cpu()
         seconds.append(time.perf_counter() - start)
-    work = stage_work(chain, needs_of(chain, whole, scored=whole, shape=shape))
+    if isinstance(body, Trial):
+        work = body.work_px * whole.size
+    else:
+        work = stage_work(body, needs_of(body, whole, scored=whole, shape=shape))
     team = Team(workers=plan.workers, threads=1, device=resolved.device, alone=True)
     return plan.costs.span(team) * min(seconds) / work

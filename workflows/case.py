@@ -8,7 +8,7 @@ from pathlib import Path
 
 from adapters.uri import open_source
 from pipeline.ports import Source
-from workflows.config import SegmentOptions
+from workflows.config import RunOptions
 
 _SUFFIX = re.compile(r"(\.nii\.gz|\.[A-Za-z]+)$")
 
@@ -34,7 +34,7 @@ class Case:
     """Which series of a DICOM folder was asked for."""
 
 
-def open_case(path: Path, options: SegmentOptions, *, scratch: Path | None = None) -> Case:
+def open_case(path: Path, options: RunOptions, *, scratch: Path | None = None) -> Case:
     """The case at ``path``, named after it. Raises SourceError or SourceReadError."""
     source = open_source(str(path), volume=options.volume, series=options.series, scratch=scratch)
     return Case(

@@ -83,6 +83,8 @@ def _product(run: RunDir, *, model: str | Path | None) -> Product:
         raise PlanError(f"{run.path} is a batch's: give {run.cases}/ID of one case")
     if found is None:
         raise PlanError(f"{run.path} holds no run: it has no plan.json; give an OUT.run")
+    if "model" not in found["asked"]:
+        raise PlanError(f"{run.path} is a refine run: what it measured is in its certificate.json")
     if done is None or not {"model", "output", "output_sha256"} <= done.keys():
         raise PlanError(f"{run.path} is not finished: run its command again first")
     bundle = _bundle(found["asked"]["model"], model, wanted=done["model"]["digest"])

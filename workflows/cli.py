@@ -6,9 +6,8 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -21,9 +20,19 @@ from pipeline.errors import (
     RegionError,
     SourceError,
 )
+from workflows.crf_cli import crf_app, refine
 from workflows.schedule_cli import schedule_app
+from workflows.telling import (
+    EXIT_INTERRUPTED,
+    EXIT_PARTIAL,
+    exit_code,
+    list_values,
+    tell_cases,
+    tell_manifest,
+    tell_values,
+)
 
-EXIT_FAILED, EXIT_USAGE, EXIT_PARTIAL, EXIT_HELD, EXIT_INTERRUPTED = 1, 2, 3, 75, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_HELD = 1, 2, 75
 USAGE_ERRORS = (PlanError, BundleError, SourceError, CrfError, RegionError)
 
 app = typer.Typer(
@@ -37,6 +46,7 @@ app = typer.Typer(
 model_app = typer.Typer(help="Model bundles.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(model_app, name="model")
 app.add_typer(schedule_app, name="schedule")
+app.add_typer(crf_app, name="crf")
 
 Model = Annotated[Path, typer.Option(help="Model bundle: a directory with model.yaml.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, last, on stdout.")]
@@ -117,8 +127,8 @@ def segment(
 
     with Interrupt() as stop:
         manifest = run(source, output, model=model, options=options(**asked), stop=stop)
-    _tell(manifest, as_json=as_json)
-    raise typer.Exit(_exit_code(manifest))
+    tell_manifest(manifest, as_json=as_json)
+    raise typer.Exit(exit_code(manifest))
 
 
 @app.command()
@@ -167,8 +177,11 @@ def batch(
         result = run(sources, output, models=model, options=options(**asked), stop=stop)
     if not result["cases"]:
         raise SourceError(f"no raster or volume found in {', '.join(sources)}")
-    _tell_cases(result, as_json=as_json)
+    tell_cases(result, as_json=as_json)
     raise typer.Exit({"done": 0, "partial": EXIT_PARTIAL}.get(result["status"], EXIT_INTERRUPTED))
+
+
+app.command()(refine)
 
 
 @app.command()
@@ -198,7 +211,7 @@ def plan(
     values = plan_only(source, model=model, options=options(**asked))
     if not as_json:
         values = {k: v for k, v in values.items() if k not in ("samples", "asked", "channels")}
-    _print(values, as_json=as_json)
+    tell_values(values, as_json=as_json)
 
 
 @app.command()
@@ -207,7 +220,7 @@ def status(run_dir: Path, as_json: Json = False) -> None:
     from workflows.status import run_status
 
     values = run_status(run_dir)
-    _print(values, as_json=as_json)
+    tell_values(values, as_json=as_json)
 
 
 @app.command()
@@ -220,7 +233,7 @@ def certify(
     from workflows.certify import certify as run
 
     values = run(run_dir, model=model)
-    _print(values, as_json=as_json)
+    tell_values(values, as_json=as_json)
     raise typer.Exit(EXIT_FAILED if values["passed"] is False else 0)
 
 
@@ -229,7 +242,7 @@ def doctor(as_json: Json = False) -> None:
     """Say what this machine can do, and what is missing."""
     from workflows.doctor import examine
 
-    _print(examine(), as_json=as_json)
+    tell_values(examine(), as_json=as_json)
 
 
 @app.command()
@@ -257,7 +270,7 @@ def model_show(bundle: Path, as_json: Json = False) -> None:
     from workflows.model import describe
 
     values = describe(bundle)
-    _print(values, as_json=as_json)
+    tell_values(values, as_json=as_json)
 
 
 @model_app.command("probe")
@@ -270,7 +283,7 @@ def model_probe(bundle: Path, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(values))
     else:
-        _list({key: value or "none" for key, value in values.items()})
+        list_values({key: value or "none" for key, value in values.items()})
     if problem:
         raise PipelineError(problem)
 
@@ -298,69 +311,6 @@ def model_new(
         print(json.dumps(describe(output)))
     else:
         print(output)
-
-
-def _tell(manifest: Mapping[str, Any], *, as_json: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    size = next((k for k in ("area_m2", "volume_ml") if k in manifest["classes"][0]), None)
-    table = Table("id", "class", "pixels", *([size] if size else []))
-    for row in manifest["classes"]:
-        cells = [str(row["id"]), row["name"], f"{row['pixels']:,}"]
-        table.add_row(*cells, *([f"{row[size]:,.1f}"] if size else []))
-    if manifest["output"]:
-        console.print(table)
-    tiles = manifest["tiles"]
-    console.print(
-        f"{manifest['status']}: {tiles['done']} of {tiles['total']} tiles in"
-        f" {manifest['seconds']:.1f} s -> {manifest['output'] or 'no output yet; run it again'}"
-    )
-    if as_json:
-        print(json.dumps(manifest))
-
-
-def _tell_cases(result: Mapping[str, Any], *, as_json: bool) -> None:
-    from rich.console import Console
-
-    counts, folder = result["counts"], Path(result["output"])
-    Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
-        f"{result['status']}: {counts['done']} of {counts['total']} cases done"
-        f" ({counts['computed']} computed now),"
-        f" {counts['failed']} failed, {counts['quarantined']} quarantined"
-        f" in {result['seconds']:.1f} s -> {folder / 'cases.csv'}"
-    )
-    if as_json:
-        print(json.dumps(result))
-
-
-def _exit_code(manifest: Mapping[str, Any]) -> int:
-    if manifest["status"] == "interrupted":
-        return EXIT_INTERRUPTED
-    return 0 if manifest["output"] else EXIT_PARTIAL
-
-
-def _print(values: Mapping[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(values))
-    else:
-        _list(values)
-
-
-def _list(values: Mapping[str, Any]) -> None:
-    """A line for each value; sizes in GB."""
-    for key, value in values.items():
-        text = f"{value / 1e9:.2f} GB" if key.endswith("_bytes") else _plain(value)
-        print(f"{key:22} {text}")
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
-    if isinstance(value, list | tuple):
-        return " ".join(_plain(v) for v in value)
-    return str(value)
 
 
 def main() -> None:

@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.errors import PlanError
 
+Options = TypeVar("Options", bound="RunOptions")
 
-class SegmentOptions(BaseModel):
-    """Options of ``terravox segment``; the contract names them, each once."""
+
+class RunOptions(BaseModel):
+    """Options of whatever runs over the tiles of one image."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     run_dir: Path | None = None
-    crf: str = "auto"
-    """auto, off, or a YAML file that holds a ``crf`` part."""
     tile: int | None = Field(default=None, ge=1)
-    halo: str = "exact"
-    """exact, a number of pixels, or auto:TOL, the share of labels that may differ."""
-    context: Literal["window", "scene", "tile"] = "window"
-    windows: Literal["rows", "canonical"] = "rows"
-    """What is computed at once: rows of the tile, or windows of the scene, whatever the tile."""
     backend: Literal["ray", "serial"] = "ray"
     workers: int | None = Field(default=None, ge=1)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
     memory_budget: ByteSize | None = None
     """Of driver and workers together; a plan that takes more is refused."""
-    any_resolution: bool = False
-    scores: Literal["none", "uint8", "float16"] = "none"
     volume: int | None = Field(default=None, ge=0)
     series: str | None = None
     """SeriesInstanceUID, for a DICOM folder that holds several."""
@@ -43,6 +35,22 @@ class SegmentOptions(BaseModel):
     allow_failed: int = Field(default=0, ge=0)
     tracking_uri: str | None = None
     experiment: str = "terravox"
+
+
+class SegmentOptions(RunOptions):
+    """Options of ``terravox segment``; the contract names them, each once."""
+
+    crf: str = "auto"
+    """auto, off, or a YAML file that holds a ``crf`` part."""
+    halo: str = "exact"
+    """exact, a number of pixels, or auto:TOL, the share of labels that may differ."""
+    context: Literal["window", "scene", "tile"] = "window"
+    windows: Literal["rows", "canonical"] = "rows"
+    """What is computed at once: rows of the tile, or windows of the scene, whatever the tile."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    any_resolution: bool = False
+    scores: Literal["none", "uint8", "float16"] = "none"
 
     @field_validator("halo")
     @classmethod
@@ -76,10 +84,21 @@ def _tolerance(halo: str) -> float | None:
     return value if name == "auto" and 0 < value < 1 else None
 
 
+class RefineOptions(RunOptions):
+    """Options of ``terravox refine``."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
 def options(**asked: object) -> SegmentOptions:
-    """Checked options. Raises PlanError, one line, for a value that cannot be."""
+    """Checked options of ``segment``. Raises PlanError, one line, for a value that cannot be."""
+    return checked(SegmentOptions, asked)
+
+
+def checked(kind: type[Options], asked: Mapping[str, object]) -> Options:
+    """Checked options of that kind. Raises PlanError, one line, for a value that cannot be."""
     try:
-        return SegmentOptions.model_validate(asked)
+        return kind.model_validate(asked)
     except ValidationError as error:
         first = error.errors()[0]
         name = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")

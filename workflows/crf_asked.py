@@ -3,45 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from pipeline.crf.dense import require_engine
+from pipeline.crf.engine import EngineName
 from pipeline.crf.params import CrfParams, ResolvedCrf
-from pipeline.domain import ImageInfo
+from pipeline.domain import ImageInfo, Shape
 from pipeline.errors import CrfError
 from pipeline.models.bundle import Bundle
 
 
 def resolve_crf(asked: str, bundle: Bundle, info: ImageInfo) -> ResolvedCrf | None:
-    """The CRF on this image's grid; None for none. Raises CrfError."""
+    """The CRF on this image's grid, its engine as asked; None for none. Raises CrfError."""
     params = crf_params(asked, bundle)
     if params is None:
         return None
     bands = bundle.input.bands
     names = tuple(str(i + 1) for i in range(bands)) if isinstance(bands, int) else bands
     crf = params.resolve(info.spacing, unit=info.unit, channels=names)
-    crf.check_extent(info.shape)
+    crf.check_classes(len(bundle.classes))
     return crf
+
+
+def with_engine(
+    crf: ResolvedCrf | None, engine: EngineName | None, *, shape: Shape
+) -> ResolvedCrf | None:
+    """The same CRF, computed by that engine. Raises CrfError where ``shape`` is beyond it."""
+    if crf is None or engine is None:
+        return None
+    chosen = replace(crf, engine=engine)
+    chosen.check_extent(shape)
+    return chosen
 
 
 def crf_params(asked: str, bundle: Bundle) -> CrfParams | None:
     """What is asked of the CRF, whatever the image; None for none. Raises CrfError."""
-    mapping: object = bundle.crf
     if asked == "off" or (asked == "auto" and bundle.crf is None):
         return None
-    if asked != "auto":
-        try:
-            mapping = yaml.safe_load(Path(asked).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise CrfError(
-                f"--crf {asked}: not a readable YAML file: {error};"
-                " give one with a crf part, or auto, or off"
-            ) from error
-        if isinstance(mapping, Mapping) and set(mapping) == {"crf"}:
-            mapping = mapping["crf"]
-    if not isinstance(mapping, Mapping):
-        raise CrfError(f"--crf {asked}: a mapping of CRF parameters is needed, found {mapping!r}")
-    require_engine()
-    return CrfParams.from_mapping(mapping)
+    return read_crf(Path(asked)) if asked != "auto" else CrfParams.from_mapping(bundle.crf or {})
+
+
+def read_crf(path: Path) -> CrfParams:
+    """The CRF of a YAML file. Raises CrfError."""
+    return CrfParams.from_mapping(read_crf_part(path))
+
+
+def read_crf_part(path: Path) -> Mapping[str, Any]:
+    """The ``crf`` part of a YAML file, such as a bundle's, or all of it. Raises CrfError."""
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CrfError(
+            f"--crf {path}: not a readable YAML file: {error}; give one with a crf part"
+        ) from error
+    if isinstance(found, Mapping) and "crf" in found:
+        found = found["crf"]
+    if not isinstance(found, Mapping):
+        raise CrfError(f"--crf {path}: a mapping of CRF parameters is needed, found {found!r}")
+    return found

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 
+from pipeline.crf.engine import ABSENT_ENGINES, installed
 from pipeline.execution.identity import PACKAGES
 from pipeline.inference.precision import resolve_precision
 
@@ -23,8 +24,8 @@ def examine() -> dict[str, Any]:
     precision = resolve_precision("auto", device=device)
     memory = psutil.virtual_memory()
     problems = _conflicts()
-    if importlib.util.find_spec("pydensecrf") is None:
-        problems.append("no CRF: pip install 'terravox[crf]' (needs a C++ compiler)")
+    if not installed("native"):
+        problems.append(f"CRF: {ABSENT_ENGINES['native']}")
     return {
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(memory.total / 1e9, 1),

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from adapters.uri import output_kind
-from pipeline.domain import ImageInfo, TileKey
-from pipeline.errors import SourceError, StoreError
+from pipeline.domain import ImageInfo, Pass, TileKey
+from pipeline.errors import PlanError, SourceError, StoreError
 from pipeline.models.bundle import Bundle
 from pipeline.ports import ArrayStore, Record
 from pipeline.stitching.certificate import Certificate
 from workflows.case import Case
 from workflows.plan_json import windows_json
 from workflows.planning import SegmentPlan
-from workflows.run_dir import RunDir, write_json
+from workflows.run_dir import RunDir, file_digest, read_json, write_json
 
 if TYPE_CHECKING:
     from adapters.nifti_header import VolumeSource
@@ -69,7 +69,7 @@ def check_output(output: Path, *, source: Path, info: ImageInfo, run: RunDir) ->
 
 def write_product(product: Product, *, store: ArrayStore, seam: Certificate) -> None:
     """Write, verify and name the output. Raises FinishError, StoreError or SourceError."""
-    mark_output(product)
+    mark_output(product.run, product.output)
     product.run.scratch.mkdir(exist_ok=True)
     if product.case.source.info.ndim == 2:
         _write_raster(product, store, seam)
@@ -77,9 +77,33 @@ def write_product(product: Product, *, store: ArrayStore, seam: Certificate) -> 
         _write_volume(product, store, seam)
 
 
-def mark_output(product: Product) -> None:
+def mark_output(run: RunDir, output: Path) -> None:
     """Note that this run may give the output its name: a rerun after a kill must know."""
-    write_json(finishing_mark(product.run), {"output": str(product.output.resolve())})
+    write_json(finishing_mark(run), {"output": str(output.resolve())})
+
+
+def finished(
+    run: RunDir, output: Path, *, fingerprint: str, known: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """The manifest of this very run; None when this run directory has yet to finish it.
+
+    ``known`` is its plan.json. Raises PlanError for an output that something else wrote.
+    """
+    # Not the request: 8 GB asked and 16 GB asked may be one run.
+    if known is not None and known["fingerprint"] == fingerprint:
+        done, mark = read_json(run.manifest), read_json(finishing_mark(run))
+        here = str(output.resolve())
+        if done is not None and done.get("output") == here:
+            if done.get("output_sha256") == file_digest(output):
+                return done if done["status"] == "done" else None
+        elif done is None and mark is not None and mark.get("output") == here:
+            return None
+    raise PlanError(
+        f"{output} exists and was not made by this command"
+        f" ({'source, model, options, versions or its bytes' if known else 'no run directory'}"
+        f"{' differ' if known else ' beside it'}):"
+        " choose another output, or add --fresh to replace it"
+    )
 
 
 def finishing_mark(run: RunDir) -> Path:
@@ -152,7 +176,7 @@ def _seam_text(seam: Certificate) -> str:
 
 
 def lost_chunks(
-    records: Iterable[Record], plan: SegmentPlan, stores: Sequence[ArrayStore]
+    records: Iterable[Record], sweep: Pass, stores: Sequence[ArrayStore]
 ) -> list[TileKey]:
     """Tiles that the ledger calls done but whose chunks do not hold those bytes any more.
 
@@ -160,11 +184,11 @@ def lost_chunks(
 
     A power loss can take a chunk that a killed process could not: read back before it is trusted.
     """
-    return [record.key for record in records if not _holds(record, plan, stores)]
+    return [record.key for record in records if not _holds(record, sweep, stores)]
 
 
-def _holds(record: Record, plan: SegmentPlan, stores: Sequence[ArrayStore]) -> bool:
-    core = plan.sweep.tile(record.key.number).core
+def _holds(record: Record, sweep: Pass, stores: Sequence[ArrayStore]) -> bool:
+    core = sweep.tile(record.key.number).core
     try:
         found = [hashlib.sha256(store.read(core).tobytes()).hexdigest() for store in stores]
     except StoreError:

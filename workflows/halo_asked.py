@@ -9,12 +9,12 @@ import torch
 from pipeline.domain import Reach
 from pipeline.errors import PlanError
 from pipeline.inference.predictor import Predictor
-from pipeline.models.bundle import Bundle
 from workflows.case import Case
 from workflows.config import SegmentOptions
 from workflows.resolved import resolve, resolve_floats
 from workflows.short_halo import HaloTrial, Sampler, short_reach, shortest_halo
 from workflows.sizing import Sizer
+from workflows.tracing import Traced
 
 
 def reach_asked(exact: Reach, options: SegmentOptions, trial: HaloTrial | None) -> Reach:
@@ -24,11 +24,11 @@ def reach_asked(exact: Reach, options: SegmentOptions, trial: HaloTrial | None) 
     return short_reach(exact, trial.halo) if trial else exact
 
 
-def is_exact(exact: Reach, bundle: Bundle, options: SegmentOptions, *, reach: Reach) -> bool:
+def is_exact(known: Traced, *, reach: Reach) -> bool:
     """Whether tiling with this ``reach`` changes nothing but roundings."""
-    local = options.context != "tile" or not bundle.architecture.image_pooling
+    exact = known.reach
     enough = (exact.halo | reach.halo) == reach.halo and exact.window is None
-    return local and (reach == exact or enough)
+    return known.exact and (reach == exact or enough)
 
 
 def try_halos(

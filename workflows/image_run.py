@@ -13,6 +13,7 @@ from adapters.zarr_store import ZarrStore
 from pipeline.context_tile import ContextTiles
 from pipeline.errors import PlanError
 from pipeline.inference.scene_context import MISSING, SceneInOneTile, SceneSums, sums_layout
+from pipeline.models.architecture import Architecture
 from pipeline.models.deeplab import aspp_width
 from pipeline.ports import ArrayStore, Guard, Record, Source, Work
 from pipeline.segment_image import ImageTiles, Observer, Outcome
@@ -123,7 +124,9 @@ class ImageRun:
         lost |= {
             key
             for stage, parts in stores.items()
-            for key in lost_chunks((r for r in done if r.key.stage == stage), self.plan, parts)
+            for key in lost_chunks(
+                (r for r in done if r.key.stage == stage), self.plan.sweep, parts
+            )
         }
         for key in lost:
             log.warning("%s %d: what it wrote is damaged; done again", key.stage, key.number)
@@ -174,8 +177,9 @@ class ImageRun:
         return source
 
     def _scene_sums(self) -> SceneSums:
-        grid = self.plan.sweep.grid
-        shape, chunks = sums_layout(grid, aspp_width(self.product.bundle.architecture))
+        grid, architecture = self.plan.sweep.grid, self.product.bundle.architecture
+        assert isinstance(architecture, Architecture)
+        shape, chunks = sums_layout(grid, aspp_width(architecture))
         store = ZarrStore.create(
             self.run.sums, shape=shape, chunks=chunks, dtype="float64", fill=MISSING
         )

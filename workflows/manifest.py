@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.domain import ImageInfo
+from pipeline.models.bundle import Bundle
+from pipeline.models.input_spec import Legend
 from pipeline.ports import Record
 from pipeline.segment_image import Outcome
 from workflows.finish import Product
@@ -50,29 +52,34 @@ def manifest(
         "model": {"name": bundle.name, "version": bundle.version, "digest": bundle.digest},
         "halo": halo_json(plan.sweep.reach) | {"exact": plan.exact},
         "tile": plan.sweep.grid.tile,
-        "tiles": _tiles(mask),
+        "tiles": tile_counts(mask),
         "halo_work_ratio": round(plan.costs.halo_work_ratio, 4),
         "windows": windows_json(plan),
-        "context": plan.resolved.context if bundle.architecture.image_pooling else "none",
+        "context": plan.resolved.context if _mixes(plan, bundle) else "none",
         "scene_mean": None,
         "crf": _crf(plan),
         "precision": plan.resolved.precision.name,
         "device": plan.resolved.device,
-        "classes": classes(mask, product),
+        "classes": classes(mask, info, bundle.legend),
         "nodata_pixels": counts(mask).get(bundle.mask_nodata, 0),
         "seam": seam.certificate.as_json() if seam else None,
         "seconds": round(seconds, 3),
-        "throughput": _throughput(info, new, seconds),
+        "throughput": throughput(info, new, seconds),
         "stages": stages(new),
         "peak_memory_bytes": peak_memory(new),
         "mlflow_run_id": None,
-        "versions": _versions(plan),
+        "versions": all_versions(plan.resolved.versions),
         "notes": plan.notes + ((seam.complaint,) if seam and seam.complaint else ()),
         "failed_tiles": [
             {"pass": r.key.stage, "tile": r.key.number, "error": r.error, "deaths": r.deaths}
             for r in needed.failed
         ],
     }
+
+
+def _mixes(plan: SegmentPlan, bundle: Bundle) -> bool:
+    """Whether a label depends on more than the network's receptive field."""
+    return bundle.architecture.pools or plan.receptive_field is None
 
 
 def counts(outcome: Outcome) -> Counter[int]:
@@ -83,12 +90,12 @@ def counts(outcome: Outcome) -> Counter[int]:
     return total
 
 
-def classes(outcome: Outcome, product: Product) -> list[dict[str, Any]]:
+def classes(outcome: Outcome, info: ImageInfo, legend: Legend) -> list[dict[str, Any]]:
     """Pixels and area (m2) or volume (ml) of each class; no size where a pixel has none."""
-    info, total = product.case.source.info, counts(outcome)
+    total = counts(outcome)
     size_key = {"m": "area_m2", "mm": "volume_ml", "px": None}[info.unit]
     rows = []
-    for look in product.bundle.classes:
+    for look in legend.classes:
         row: dict[str, Any] = {"id": look.id, "name": look.name, "color": look.color}
         row["pixels"] = total.get(look.id, 0)
         if size_key:
@@ -97,7 +104,8 @@ def classes(outcome: Outcome, product: Product) -> list[dict[str, Any]]:
     return rows
 
 
-def _tiles(outcome: Outcome) -> dict[str, int]:
+def tile_counts(outcome: Outcome) -> dict[str, int]:
+    """How many tiles there are, and what became of them."""
     done = [record for record in outcome.records.values() if record.status == "done"]
     return {
         "total": outcome.total,
@@ -111,14 +119,15 @@ def _crf(plan: SegmentPlan) -> dict[str, Any] | None:
     if plan.crf is None:
         return None
     return {
-        "engine": "pydensecrf",
+        "engine": plan.crf.engine,
         "scope": "tile",
         "iterations": plan.crf.iterations,
         "halo": plan.sweep.crf_halo.before,
     }
 
 
-def _throughput(info: ImageInfo, new: Sequence[Record], seconds: float) -> dict[str, float]:
+def throughput(info: ImageInfo, new: Sequence[Record], seconds: float) -> dict[str, float]:
+    """Million pixels or voxels a second, of what this command did."""
     pixels = sum(sum(record.counts.values()) for record in new)
     unit = "mpx_per_s" if info.ndim == 2 else "mvox_per_s"
     return {unit: round(pixels / 1e6 / max(seconds, 1e-9), 4)}
@@ -146,10 +155,11 @@ def stages(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _versions(plan: SegmentPlan) -> Mapping[str, str]:
+def all_versions(planned: Mapping[str, str]) -> Mapping[str, str]:
+    """Those that decide the bytes, and those of the other libraries."""
     names = ("ray", "rasterio", "nibabel", "pydicom", "simpleitk", "zarr", "mlflow")
     more = {name: version(name) for name in names}
-    return {"python": platform.python_version(), **plan.resolved.versions, **more}
+    return {"python": platform.python_version(), **planned, **more}
 
 
 def peak_memory(records: Iterable[Record]) -> int:

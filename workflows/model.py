@@ -7,19 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.domain import Halo, Reach
-from pipeline.models.architecture import STRIDES, Architecture
 from pipeline.models.bundle import Bundle, load_bundle
+from pipeline.models.chain import Chain
+from pipeline.models.custom_network import CustomNetwork
+from pipeline.models.custom_reach import known_probe, probe_custom
 from pipeline.models.deeplab import DeepLab
 from pipeline.models.fresh import new_bundle
 from pipeline.models.nan_probe import Probe, probe_network
-from pipeline.models.receptive_field import local_span, reach_of
+from pipeline.models.published import published
+from pipeline.models.receptive_field import local_halo, reach_of
+from pipeline.models.stages import stages_of
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """A bundle in words: network, classes, input, halo, size. Raises BundleError."""
+    """A bundle in words: network, classes, input, halo (None: GLOBAL), size. Raises BundleError."""
     bundle = load_bundle(path)
     network = bundle.network()
-    reach = reach_of(network)
+    reach = _reach(network)
     return {
         "name": bundle.name,
         "version": bundle.version,
@@ -29,10 +33,10 @@ def describe(path: Path) -> dict[str, Any]:
         "classes": [f"{c.id} {c.name} {c.color}" for c in bundle.classes],
         "pixel_size_m": bundle.input.pixel_size_m,
         "spacing_mm": bundle.input.spacing_mm,
-        "output_stride": reach.stride,
-        "halo_before": reach.halo.before,
-        "halo_after": reach.halo.after,
-        "context_window": reach.window.size if reach.window else None,
+        "output_stride": bundle.architecture.output_stride,
+        "halo_before": reach.halo.before if reach else None,
+        "halo_after": reach.halo.after if reach else None,
+        "context_window": reach.window.size if reach and reach.window else None,
         "crf": bundle.crf,
         "training": dict(bundle.training),
         "digest": bundle.digest,
@@ -51,18 +55,7 @@ def create(
     seed: int,
 ) -> Bundle:
     """Write an untrained bundle. Raises BundleError for a network that does not exist."""
-    strides = STRIDES.get((backbone, dims), (8,))
-    stride = output_stride or strides[0]
-    resnet = backbone.startswith("resnet")
-    slim = (2, 4, 6) if stride == strides[0] else (1, 2)
-    architecture = Architecture(
-        family=family,
-        backbone=backbone,
-        dims=dims,
-        output_stride=stride,
-        rates=(12, 24, 36) if resnet else slim,
-        image_pooling=resnet,
-    )
+    architecture = published(family, backbone, dims=dims, output_stride=output_stride)
     return new_bundle(output, architecture=architecture, bands=bands, classes=classes, seed=seed)
 
 
@@ -70,11 +63,14 @@ def probe_bundle(path: Path) -> dict[str, Any]:
     """How far a bundle's network reaches: by arithmetic over its layers, and as NaN shows it.
 
     ``problem`` is a line where the arithmetic, which the halo comes from, says too little; else
-    None. Raises BundleError, also for a network that one of the two cannot follow.
+    None. Raises BundleError, also for a network that one of the two cannot follow. There is no
+    arithmetic for somebody's own network.
     """
     network = load_bundle(path).network()
+    if isinstance(network, CustomNetwork):
+        return _probed(network)
     reach = reach_of(network)
-    interval, halo = _interval(network, reach), reach.halo_with_window
+    interval, halo = _interval(stages_of(network), reach), reach.halo_with_window
     # Half a window is in the halo; near the strip's ends windows are shifted by up to the rest.
     window = max(reach.window.size, default=0) if reach.window else 0
     found = probe_network(network, most_px=2 * halo.largest + window + 64 * reach.stride)
@@ -92,14 +88,48 @@ def probe_bundle(path: Path) -> dict[str, Any]:
     }
 
 
-def _interval(network: DeepLab, reach: Reach) -> Halo:
+def _probed(network: CustomNetwork) -> dict[str, Any]:
+    found = probe_custom(network)
+    halo = found.halo and found.halo.round_up(network.stride)
+    return {
+        "output_stride": network.stride,
+        "interval_before": None,
+        "interval_after": None,
+        "probe_before": found.before,
+        "probe_after": found.after,
+        "verdict": "LOCAL" if halo else "GLOBAL",
+        "layers_at_fault": found.layers,
+        "halo_before": halo.before if halo else None,
+        "halo_after": halo.after if halo else None,
+        "problem": _understated(found, network.architecture.halo),
+    }
+
+
+def _understated(found: Probe, stated: Halo | None) -> str | None:
+    if stated is None or (found.halo is not None and found.halo | stated == stated):
+        return None
+    return (
+        f"a NaN reaches {found.before} px before and {found.after} px after a region (None: no"
+        f" end), the bundle says {stated.before} and {stated.after} px: save it again"
+    )
+
+
+def _reach(network: DeepLab | CustomNetwork) -> Reach | None:
+    """As it is tiled; None for somebody's own that is GLOBAL."""
+    if not isinstance(network, CustomNetwork):
+        return reach_of(network, context="tile" if network.architecture.squeezes else "window")
+    halo = known_probe(network).halo
+    return Reach(stride=network.stride, halo=halo.round_up(network.stride)) if halo else None
+
+
+def _interval(chain: Chain, reach: Reach) -> Halo:
     """The reach that the arithmetic finds far from the scene's border, not rounded to strides."""
-    halo = local_span(network).halo_upsampled(reach.stride)
-    if reach.window is None:
-        return halo
-    half = tuple(side // reach.stride // 2 * reach.stride for side in reach.window.size)
-    pooled = reach.window.inner.round_up(reach.stride)  # whole features are pooled
-    return halo | (pooled + Halo(half, half) + reach.window.outer)
+    halo, window = local_halo(chain), reach.window
+    return (
+        halo
+        if window is None
+        else halo | (window.inner + Halo(window.half, window.half) + window.outer)
+    )
 
 
 def _problem(found: Probe, interval: Halo) -> str | None:

@@ -25,8 +25,9 @@ def windows_json(plan: SegmentPlan) -> dict[str, Any]:
     On a GPU the last is not known: its kernels may mix places that a tile needs with others.
     """
     side_px, device = plan.resolved.canonical_px, plan.resolved.device
+    kind = "rows" if side_px is None else "canonical"
     return {
-        "kind": "rows" if side_px is None else "canonical",
+        "kind": "none" if plan.stages == 1 else kind,
         "side_px": side_px,
         "same_bytes_for_any_tile": side_px is not None and plan.crf is None and device == "cpu",
     }
@@ -35,6 +36,8 @@ def windows_json(plan: SegmentPlan) -> dict[str, Any]:
 def windows_words(plan: SegmentPlan) -> str:
     """The same, for people."""
     values = windows_json(plan)
+    if values["kind"] == "none":
+        return "the network as one"
     if values["kind"] == "rows":
         return "windows of rows"
     same = " (the same bytes for any tile)" if values["same_bytes_for_any_tile"] else ""

@@ -10,9 +10,10 @@ from pipeline.crf.params import ResolvedCrf
 from pipeline.domain import Pass, SamplePass, Shape, TilePlan
 from pipeline.errors import SourceError
 from pipeline.models.bundle import Bundle
+from pipeline.models.chain import Chain
 from workflows.case import Case
 from workflows.config import SegmentOptions
-from workflows.crf_asked import resolve_crf
+from workflows.crf_asked import resolve_crf, with_engine
 from workflows.fitting import check_modality, check_spacing, match_channels
 from workflows.halo_asked import halo_notes, is_exact, reach_asked, try_halos
 from workflows.plan_json import halo_json, windows_json, windows_words
@@ -38,11 +39,11 @@ class SegmentPlan:
     network_exact: bool
     """True when the halo covers the receptive field and pooling does not depend on the tile."""
 
-    receptive_field: Shape
-    """Of a coarse logit, in pixels; image pooling left out."""
+    receptive_field: Shape | None
+    """Of a coarse logit, in pixels; image pooling left out. None: the scene."""
 
     stages: int
-    """That the network was taken apart into."""
+    """That the network was taken apart into; 1 for one that runs as one."""
 
     costs: Costs
     workers: int
@@ -76,7 +77,7 @@ class SegmentPlan:
             f"{len(sweep)} tiles of {side} px, halo {sweep.reach.halo_with_window.largest} px,"
             f" work {self.costs.halo_work_ratio:.2f} times that of one pass, {windows_words(self)},"
             f" {resolved.precision.name} on {resolved.device} ({resolved.precision.why}),"
-            f" CRF {'on' if self.crf else 'off'}"
+            f" CRF {f'by {self.crf.engine}' if self.crf else 'off'}"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -143,7 +144,8 @@ def make_plan(
     )
     known = traced(bundle, options.context)
     # Of the layers, not as the options shorten it; pooling over a tile is held against a window's.
-    whole = known if options.context == "scene" else traced(bundle, "window")
+    tile_pooled = options.context == "tile" and bundle.architecture.pools
+    whole = traced(bundle, "window") if tile_pooled else known
     sizer = Sizer(
         bundle=bundle,
         info=info,
@@ -155,12 +157,13 @@ def make_plan(
         scores=options.scores != "none",
     )
     if found is not None and found["request_digest"] == request:
-        resolved = resolved_before(found["resolved"], options, crf=crf)
+        resolved = resolved_before(found["resolved"], options, sizer)
     else:
         trial = try_halos(case, options, sizer, channels)
         asked = replace(sizer, reach=reach_asked(known.reach, options, trial))
         resolved = resolve(options, asked, halo=trial, alone=alone)
-    sizer = replace(sizer, reach=reach_asked(known.reach, options, resolved.halo))
+    crf = with_engine(crf, resolved.crf_engine, shape=info.shape)
+    sizer = replace(sizer, crf=crf, reach=reach_asked(known.reach, options, resolved.halo))
     sweep = sizer.sweep(resolved.tile, case=case.name)
     plan = SegmentPlan(
         tiles=_tile_plan(case, options, sizer, resolved, channels),
@@ -169,9 +172,9 @@ def make_plan(
         source_digest=case.digest,
         channels=channels,
         crf=crf,
-        network_exact=is_exact(known.reach, bundle, options, reach=sizer.reach),
+        network_exact=is_exact(known, reach=sizer.reach),
         receptive_field=known.receptive_field,
-        stages=len(known.chain.stages),
+        stages=len(known.body.stages) if isinstance(known.body, Chain) else 1,
         costs=sizer.costs(sweep, resolved.precision),
         workers=_workers(options, sweep, resolved),
         asked=_asked(case, bundle, options),

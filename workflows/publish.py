@@ -12,7 +12,7 @@ from adapters.mlflow_tracker import MlflowTracker, NoTracker
 from pipeline.errors import StoreError
 from pipeline.ports import ArrayStore, Record
 from pipeline.segment_image import Outcome
-from workflows.config import SegmentOptions, tracking_uri
+from workflows.config import RunOptions, tracking_uri
 from workflows.finish import Product
 from workflows.quicklook import quicklook
 from workflows.report import write_report
@@ -26,9 +26,7 @@ SEAM_METRICS = ("max_abs_logit", "label_disagreement", "label_disagreement_upper
 """Of the manifest's ``seam``."""
 
 
-def open_tracker(
-    options: SegmentOptions, *, output: Path, known: Path
-) -> MlflowTracker | NoTracker:
+def open_tracker(options: RunOptions, *, output: Path, known: Path) -> MlflowTracker | NoTracker:
     """The tracker asked for; ``known`` holds the run that an interrupted command opened."""
     uri = tracking_uri(options.tracking_uri, beside=output.parent)
     if uri == "none":

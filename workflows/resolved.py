@@ -9,12 +9,14 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline.crf.params import ResolvedCrf
+from pipeline.crf.engine import EngineName, pick_engine
 from pipeline.domain import Shape
 from pipeline.errors import ExecutionError, PlanError
 from pipeline.execution.identity import package_digest
 from pipeline.inference.precision import Precision, resolve_precision
+from pipeline.models.bundle import CustomArchitecture
 from pipeline.models.context_pool import Context
+from pipeline.models.custom_code import code_version
 from workflows.config import SegmentOptions
 from workflows.short_halo import HaloTrial
 from workflows.sizing import Budget, Sizer, Team
@@ -38,6 +40,10 @@ class Resolved:
     """The one that ``auto:TOL`` became; None for the exact halo, and for one that was given."""
 
     canonical_px: int | None
+
+    crf_engine: EngineName | None
+    """Who computes the CRF; None where there is none."""
+
     versions: Mapping[str, str]
 
     @classmethod
@@ -96,6 +102,7 @@ def resolve(
             host=options.memory_budget or int(SHARE * place.memory_bytes), device=place.gpu_bytes
         ),
     )
+    engine = pick_engine(sizer.crf.engine, device=floats.device) if sizer.crf else None
     return Resolved(
         tile=tile,
         device=floats.device,
@@ -104,18 +111,20 @@ def resolve(
         context=options.context,
         halo=halo,
         canonical_px=sizer.canonical_px,
-        versions=_versions(sizer.crf),
+        crf_engine=engine,
+        versions=_versions(sizer, engine),
     )
 
 
-def resolved_before(
-    found: Mapping[str, Any], options: SegmentOptions, *, crf: ResolvedCrf | None
-) -> Resolved:
+def resolved_before(found: Mapping[str, Any], options: SegmentOptions, sizer: Sizer) -> Resolved:
     """The values of an interrupted run, with today's versions: other ones are another run.
 
-    Raises PlanError or ExecutionError when this machine cannot honour them.
+    Raises PlanError, CrfError or ExecutionError when this machine cannot honour them.
     """
-    before = replace(Resolved.from_json(found), versions=_versions(crf))
+    before = Resolved.from_json(found)
+    if before.crf_engine is not None:
+        pick_engine(before.crf_engine, device=before.device)
+    before = replace(before, versions=_versions(sizer, before.crf_engine))
     place = workplace(options)
     if before.device == "cuda" and place.here and not place.gpus:
         raise ExecutionError("the run was begun on CUDA, torch sees no such device here; --fresh")
@@ -124,6 +133,17 @@ def resolved_before(
     return before
 
 
-def _versions(crf: ResolvedCrf | None) -> dict[str, str]:
-    names = ["terravox", "torch", "numpy", "rasterio", "nibabel"] + (["pydensecrf2"] if crf else [])
+def versions_here(engine: EngineName | None) -> dict[str, str]:
+    """Of what decides the bytes of a result."""
+    names = ["terravox", "torch", "numpy", "rasterio", "nibabel"]
+    names += ["pydensecrf2"] if engine == "pydensecrf" else []
     return {name: version(name) for name in names} | {"code": package_digest()[:16]}
+
+
+def _versions(sizer: Sizer, engine: EngineName | None) -> dict[str, str]:
+    """``versions_here``, and that of somebody's own code."""
+    found = versions_here(engine)
+    architecture = sizer.bundle.architecture
+    if isinstance(architecture, CustomArchitecture) and architecture.entry_point:
+        found |= code_version(architecture.entry_point)
+    return found

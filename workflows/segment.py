@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from adapters.lease_file import LeaseFile
-from pipeline.errors import PlanError
 from pipeline.execution.feed import FairFeed
 from pipeline.models.bundle import load_bundle
 from pipeline.ports import Guard, Record
@@ -18,14 +17,14 @@ from workflows.backend import make_backend
 from workflows.calibration import network_seconds
 from workflows.case import open_case
 from workflows.config import SegmentOptions
-from workflows.finish import Product, check_output, finishing_mark, mark_output
+from workflows.finish import Product, check_output, finished, mark_output
 from workflows.image_run import ImageRun
 from workflows.interrupt import never
 from workflows.manifest import default_run_dir
 from workflows.planning import make_plan
 from workflows.progress import RunProgress, stderr_console
 from workflows.publish import Publisher, open_tracker
-from workflows.run_dir import RunDir, file_digest, read_json, read_plan
+from workflows.run_dir import RunDir, read_plan
 
 log = logging.getLogger(__name__)
 
@@ -64,38 +63,15 @@ def segment(
     plan = make_plan(case, bundle, asked, found=known)
     product = Product(case=case, bundle=bundle, plan=plan, output=target, run=run)
     if target.exists() and not asked.fresh:
-        finished = _finished(product, known)
-        if finished is not None:
+        done = finished(run, target, fingerprint=plan.tiles.fingerprint, known=known)
+        if done is not None:
             log.warning("%s is finished already; nothing to do", target)
-            return finished
+            return done
     with LeaseFile(run.path) as guard:
         if asked.fresh:
             run.clear()
-            mark_output(product)
+            mark_output(run, target)
         return _run(product, asked, guard=guard, stop=stop)
-
-
-def _finished(product: Product, known: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The manifest of this very run; None when this run directory has yet to finish it.
-
-    Raises PlanError for an output that something else wrote.
-    """
-    run, output = product.run, product.output
-    # Not the request: 8 GB asked and 16 GB asked may be one run.
-    if known is not None and known["fingerprint"] == product.plan.tiles.fingerprint:
-        done, mark = read_json(run.manifest), read_json(finishing_mark(run))
-        here = str(output.resolve())
-        if done is not None and done.get("output") == here:
-            if done.get("output_sha256") == file_digest(output):
-                return done if done["status"] == "done" else None
-        elif done is None and mark is not None and mark.get("output") == here:
-            return None
-    raise PlanError(
-        f"{output} exists and was not made by this command"
-        f" ({'source, model, options, versions or its bytes' if known else 'no run directory'}"
-        f"{' differ' if known else ' beside it'}):"
-        " choose another output, or add --fresh to replace it"
-    )
 
 
 def plan_only(source: str | Path, *, model: str | Path, options: SegmentOptions) -> dict[str, Any]:

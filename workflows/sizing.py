@@ -17,7 +17,8 @@ from pipeline.inference.precision import Precision
 from pipeline.inference.predictor import WINDOW
 from pipeline.inference.scene_context import sums_layout
 from pipeline.inference.tile_cost import CostModel, TileCost
-from pipeline.models.bundle import Bundle
+from pipeline.inference.whole_cost import Trial, WholeCostModel
+from pipeline.models.bundle import Bundle, CustomArchitecture
 from pipeline.models.deeplab import aspp_width
 from workflows.config import SegmentOptions
 from workflows.tracing import Traced
@@ -103,9 +104,11 @@ class Costs:
     """Decoded blocks that a worker's reader comes back to while it walks a band of tiles."""
 
     @classmethod
-    def of(cls, sweep: Pass, model: CostModel) -> Costs:
+    def of(cls, sweep: Pass, model: CostModel | WholeCostModel) -> Costs:
         """Counted over one tile of each kind."""
-        cost_of = model.of_sums if sweep.name == "context" else model.of
+        cost_of = model.of
+        if isinstance(model, CostModel) and sweep.name == "context":
+            cost_of = model.of_sums
         kinds = [(tile, cost_of(tile), alike) for tile, alike in sweep.kinds()]
         return cls(
             tiles=len(sweep),
@@ -131,7 +134,7 @@ class Costs:
             cache_bytes=max(self.cache_bytes, other.cache_bytes),
         )
 
-    def with_samples(self, tiles: Sequence[Tile], model: CostModel) -> Costs:
+    def with_samples(self, tiles: Sequence[Tile], model: CostModel | WholeCostModel) -> Costs:
         """The same with what the certificate takes; its CRF may see more than that of a tile."""
         samples = [model.of_sample(tile) for tile in tiles]
         return replace(
@@ -199,7 +202,12 @@ class Sizer:
         return Pass(
             case=case,
             name="segment",
-            grid=Grid(shape=self.info.shape, tile=tile, stride=self.reach.stride),
+            grid=Grid(
+                shape=self.info.shape,
+                tile=tile,
+                stride=self.reach.stride,
+                endpoint=self.reach.endpoint,
+            ),
             reach=self.reach,
             crf_halo=self.crf.halo_px if self.crf else Halo.uniform(0, ndim=self.info.ndim),
         )
@@ -210,22 +218,36 @@ class Sizer:
 
     def costs(self, sweep: Pass, precision: Precision) -> Costs:
         """What all passes take in these floats."""
-        model = CostModel(
-            chain=self.traced.chain,
-            classes=len(self.bundle.classes),
-            window=WINDOW,
-            canonical_px=self.canonical_px,
-            itemsize=precision.dtype.itemsize,
-            pixel_bytes=len(self.info.channels) * np.dtype(self.info.dtype).itemsize,
-            shape=sweep.grid.padded_shape,
-            scores=self.scores,
-        )
+        model = self._model(sweep, precision)
         samples = list(self.samples(sweep, seed="").tiles())
         *before, last = sweep.with_context()
-        if not before:
+        if isinstance(model, WholeCostModel) or not before:
             return Costs.of(last, model).with_samples(samples, model)
         both = Costs.of(before[0], model) + Costs.of(last, model.given_the_mean())
         return both.with_samples(samples, model)
+
+    def _model(self, sweep: Pass, precision: Precision) -> CostModel | WholeCostModel:
+        classes, itemsize = len(self.bundle.classes), precision.dtype.itemsize
+        pixel_bytes = len(self.info.channels) * np.dtype(self.info.dtype).itemsize
+        if isinstance(self.traced.body, Trial):
+            return WholeCostModel(
+                trial=self.traced.body,
+                classes=classes,
+                itemsize=itemsize,
+                pixel_bytes=pixel_bytes,
+                shape=sweep.grid.padded_shape,
+                scores=self.scores,
+            )
+        return CostModel(
+            chain=self.traced.body,
+            classes=classes,
+            window=WINDOW,
+            canonical_px=self.canonical_px,
+            itemsize=itemsize,
+            pixel_bytes=pixel_bytes,
+            shape=sweep.grid.padded_shape,
+            scores=self.scores,
+        )
 
     def peak_bytes(self, costs: Costs, *, workers: int, device: Literal["cpu", "cuda"]) -> int:
         """Predicted peak of the host's memory, driver and ``workers`` together."""
@@ -236,8 +258,7 @@ class Sizer:
         if device == "cpu":
             tile += costs.largest.device_bytes
         if self.crf is not None:
-            # pydensecrf on top of its inputs, per pixel; measured at 2 to 21 classes.
-            tile += costs.scored * (300 + 50 * len(self.bundle.classes))
+            tile += crf_bytes(costs.scored, classes=len(self.bundle.classes))
         return DRIVER_BYTES + min(workers, costs.tiles) * (WORKER_BYTES + tile)
 
     def choose(
@@ -279,6 +300,11 @@ class Sizer:
         return tuple(min(side, -(-n // stride) * stride) for n in self.info.shape)
 
 
+def crf_bytes(pixels: int, *, classes: int) -> int:
+    """What pydensecrf takes on top of its inputs; measured at 2 to 21 classes."""
+    return pixels * (300 + 50 * classes)
+
+
 def canonical_side(options: SegmentOptions, bundle: Bundle) -> int | None:
     """Side of canonical windows, in pixels; None where windows are rows of the tile.
 
@@ -286,9 +312,11 @@ def canonical_side(options: SegmentOptions, bundle: Bundle) -> int | None:
     """
     if options.windows == "rows":
         return None
+    if isinstance(bundle.architecture, CustomArchitecture):
+        raise PlanError("--windows canonical needs a network in stages, a custom one runs as one")
     others = {"--halo": options.halo != "exact" and options.halo}
     others["--context"] = (
-        bundle.architecture.image_pooling and options.context == "tile" and options.context
+        bundle.architecture.pools and options.context == "tile" and options.context
     )
     for name, value in others.items():
         if value:
@@ -324,6 +352,7 @@ def store_bytes(bundle: Bundle, sweep: Pass, *, scores: str) -> int:
     mask_size = 1 if bundle.mask_dtype == "uint8" else 2
     sums = 0
     if len(sweep.with_context()) > 1:
+        assert not isinstance(bundle.architecture, CustomArchitecture)
         shape, _ = sums_layout(sweep.grid, aspp_width(bundle.architecture))
         sums = 8 * math.prod(shape)
     return math.prod(sweep.grid.shape) * (mask_size + score_size * len(bundle.classes)) + sums

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from workflows.config import SegmentOptions, ray_address
+from workflows.config import RunOptions, ray_address
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class Workplace:
     """False on a cluster that is joined."""
 
 
-def workplace(options: SegmentOptions) -> Workplace:
+def workplace(options: RunOptions) -> Workplace:
     """What there is to plan for. Raises ExecutionError for a cluster that cannot be joined."""
     address = "local" if options.backend == "serial" else ray_address(options.ray_address)
     return _workplace(address)
@@ -93,7 +93,7 @@ def usable_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
-def workers(options: SegmentOptions, *, device: str, threads: int) -> int:
+def workers(options: RunOptions, *, device: str, threads: int) -> int:
     """Number of actors: as asked, else one per CUDA device or per share of the cores.
 
     On a cluster this is what a plan counts with; the pool grows with the cluster.

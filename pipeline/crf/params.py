@@ -6,8 +6,11 @@ import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from pipeline.crf.checked import check_keys, integer, mapping, number, positive, sequence
+from pipeline.crf.engine import EngineName
+from pipeline.crf.presets import OTHERS, without_preset
 from pipeline.domain import Halo, Shape
 from pipeline.errors import CrfError
 
@@ -15,6 +18,9 @@ Unit = Literal["px", "m", "mm"]
 
 GUIDE_MAX = 255.0
 """Guide bands are scaled from their stated range to [0, GUIDE_MAX] before anything else."""
+
+ITERATIONS = 10
+"""As in all of the papers, where nothing else is asked."""
 
 _KEY_MAX = 32767
 """pydensecrf holds the coordinates of a lattice vertex as int16."""
@@ -26,18 +32,18 @@ _POSITION_UNITS: dict[str, Unit] = {"position": "px", "position_m": "m", "positi
 class Guide:
     """The bands whose likeness the appearance kernel looks at."""
 
-    value: float
-    """Standard deviation of a guide value after scaling, in 255ths of ``range``."""
-
     bands: tuple[str, ...]
 
-    range: tuple[float, float]
-    """Values that become 0 and 255; those outside are clipped, as in an 8-bit image."""
+    value: tuple[float, ...]
+    """Standard deviation of each band's values after scaling, in 255ths of its ``range``."""
+
+    range: tuple[tuple[float, float], ...]
+    """Values of a band that become 0 and 255; those outside are clipped, as in an 8-bit image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
-    """A Gaussian over position, and over guide bands where it has a guide (Potts, any rank)."""
+    """A Gaussian over position, and over guide bands where it has a guide."""
 
     weight: float
 
@@ -90,7 +96,7 @@ class ResolvedKernel:
         """
         greatest = [(n - 1) / s for n, s in zip(shape, self.position_px, strict=True)][::-1]
         if self.guide is not None:
-            greatest += [GUIDE_MAX / self.guide.value] * len(self.channels)
+            greatest += [GUIDE_MAX / value for value in self.guide.value]
         d = len(greatest)
         unit = math.sqrt(2 / 3) * (d + 1)
         scaled = [top * unit / math.sqrt(k * (k + 1)) for k, top in enumerate(greatest, start=1)]
@@ -102,18 +108,34 @@ class ResolvedKernel:
 class ResolvedCrf:
     """The whole CRF on the grid of one image: what ``refine`` needs."""
 
+    engine: EngineName | Literal["auto"]
+    """As asked; a plan replaces ``auto`` by what it became."""
+
     iterations: int
     kernels: tuple[ResolvedKernel, ...]
 
     halo_px: Halo
     """Context of the CRF around a core, on top of the network's, in pixels."""
 
+    compatibility: tuple[tuple[float, ...], ...] | None
+    """Cost of each pair of classes, times a kernel's weight; None: 1 where they differ (Potts)."""
+
+    def check_classes(self, count: int) -> None:
+        """Refuse a compatibility matrix of another number of classes. Raises CrfError."""
+        if self.compatibility is not None and len(self.compatibility) != count:
+            raise CrfError(
+                f"crf.compatibility: {len(self.compatibility)} rows, there are {count} classes;"
+                " give a row and a column for each, in their order"
+            )
+
     def check_extent(self, shape: Shape) -> None:
-        """Refuse a scene of ``shape`` whose far corner pydensecrf cannot address.
+        """Refuse a scene of ``shape`` whose far corner the engine cannot address.
 
         Raises:
             CrfError: naming the longest side that this CRF reaches.
         """
+        if self.engine != "pydensecrf":
+            return
         for kernel in self.kernels:
             if kernel.key_reach(shape) <= _KEY_MAX:
                 continue
@@ -125,7 +147,7 @@ class ResolvedCrf:
             raise CrfError(
                 f"crf: a scene of {' x '.join(map(str, shape))} px is beyond pydensecrf's int16 key"
                 f" range: a deviation of {', '.join(f'{p:g}' for p in kernel.position_px)} px"
-                f" reaches {limit} px a side; use --crf off or a larger deviation"
+                f" reaches {limit} px a side; use the native engine, or a larger deviation"
             )
 
 
@@ -133,37 +155,38 @@ class ResolvedCrf:
 class CrfParams:
     """The ``crf`` part of a bundle, checked."""
 
+    engine: EngineName | Literal["auto"]
     iterations: int
     kernels: tuple[Kernel, ...]
 
     halo: int | None
     """Pixels of context per side; None for twice the largest position deviation."""
 
+    compatibility: tuple[tuple[float, ...], ...] | None = None
+    """Cost of each pair of classes, symmetric, in the classes' order; None for Potts."""
+
     @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any]) -> CrfParams:
+    def from_mapping(cls, crf: Mapping[str, Any]) -> CrfParams:
         """Check the ``crf`` part of ``model.yaml``, or the whole of a ``--crf`` file.
+
+        Kernels are given as ``smoothness`` and ``appearance``, as a list ``kernels``, or by the
+        name of a ``preset``.
 
         Raises:
             CrfError: a key is missing or unknown, or a value is not what it should be.
         """
-        _check_keys(
-            mapping,
-            where="crf",
-            required={"iterations"},
-            optional={"smoothness", "appearance", "halo"},
-        )
-        kernels = tuple(
-            _kernel(mapping[name], where=f"crf.{name}", guided=name == "appearance")
-            for name in ("smoothness", "appearance")
-            if name in mapping
-        )
-        if not kernels:
-            raise CrfError("crf: no kernel found; give 'smoothness', 'appearance' or both")
-        halo = mapping.get("halo")
+        spelt = without_preset(mapping(crf, where="crf"))
+        named = {"kernels"} if "kernels" in spelt else {"smoothness", "appearance"}
+        check_keys(spelt, where="crf", required=set(), optional=named | OTHERS)
+        halo, matrix = spelt.get("halo"), spelt.get("compatibility")
         return cls(
-            iterations=_integer(mapping["iterations"], where="crf.iterations", least=1),
-            kernels=kernels,
-            halo=None if halo is None else _integer(halo, where="crf.halo", least=0),
+            engine=_engine(spelt.get("engine", "auto")),
+            iterations=integer(
+                spelt.get("iterations", ITERATIONS), where="crf.iterations", least=1
+            ),
+            kernels=_kernels(spelt),
+            halo=None if halo is None else integer(halo, where="crf.halo", least=0),
+            compatibility=None if matrix is None else _compatibility(matrix),
         )
 
     def resolve(
@@ -191,8 +214,19 @@ class CrfParams:
         widest = [max(axis) for axis in zip(*(k.position_px for k in kernels), strict=True)]
         widths = tuple(math.ceil(2 * w) if self.halo is None else self.halo for w in widest)
         return ResolvedCrf(
-            iterations=self.iterations, kernels=kernels, halo_px=Halo(widths, widths)
+            engine=self.engine,
+            iterations=self.iterations,
+            kernels=kernels,
+            halo_px=Halo(widths, widths),
+            compatibility=self.compatibility,
         )
+
+
+def _engine(value: object) -> Any:
+    known = ("auto", *get_args(EngineName))
+    if value not in known:
+        raise CrfError(f"crf.engine: one of {', '.join(known)} is needed, found {value!r}")
+    return value
 
 
 def _channels(guide: Guide | None, channels: Sequence[str]) -> tuple[int, ...]:
@@ -206,8 +240,29 @@ def _channels(guide: Guide | None, channels: Sequence[str]) -> tuple[int, ...]:
     return tuple(channels.index(band) for band in guide.bands)
 
 
-def _kernel(mapping: object, *, where: str, guided: bool) -> Kernel:
-    checked = _mapping(mapping, where=where)
+def _kernels(crf: Mapping[str, Any]) -> tuple[Kernel, ...]:
+    if "kernels" in crf:
+        listed = sequence(crf["kernels"], where="crf.kernels", what="a list of kernels")
+        return tuple(
+            _kernel(
+                kernel,
+                where=f"crf.kernels[{n}]",
+                guided="bands" in mapping(kernel, where=f"crf.kernels[{n}]"),
+            )
+            for n, kernel in enumerate(listed)
+        )
+    kernels = tuple(
+        _kernel(crf[name], where=f"crf.{name}", guided=name == "appearance")
+        for name in ("smoothness", "appearance")
+        if name in crf
+    )
+    if not kernels:
+        raise CrfError("crf: no kernel found; give 'smoothness', 'appearance' or both")
+    return kernels
+
+
+def _kernel(value: object, *, where: str, guided: bool) -> Kernel:
+    checked = mapping(value, where=where)
     named = [key for key in _POSITION_UNITS if key in checked]
     if len(named) != 1:
         raise CrfError(
@@ -215,64 +270,60 @@ def _kernel(mapping: object, *, where: str, guided: bool) -> Kernel:
             f" found {', '.join(named) or 'none'}"
         )
     guide_keys = {"value", "bands", "range"} if guided else set()
-    _check_keys(checked, where=where, required={"weight", named[0]} | guide_keys, optional=set())
-    position = checked[named[0]]
-    per_axis = position if isinstance(position, list | tuple) and position else [position]
+    check_keys(checked, where=where, required={"weight", named[0]} | guide_keys, optional=set())
+    place = f"{where}.{named[0]}"
     return Kernel(
-        weight=_positive(checked["weight"], where=f"{where}.weight"),
-        position=tuple(_positive(value, where=f"{where}.{named[0]}") for value in per_axis),
+        weight=positive(checked["weight"], where=f"{where}.weight"),
+        position=tuple(positive(part, where=place) for part in _each(checked[named[0]])),
         unit=_POSITION_UNITS[named[0]],
         guide=_guide(checked, where=where) if guided else None,
     )
 
 
-def _guide(mapping: Mapping[str, Any], *, where: str) -> Guide:
-    bands, limits = mapping["bands"], mapping["range"]
-    if not isinstance(bands, list | tuple) or not bands:
-        raise CrfError(f"{where}.bands: a list of band names is needed, found {bands!r}")
-    if not isinstance(limits, list | tuple) or len(limits) != 2:
-        raise CrfError(f"{where}.range: two numbers [low, high] are needed, found {limits!r}")
-    low, high = (_number(limit, where=f"{where}.range") for limit in limits)
-    if low >= high:
-        raise CrfError(f"{where}.range: low must be below high, found {limits!r}")
+def _guide(kernel: Mapping[str, Any], *, where: str) -> Guide:
+    bands = sequence(kernel["bands"], where=f"{where}.bands", what="a list of band names")
+    values = _per_band(_each(kernel["value"]), bands, where=f"{where}.value")
+    limits = kernel["range"]
+    several = isinstance(limits, list | tuple) and any(isinstance(p, list | tuple) for p in limits)
+    limits = _per_band(limits if several else [limits], bands, where=f"{where}.range")
     return Guide(
-        value=_positive(mapping["value"], where=f"{where}.value"),
         bands=tuple(str(band) for band in bands),
-        range=(low, high),
+        value=tuple(positive(value, where=f"{where}.value") for value in values),
+        range=tuple(_limits(pair, where=f"{where}.range") for pair in limits),
     )
 
 
-def _mapping(value: object, *, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise CrfError(f"{where}: a mapping is needed, found {value!r}")
-    return value
+def _limits(pair: object, *, where: str) -> tuple[float, float]:
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        raise CrfError(f"{where}: two numbers [low, high] are needed, found {pair!r}")
+    low, high = (number(limit, where=where) for limit in pair)
+    if low >= high:
+        raise CrfError(f"{where}: low must be below high, found {pair!r}")
+    return low, high
 
 
-def _check_keys(value: object, *, where: str, required: set[str], optional: set[str]) -> None:
-    found = set(map(str, _mapping(value, where=where)))
-    if missing := required - found:
-        raise CrfError(f"{where}: {', '.join(sorted(missing))} missing; add it")
-    if unknown := found - required - optional:
+def _each(value: object) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) and value else [value]
+
+
+def _per_band(values: Sequence[Any], bands: Sequence[Any], *, where: str) -> Sequence[Any]:
+    """One value for each band; a single one stands for all."""
+    if len(values) not in (1, len(bands)):
         raise CrfError(
-            f"{where}: unknown {', '.join(sorted(unknown))};"
-            f" known are {', '.join(sorted(required | optional))}"
+            f"{where}: {len(values)} given for {len(bands)} bands; give one, or one each"
         )
+    return values if len(values) == len(bands) else list(values) * len(bands)
 
 
-def _number(value: object, *, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise CrfError(f"{where}: a finite number is needed, found {value!r}")
-    return float(value)
-
-
-def _positive(value: object, *, where: str) -> float:
-    number = _number(value, where=where)
-    if number <= 0:
-        raise CrfError(f"{where}: a number above 0 is needed, found {value!r}")
-    return number
-
-
-def _integer(value: object, *, where: str, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise CrfError(f"{where}: a whole number of at least {least} is needed, found {value!r}")
-    return value
+def _compatibility(value: object) -> tuple[tuple[float, ...], ...]:
+    where = "crf.compatibility"
+    rows = [
+        sequence(row, where=where, what="a list of rows")
+        for row in sequence(value, where=where, what="a list of rows")
+    ]
+    matrix = tuple(tuple(number(cost, where=where) for cost in row) for row in rows)
+    if any(len(row) != len(matrix) for row in matrix) or matrix != tuple(zip(*matrix, strict=True)):
+        raise CrfError(
+            f"{where}: as many columns as rows, and symmetric, is needed; found {value!r}"
+        )
+    return matrix

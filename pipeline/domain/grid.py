@@ -29,6 +29,9 @@ class Grid:
     stride: int
     """Output stride of the network, in pixels."""
 
+    endpoint: int = 0
+    """Pixels of a valid side beyond a multiple of the stride: 1 where corners are aligned."""
+
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.tile) or min(self.shape, default=0) < 1:
             raise RegionError(f"cannot cut a scene of {self.shape} px into tiles of {self.tile} px")
@@ -41,8 +44,9 @@ class Grid:
 
     @property
     def padded_shape(self) -> Shape:
-        """The scene grown at the bottom and right to multiples of the stride."""
-        return tuple(-(-n // self.stride) * self.stride for n in self.shape)
+        """The scene grown at the bottom and right to a valid size."""
+        end = self.endpoint
+        return tuple(-(-(n - end) // self.stride) * self.stride + end for n in self.shape)
 
     @property
     def counts(self) -> tuple[int, ...]:

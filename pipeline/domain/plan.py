@@ -86,7 +86,7 @@ class Pass:
         pooled = self.reach.pooled
         if pooled is None or not self.needs:
             return (self,)
-        reach = Reach(stride=self.reach.stride, halo=pooled)
+        reach = Reach(stride=self.reach.stride, endpoint=self.reach.endpoint, halo=pooled)
         none = Halo.uniform(0, ndim=len(self.grid.shape))
         return replace(self, name="context", reach=reach, crf_halo=none), self
 

@@ -17,7 +17,10 @@ class ContextWindow:
     """
 
     size: tuple[int, ...]
-    """Side of the window per axis, in pixels: an odd number of strides."""
+    """Side of the window per axis, in pixels: an odd number of steps."""
+
+    steps: tuple[int, ...]
+    """Pixels between neighbouring features, per axis."""
 
     inner: Halo
     """Context between an output pixel and the pooled place (head and upsampling), in pixels."""
@@ -25,16 +28,24 @@ class ContextWindow:
     outer: Halo
     """Context between a pooled feature and the input (the trunk), in pixels."""
 
-    def reach(self, region: Region, *, stride: int, shape: Shape) -> Region:
+    def reach(self, region: Region, *, shape: Shape) -> Region:
         """The part of a scene of ``shape`` that the windows of ``region`` cover."""
-        centres = region.grow(self.inner).clip(shape).align(stride)
+        centres = region.grow(self.inner).clip(shape)
         start, stop = [], []
-        for a, b, size, length in zip(centres.start, centres.stop, self.size, shape, strict=True):
+        rows = zip(centres.start, centres.stop, self.size, self.steps, shape, strict=True)
+        for a, b, size, step, side in rows:
+            length = -(-side // step) * step  # all features, a step each
             span = min(size, length)
-            half = size // stride // 2 * stride
-            start.append(min(max(a - half, 0), length - span))
-            stop.append(min(max(b - stride - half, 0), length - span) + span)
+            half = size // step // 2 * step
+            first, last = a // step * step, -(-b // step) * step - step
+            start.append(min(max(first - half, 0), length - span))
+            stop.append(min(max(last - half, 0), length - span) + span)
         return Region(tuple(start), tuple(stop)).grow(self.outer).clip(shape)
+
+    @property
+    def half(self) -> tuple[int, ...]:
+        """Half of the window per axis, in pixels, its middle left out."""
+        return tuple(side // s // 2 * s for side, s in zip(self.size, self.steps, strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +53,10 @@ class Reach:
     """What an output region needs of the input: derived from the network, not guessed."""
 
     stride: int
-    """Output stride: tile origins and the padded scene are multiples of it, in pixels."""
+    """Output stride: tile origins are multiples of it, in pixels."""
+
+    endpoint: int = 0
+    """Pixels of a valid side beyond a multiple of the stride: 1 where corners are aligned."""
 
     halo: Halo
     """Receptive field of all local branches around a stride-aligned region, in pixels."""
@@ -61,17 +75,21 @@ class Reach:
             raise RegionError(f"an output stride is at least 1 px, got {self.stride}")
 
     def read(self, region: Region, *, shape: Shape) -> Region:
-        """The stride-aligned input that ``region`` needs, cut at a scene of padded ``shape``."""
-        local = region.grow(self.halo).clip(shape).align(self.stride)
-        if self.window is None:
-            return local
-        return local | self.window.reach(region, stride=self.stride, shape=shape).align(self.stride)
+        """The input of valid sides that ``region`` needs, cut at a scene of padded ``shape``."""
+        local = region.grow(self.halo).clip(shape)
+        if self.window is not None:
+            local |= self.window.reach(region, shape=shape)
+        stride, end = self.stride, self.endpoint
+        return Region(
+            tuple(a // stride * stride for a in local.start),
+            tuple(-(-(b - end) // stride) * stride + end for b in local.stop),
+        )
 
     @property
     def halo_with_window(self) -> Halo:
         """Halo of a place far from the border, half the window included, in pixels."""
         if self.window is None:
             return self.halo
-        half = tuple(s // self.stride // 2 * self.stride for s in self.window.size)
-        pooled = self.window.inner.round_up(self.stride) + Halo(half, half) + self.window.outer
+        half = Halo(self.window.half, self.window.half)
+        pooled = self.window.inner.round_up(self.stride) + half + self.window.outer
         return self.halo | pooled.round_up(self.stride)

@@ -126,11 +126,12 @@ class Region:
             tuple(b + n for b, n in zip(self.stop, by, strict=True)),
         )
 
-    def align(self, stride: int) -> Region:
+    def align(self, stride: int | Shape) -> Region:
         """The smallest box with sides at multiples of ``stride`` that contains this one."""
+        strides = (stride,) * self.ndim if isinstance(stride, int) else stride
         return Region(
-            tuple(a // stride * stride for a in self.start),
-            tuple(-(-b // stride) * stride for b in self.stop),
+            tuple(a // s * s for a, s in zip(self.start, strides, strict=True)),
+            tuple(-(-b // s) * s for b, s in zip(self.stop, strides, strict=True)),
         )
 
     def __and__(self, other: Region) -> Region:

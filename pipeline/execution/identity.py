@@ -17,7 +17,7 @@ def software_digest() -> str:
 
 
 def package_digest() -> str:
-    """SHA-256 over the Python files of the three packages as this process would import them.
+    """SHA-256 over Python and C++ files of the three packages, as this process would import them.
 
     And over the versions of the libraries that compute: another torch is another program.
     """
@@ -26,12 +26,12 @@ def package_digest() -> str:
         digest.update(f"{library} {version(library)}\0".encode())
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)
-        locations = spec.submodule_search_locations if spec else None
-        if not locations:
+        if spec is None or spec.origin is None:
             digest.update(f"{name} missing".encode())
             continue
-        root = Path(next(iter(locations)))
-        for path in sorted(root.rglob("*.py")):
+        root = Path(spec.origin).parent  # search locations may begin with that of extensions
+        files = [path for path in root.rglob("*.*") if path.suffix in (".py", ".cpp", ".hpp")]
+        for path in sorted(files):
             digest.update(f"{name}/{path.relative_to(root)}\0".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()

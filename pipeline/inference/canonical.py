@@ -19,11 +19,12 @@ from torch import Tensor
 
 from pipeline.domain import Region, Shape
 from pipeline.errors import RegionError
-from pipeline.inference.stage_plan import Needs, coarse_region, pixel_region
+from pipeline.inference.stage_plan import Needs, coarse_place, coarse_region
 from pipeline.inference.staged import FeatureMap, run
+from pipeline.models.chain import Chain, Stage
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.frame import Frame
-from pipeline.models.stages import Chain, Stage
+from pipeline.models.geometry import Scale
 
 CANONICAL_PX = {2: 256, 3: 32}
 """Side of a canonical window in pixels, by number of axes: a multiple of every output stride."""
@@ -68,7 +69,7 @@ class CanonicalNetwork:
             RegionError: the image does not hold all that ``coarse`` needs.
         """
         read = Region.whole(tuple(image_BCS.shape[2:])).move(frame.origin)
-        wanted = coarse.move(tuple(a // self.chain.stride for a in frame.origin))
+        wanted = coarse.move(coarse_place(frame.origin, upsample=self.chain.upsample))
         needs = Needs.canonical(self.chain, frame.shape, coarse=wanted, side_px=self.side_px)
         needed = needs.regions[self.chain.image]
         if needed not in read:
@@ -87,7 +88,7 @@ def upsampled(
     *,
     side_px: int,
     shape: Shape,
-    stride: int,
+    upsample: Scale,
 ) -> Tensor:
     """Logits of ``scored``, a region of a padded scene of ``shape`` px: (K, *S) float32, new.
 
@@ -97,9 +98,9 @@ def upsampled(
     result_KS = coarse.array_BSC.new_empty((classes, *scored.shape), dtype=torch.float32)
     around = scored.align(side_px).clip(shape)
     for window in around.blocks((side_px,) * scored.ndim):
-        box, kept = coarse_region(whole, scored=window, stride=stride), window & scored
+        box, kept = coarse_region(whole, scored=window, upsample=upsample), window & scored
         window_BKS = layer(coarse.read(box).float().contiguous())
-        part: tuple[Any, ...] = (..., *kept.slices(within=pixel_region(box, stride=stride)))
+        part: tuple[Any, ...] = (..., *kept.slices(within=upsample.gives(box)))
         place: tuple[Any, ...] = (..., *kept.slices(within=scored))
         result_KS[place] = window_BKS[0][part]
     return result_KS
@@ -110,4 +111,4 @@ def _windows(stage: Stage, needs: Needs) -> Iterable[Region]:
     if stage.whole:  # the mean of the scene in a tile that is the scene, at all places the same
         return [needs.regions[stage.name]]
     region = needs.computed(stage.name)
-    return region.blocks((needs.sides[stage.name],) * region.ndim)
+    return region.blocks(needs.sides[stage.name])

@@ -15,15 +15,19 @@ from torch import Tensor
 from pipeline.domain import Region
 from pipeline.errors import BundleError, SourceError
 from pipeline.inference.canonical import BoxMap, CanonicalNetwork, upsampled
+from pipeline.inference.convolution import fix_convolutions
 from pipeline.inference.precision import Precision, fix_kernels
-from pipeline.inference.stage_plan import coarse_region, feature_region, pixel_region
+from pipeline.inference.stage_plan import coarse_place, coarse_region, feature_region
 from pipeline.inference.staged import StagedNetwork, WholeNetwork
 from pipeline.models.bundle import Bundle
+from pipeline.models.chain import Chain
 from pipeline.models.context_pool import Context
+from pipeline.models.custom_network import CustomNetwork
 from pipeline.models.frame import Frame
+from pipeline.models.geometry import Scale
 from pipeline.models.scene_mean import GivenMean, OwnMean
 from pipeline.models.scene_stages import pooled_by, pooled_chain
-from pipeline.models.stages import Chain, stages_of
+from pipeline.models.stages import stages_of
 
 _FORMAT = {2: torch.channels_last, 3: torch.channels_last_3d}
 
@@ -45,7 +49,7 @@ class Predictor:
         window: int | None = WINDOW,
         canonical_px: int | None = None,
     ) -> None:
-        """Load the network; ``window`` None runs it as one, as a network without stages must be.
+        """Load the network; ``window`` None runs it as one, as somebody's own always is.
 
         With ``canonical_px``, a side in pixels, windows are canonical, and ``window`` is not used.
 
@@ -56,8 +60,9 @@ class Predictor:
         self._dims = bundle.architecture.dims
         self._device, self._dtype = torch.device(device), precision.dtype
         self._format = _FORMAT[self._dims] if precision.channels_last else torch.contiguous_format
-        self._stride, self._threads = bundle.architecture.output_stride, threads
+        self._threads = threads
         network = bundle.network()
+        self._stride, self._scale = network.stride, Scale.of(network.upsample)
         if context == "tile":
             network.pool_over(None)
         # Not the module's call, which another thread that traces a network would take for its own.
@@ -66,7 +71,8 @@ class Predictor:
             raise BundleError("context 'scene' needs a network in stages: give it windows")
         self._canonical_px, self._window = canonical_px, window
         self._network: CanonicalNetwork | StagedNetwork | WholeNetwork
-        if canonical_px is None and window is None:
+        if isinstance(network, CustomNetwork) or (canonical_px is None and window is None):
+            fix_convolutions(network)
             for weight in (*network.parameters(), *network.buffers()):
                 weight.data = self._moved(weight.data)
             self._network = WholeNetwork(network)
@@ -83,9 +89,9 @@ class Predictor:
     ) -> Tensor:
         """Predict ``scored``, a region of the scene, from an input that lies at ``frame``.
 
-        Sides and origin of the input are multiples of the stride. It is freed once the first layers
-        have read it, where nobody else holds it: build it in the call. With context ``scene``,
-        ``pooling`` is the scene's mean, or how to take it where the input is all of the scene.
+        The input has valid sides, and its origin lies on the stride. It is freed once the first
+        layers have read it, where nobody else holds it: build it in the call. With context
+        ``scene``, ``pooling`` is the scene's mean, or how to take it where the input is all of it.
 
         Returns:
             (K, *S) float32 logits on the device, S as ``scored``; a new tensor.
@@ -97,7 +103,7 @@ class Predictor:
                 canonical windows, does not hold all that ``scored`` needs.
         """
         read = self._read(image_CS, frame)
-        coarse = coarse_region(read, scored=scored, stride=self._stride)
+        coarse = coarse_region(read, scored=scored, upsample=self._scale)
         network = self._network
         if pooling is not None:
             assert not isinstance(network, WholeNetwork)
@@ -106,7 +112,7 @@ class Predictor:
             inputs = [self._input(image_CS)]
             del image_CS  # and popped: the network's is the only reference
             coarse_BKS = network.coarse_logits(inputs.pop(), frame, coarse)
-            at = coarse.move(tuple(a // self._stride for a in frame.origin))
+            at = coarse.move(coarse_place(frame.origin, upsample=self._scale))
             # Interpolated in float32 in any case: bfloat16 would turn ramps into steps.
             if self._canonical_px is not None:
                 return upsampled(
@@ -115,14 +121,10 @@ class Predictor:
                     scored,
                     side_px=self._canonical_px,
                     shape=frame.shape,
-                    stride=self._stride,
+                    upsample=self._scale,
                 )
             logits_BKS: Tensor = self._upsample(coarse_BKS.float().contiguous())
-        index: tuple[Any, ...] = (
-            0,
-            ...,
-            *scored.slices(within=pixel_region(at, stride=self._stride)),
-        )
+        index: tuple[Any, ...] = (0, ..., *scored.slices(within=self._scale.gives(at)))
         return logits_BKS[index]
 
     def pooled(self, image_CS: NDArray[np.float32], frame: Frame, *, core: Region) -> Tensor:
@@ -158,7 +160,7 @@ class Predictor:
                 f"the network takes {self._bands} bands, the input has {len(image_CS)}"
             )
         size = image_CS.shape[1:]
-        frame.check(size, stride=self._stride)
+        frame.check(size, stride=self._stride, endpoint=int(self._scale.align_corners))
         return Region(frame.origin, tuple(a + n for a, n in zip(frame.origin, size, strict=True)))
 
     def _input(self, image_CS: NDArray[np.float32]) -> Tensor:

@@ -14,8 +14,8 @@ from pipeline.inference.convolution import fix_convolutions
 from pipeline.inference.precision import Precision, fix_kernels
 from pipeline.models.bundle import Bundle
 from pipeline.models.frame import Frame
-from pipeline.models.receptive_field import TRACING
 from pipeline.models.scene_mean import GivenMean
+from pipeline.models.stages import TRACING
 
 _FORMAT = {2: torch.channels_last, 3: torch.channels_last_3d}
 

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from pipeline.domain import Region, Shape
+from pipeline.models.chain import Chain, Convolution, Gate, Stage, Step
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.frame import Frame
+from pipeline.models.geometry import Scale
 from pipeline.models.scene_mean import OwnMean
-from pipeline.models.stages import Chain, Convolution, Stage, Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +30,8 @@ class Needs:
 
     regions: Mapping[str, Region]
 
-    sides: Mapping[str, int] | None = None
-    """Side of the canonical windows of each map, in its features; None: runs of rows instead."""
+    sides: Mapping[str, Shape] | None = None
+    """Sides of the canonical windows of each map, in its features; None: runs of rows instead."""
 
     @classmethod
     def of(cls, chain: Chain, size: Shape, *, frame: Frame, coarse: Region) -> Needs:
@@ -59,7 +60,9 @@ class Needs:
         """
         ndim = len(shape)
         needs = cls.of(chain, shape, frame=Frame((0,) * ndim, shape), coarse=coarse)
-        sides = {name: side for name, (side, *_) in chain.shapes((side_px,) * ndim).items()}
+        end = chain.endpoint
+        shapes = chain.shapes((side_px + end,) * ndim)
+        sides = {name: tuple(side - end for side in shape) for name, shape in shapes.items()}
         return replace(needs, sides=sides)
 
     def computed(self, name: str) -> Region:
@@ -70,30 +73,33 @@ class Needs:
         return region.align(self.sides[name]).clip(self.shapes[name])
 
 
-def coarse_region(read: Region, *, scored: Region, stride: int) -> Region:
-    """The logits at the output stride, from the first that ``read`` gives, that ``scored`` needs.
+def coarse_region(read: Region, *, scored: Region, upsample: Scale) -> Region:
+    """The coarse logits, from the first that ``read`` gives, that ``scored`` needs.
 
-    Linear upsampling reads one beyond each side. Raises RegionError where ``read`` does not hold
-    ``scored``.
+    Raises RegionError where ``read`` does not hold ``scored``.
     """
-    local = scored.slices(within=read)
-    return Region(
-        tuple(part.start // stride - 1 for part in local),
-        tuple(-(-part.stop // stride) + 1 for part in local),
-    ).clip(tuple(side // stride for side in read.shape))
+    part = scored.slices(within=read)
+    local = Region(tuple(side.start for side in part), tuple(side.stop for side in part))
+    return upsample.reads(local).clip(coarse_shape(read.shape, upsample=upsample))
+
+
+def coarse_shape(size: Shape, *, upsample: Scale) -> Shape:
+    """How many coarse logits an input of ``size`` px gives, per axis."""
+    return tuple(-(-side // up) for side, up in zip(size, upsample.up, strict=True))
+
+
+def coarse_place(pixel: tuple[int, ...], *, upsample: Scale) -> tuple[int, ...]:
+    """The coarse logit at a pixel that lies on the stride, per axis."""
+    return tuple(place // up for place, up in zip(pixel, upsample.up, strict=True))
 
 
 def feature_region(read: Region, *, core: Region, stride: int) -> Region:
     """The features of ``core``, which lies on the stride, from the first that ``read`` gives."""
     part = core.slices(within=read)
     return Region(
-        tuple(side.start // stride for side in part), tuple(side.stop // stride for side in part)
+        tuple(side.start // stride for side in part),
+        tuple(-(-side.stop // stride) for side in part),
     )
-
-
-def pixel_region(coarse: Region, *, stride: int) -> Region:
-    """The pixels that logits at the output stride are upsampled to."""
-    return Region(tuple(a * stride for a in coarse.start), tuple(b * stride for b in coarse.stop))
 
 
 def needs_of(
@@ -109,9 +115,9 @@ def needs_of(
     With ``canonical_px``, the side of canonical windows, whole windows of it are computed.
     """
     if canonical_px is not None:
-        coarse = coarse_region(Region.whole(shape), scored=scored, stride=chain.stride)
+        coarse = coarse_region(Region.whole(shape), scored=scored, upsample=chain.upsample)
         return Needs.canonical(chain, shape, coarse=coarse, side_px=canonical_px)
-    coarse = coarse_region(read, scored=scored, stride=chain.stride)
+    coarse = coarse_region(read, scored=scored, upsample=chain.upsample)
     return Needs.of(chain, read.shape, frame=Frame.of(read, shape=shape), coarse=coarse)
 
 
@@ -156,7 +162,7 @@ def _scratch(stage: Stage, needs: Needs, *, channels: Mapping[str, int], window:
     copies = [
         _copied(step, block, needs.shapes[name]) * channels[name]
         for step, name in stage.reads()
-        if step.slide is not None or needs.sides is not None
+        if step.geometry is not None or needs.sides is not None
     ]
     weights = [s.layer.weight.numel() for s in stage.steps if isinstance(s.layer, Convolution)]
     return made + sum(copies) + max(weights, default=0)
@@ -166,7 +172,8 @@ def _block(stage: Stage, needs: Needs, *, window: int) -> Shape:
     """The largest box of a stage that is computed at once."""
     region = needs.computed(stage.name)
     if needs.sides is not None:
-        return tuple(min(needs.sides[stage.name], side) for side in region.shape)
+        pairs = zip(needs.sides[stage.name], region.shape, strict=True)
+        return tuple(min(side, length) for side, length in pairs)
     return row_block(region.shape, region.size if stage.whole else window**region.ndim)
 
 
@@ -177,7 +184,7 @@ def _copied(step: Step, block: Region, shape: Shape) -> int:
         return math.prod(
             min(side, span + n) for side, span, n in zip(shape, spans, block.shape, strict=True)
         )
-    return step.slide.reads(block).size if step.slide else block.size
+    return step.geometry.reads(block).size if step.geometry else block.size
 
 
 def row_block(shape: Shape, most: int) -> Shape:
@@ -195,6 +202,6 @@ def _reads(step: Step, region: Region, shape: Shape, frame: Frame) -> Region:
     """What the step needs of a map of ``shape`` for ``region`` of its output."""
     if isinstance(step.layer, WindowMean):
         return step.layer.windows(region, size=shape, frame=frame).reads
-    if isinstance(step.layer, OwnMean):
+    if isinstance(step.layer, (OwnMean, Gate)):
         return Region.whole(shape)
-    return step.slide.reads(region).clip(shape) if step.slide else region
+    return step.geometry.reads(region).clip(shape) if step.geometry else region

@@ -22,14 +22,22 @@ from torch.nn import functional as F
 from pipeline.domain import Region, Shape
 from pipeline.inference.convolution import convolve
 from pipeline.inference.stage_plan import Needs, row_block
+from pipeline.models.chain import Chain, Convolution, Gate, Norm, Pool, Stage, Step
 from pipeline.models.context_pool import WindowMean
+from pipeline.models.custom_network import CustomNetwork
 from pipeline.models.deeplab import DeepLab
 from pipeline.models.frame import Frame
+from pipeline.models.geometry import Scale
 from pipeline.models.scene_mean import GivenMean, OwnMean
-from pipeline.models.stages import Chain, Convolution, MaxPool, Norm, Stage, Step
+from pipeline.models.stages import TRACING
 
-_MAX_POOL: Mapping[int, Callable[..., Tensor]] = MappingProxyType(
-    {2: F.max_pool2d, 3: F.max_pool3d}
+_POOL: Mapping[tuple[str, int], Callable[..., Tensor]] = MappingProxyType(
+    {
+        ("max", 2): F.max_pool2d,
+        ("max", 3): F.max_pool3d,
+        ("average", 2): F.avg_pool2d,
+        ("average", 3): F.avg_pool3d,
+    }
 )
 _FORMAT = MappingProxyType({2: torch.channels_last, 3: torch.channels_last_3d})
 
@@ -104,12 +112,13 @@ class StagedNetwork:
 class WholeNetwork:
     """A network that runs as one over all that is read."""
 
-    def __init__(self, network: DeepLab) -> None:
+    def __init__(self, network: DeepLab | CustomNetwork) -> None:
         self.network = network
 
     def coarse_logits(self, image_BCS: Tensor, frame: Frame, coarse: Region) -> Tensor:
         """As ``StagedNetwork.coarse_logits``; a view."""
-        logits_BKS = self.network.coarse_logits(image_BCS, frame)
+        with TRACING:  # another thread's tracing would take these calls for its own
+            logits_BKS = self.network.coarse_logits(image_BCS, frame)
         whole = Region.whole(tuple(logits_BKS.shape[2:]))
         index: tuple[Any, ...] = (..., *coarse.slices(within=whole))
         return logits_BKS[index]
@@ -167,8 +176,14 @@ def _apply(
     if isinstance(step.layer, (GivenMean, OwnMean)):
         source = maps[step.inputs[0]]
         return step.layer.over(source.view(source.region)).expand(-1, -1, *window.shape)
-    if isinstance(step.layer, (Convolution, MaxPool)) and step.spreads:
+    if isinstance(step.layer, Gate):
+        source = maps[step.inputs[0]]
+        return source.read(window) * step.layer.over(source.view(source.region))
+    if step.geometry is not None:
         name = step.inputs[0]
+        if isinstance(step.layer, Scale):
+            return _resize(step.layer, maps[name], window, shape=needs.shapes[name])
+        assert isinstance(step.layer, (Convolution, Pool))
         return _slide(step.layer, maps[name], window, shape=needs.shapes[name])
     inputs = [values[n] if n in values else maps[n].read(window) for n in step.inputs]
     if step.layer == "cat":
@@ -179,12 +194,16 @@ def _apply(
         return _normalise(step.layer, inputs[0], scratch=step.scratch)
     if step.layer == "relu":
         return inputs[0].relu_() if step.scratch else inputs[0].relu()
+    if step.layer == "hardswish":
+        return F.hardswish(inputs[0], inplace=step.scratch)
     first, second = inputs
+    if step.layer == "max":
+        return torch.maximum(first, second)
     return first.add_(second) if step.scratch else first + second
 
 
 def _slide(
-    layer: Convolution | MaxPool, source: FeatureMap, window: Region, *, shape: Shape
+    layer: Convolution | Pool, source: FeatureMap, window: Region, *, shape: Shape
 ) -> Tensor:
     """The layer's output in ``window``, padded at the border of ``shape``, the map's own in all."""
     if isinstance(layer, Convolution):
@@ -206,13 +225,14 @@ def _slide(
         for side in ends
     ]
     if any(fill):
-        edge = 0.0 if isinstance(layer, Convolution) else -math.inf
+        edge = -math.inf if isinstance(layer, Pool) and layer.kind == "max" else 0.0
         part_BCS = F.pad(part_BCS, fill, value=edge)
     if isinstance(layer, Convolution):
         result_BCS = _convolve(layer, part_BCS, padding=padding)
     else:
-        slide, pool = layer.slide, _MAX_POOL[window.ndim]
-        result_BCS = pool(part_BCS, slide.kernel, slide.stride, padding, slide.dilation)
+        slide, pool = layer.slide, _POOL[layer.kind, window.ndim]
+        rate = (slide.dilation,) if layer.kind == "max" else ()
+        result_BCS = pool(part_BCS, slide.kernel, slide.stride, padding, *rate)
     kept: tuple[Any, ...] = (
         ...,
         *(
@@ -222,6 +242,14 @@ def _slide(
     )
     # Batch norm computes in another way, and rounds otherwise, where memory has gaps.
     return result_BCS[kept].contiguous(memory_format=_FORMAT[window.ndim])
+
+
+def _resize(scale: Scale, source: FeatureMap, window: Region, *, shape: Shape) -> Tensor:
+    """The resized map in ``window``; ``shape`` is the map's own in all."""
+    reads = scale.reads(window).clip(shape)
+    resized_BCS: Tensor = scale.layer(source.read(reads))
+    kept: tuple[Any, ...] = (..., *window.slices(within=scale.gives(reads)))
+    return resized_BCS[kept].contiguous(memory_format=_FORMAT[window.ndim])
 
 
 def _own_padding(lacks: tuple[int, int], side: int, stride: int) -> int:

@@ -15,10 +15,10 @@ from pipeline.inference.stage_plan import (
     stage_bytes,
     stage_work,
 )
+from pipeline.models.chain import Chain
 from pipeline.models.frame import Frame
 from pipeline.models.scene_mean import GivenMean
 from pipeline.models.scene_stages import pooled_by, pooled_chain
-from pipeline.models.stages import Chain
 
 _FLOAT32 = 4
 _HELD = 3.2
@@ -84,12 +84,9 @@ class CostModel:
         )
         maps = stage_bytes(chain, needs, window=self.window, itemsize=self.itemsize)
         image = tile.read.size * chain.bands * self.itemsize
-        fine = needs.regions[chain.logits].size * chain.stride**tile.read.ndim
+        fine = chain.upsample.gives(needs.regions[chain.logits]).size
         upsampled = fine * self.classes * _FLOAT32
-        # Logits are refined and written while the next are computed.
-        kept = tile.scored.size * self.classes * _FLOAT32 + tile.core.size * _LABEL
-        if self.scores:
-            kept += _SCORES * tile.core.size * self.classes * _FLOAT32
+        kept = kept_bytes(tile, classes=self.classes, scores=self.scores)
         return TileCost(
             work=stage_work(chain, needs),
             device_bytes=max(maps, image + upsampled),
@@ -137,16 +134,25 @@ class CostModel:
         return replace(self, chain=pooled_by(self.chain, GivenMean(np.empty(0))))
 
     def _read_bytes(self, tile: Tile) -> int:
-        """Of what is read, in the host's memory.
-
-        Of three tiles: on the device, being refined, and being read, of which the bands are picked
-        in a copy.
-        """
-        blocks = 4 * tile.read.size * (self.pixel_bytes + 1)
-        return blocks + tile.read.size * (self.chain.bands + 2) * _FLOAT32
+        return read_bytes(tile, bands=self.chain.bands, pixel_bytes=self.pixel_bytes)
 
     @property
     def scene_work(self) -> int:
         """Multiply-adds of one pass over the padded scene, which halo work is measured against."""
         whole = Region.whole(self.shape)
         return stage_work(self.chain, needs_of(self.chain, whole, scored=whole, shape=self.shape))
+
+
+def read_bytes(tile: Tile, *, bands: int, pixel_bytes: int) -> int:
+    """Bytes of what is read, in the host's memory.
+
+    Of three tiles: on the device, being refined, and being read, of which the bands are picked in
+    a copy.
+    """
+    return tile.read.size * (4 * (pixel_bytes + 1) + (bands + 2) * _FLOAT32)
+
+
+def kept_bytes(tile: Tile, *, classes: int, scores: bool) -> int:
+    """Bytes of logits that are refined and written while the next are computed, in the host's."""
+    kept = tile.scored.size * classes * _FLOAT32 + tile.core.size * _LABEL
+    return kept + scores * _SCORES * tile.core.size * classes * _FLOAT32

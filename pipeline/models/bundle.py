@@ -1,4 +1,4 @@
-"""A model on disk: a directory with ``model.yaml`` and ``weights.safetensors``."""
+"""A model on disk: a directory with ``model.yaml`` and its weights."""
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ import yaml
 
 from pipeline.errors import BundleError
 from pipeline.models.architecture import Architecture
+from pipeline.models.custom_architecture import CustomArchitecture
 from pipeline.models.document import from_document, read_yaml, to_document
-from pipeline.models.input_spec import ClassInfo, InputSpec, Scaling
+from pipeline.models.input_spec import ClassInfo, InputSpec, Legend, Scaling
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipeline.models.custom_network import CustomNetwork
     from pipeline.models.deeplab import DeepLab
 
 __all__ = [
     "Architecture",
     "Bundle",
     "ClassInfo",
+    "CustomArchitecture",
     "InputSpec",
     "Scaling",
     "load_bundle",
     "save_bundle",
 ]
 
-MODEL_FILE, WEIGHTS_FILE = "model.yaml", "weights.safetensors"
+MODEL_FILE, WEIGHTS_FILE, PROGRAM_FILE = "model.yaml", "weights.safetensors", "program.pt2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +44,7 @@ class Bundle:
 
     name: str
     version: int
-    architecture: Architecture
+    architecture: Architecture | CustomArchitecture
     classes: tuple[ClassInfo, ...]
 
     ignore_index: int
@@ -59,16 +62,13 @@ class Bundle:
     """Where the weights come from: data digests, metrics."""
 
     weights_sha256: str = ""
-    """SHA-256 of the weights file; empty until saved."""
+    """SHA-256 of the file of weights, or of the program that holds them; empty until saved."""
 
     path: Path = Path()
     """The directory; not part of the file."""
 
     def __post_init__(self) -> None:
-        ids = [info.id for info in self.classes]
-        if len(ids) < 2 or len(set(ids)) != len(ids):
-            raise BundleError(f"classes need at least two different ids, got {ids}")
-        if self.ignore_index in ids:
+        if self.ignore_index in self.legend.values:
             raise BundleError(f"ignore_index {self.ignore_index} is the id of a class")
         dims = self.architecture.dims
         if len(self.crop) != dims or min(self.crop) < 1:
@@ -78,19 +78,31 @@ class Bundle:
             raise BundleError(f"spacing_mm {list(spacing)} must be {dims} numbers")
 
     @property
+    def legend(self) -> Legend:
+        """The classes, as a mask has them."""
+        return Legend(self.classes)
+
+    @property
     def class_values(self) -> tuple[int, ...]:
         """Class id of each output channel."""
-        return tuple(info.id for info in self.classes)
+        return self.legend.values
+
+    @property
+    def weights_file(self) -> Path:
+        """Where the weights are: by themselves, or in the program of a network that is one."""
+        if isinstance(self.architecture, CustomArchitecture) and not self.architecture.entry_point:
+            return self.path / PROGRAM_FILE
+        return self.path / WEIGHTS_FILE
 
     @property
     def mask_dtype(self) -> Literal["uint8", "uint16"]:
         """The smallest type that holds the class ids and nodata."""
-        return "uint8" if max(self.class_values) <= 254 else "uint16"
+        return self.legend.dtype
 
     @property
     def mask_nodata(self) -> int:
         """Mask value where no pixel was valid: the greatest of the type."""
-        return 255 if self.mask_dtype == "uint8" else 65535
+        return self.legend.nodata
 
     @property
     def digest(self) -> str:
@@ -98,28 +110,25 @@ class Bundle:
         text = json.dumps(_document(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def network(self) -> DeepLab:
+    def at_stride(self, output_stride: int) -> Bundle:
+        """The same weights at another output stride; a bundle of another digest.
+
+        Raises BundleError where the architecture has no such stride.
+        """
+        if isinstance(self.architecture, CustomArchitecture):
+            raise BundleError(f"{self.name}: the stride of a custom network is its own")
+        return replace(self, architecture=self.architecture.at_stride(output_stride))
+
+    def network(self) -> DeepLab | CustomNetwork:
         """The network with its weights, on the CPU, in eval mode, pooling over the crop.
 
         Raises:
             BundleError: the weights fail their checksum, do not fit the architecture, or are no
                 finite numbers.
         """
-        import safetensors.torch
         import torch
 
-        from pipeline.models.deeplab import build_network
-
-        data = self._checked_weights()
-        with torch.device("meta"):  # no time, and no random numbers, spent on fresh weights
-            network = build_network(
-                self.architecture, bands=self.input.band_count, classes=len(self.classes)
-            )
-        try:
-            network.to_empty(device="cpu").load_state_dict(safetensors.torch.load(data))
-        except (RuntimeError, safetensors.SafetensorError) as error:
-            problem = " ".join(str(error).split())[:300]
-            raise BundleError(f"the weights of {self.path} do not fit: {problem}") from error
+        network = self._loaded(self._checked_weights())
         for name, weight in network.state_dict().items():
             if not torch.isfinite(weight).all():
                 raise BundleError(
@@ -128,8 +137,27 @@ class Bundle:
                 )
         return network.eval().pool_over(self.crop)
 
+    def _loaded(self, data: bytes) -> DeepLab | CustomNetwork:
+        import safetensors.torch
+        import torch
+
+        from pipeline.models.custom_network import custom_network
+        from pipeline.models.deeplab import build_network
+
+        architecture, bands = self.architecture, self.input.band_count
+        try:
+            if isinstance(architecture, CustomArchitecture):
+                return custom_network(architecture, data, bands=bands, classes=len(self.classes))
+            with torch.device("meta"):  # no time, and no random numbers, spent on fresh weights
+                network = build_network(architecture, bands=bands, classes=len(self.classes))
+            network.to_empty(device="cpu").load_state_dict(safetensors.torch.load(data))
+        except (RuntimeError, safetensors.SafetensorError) as error:
+            problem = " ".join(str(error).split())[:300]
+            raise BundleError(f"the weights of {self.path} do not fit: {problem}") from error
+        return network
+
     def _checked_weights(self) -> bytes:
-        path = self.path / WEIGHTS_FILE
+        path = self.weights_file
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -150,9 +178,7 @@ def load_bundle(path: str | Path) -> Bundle:
         BundleError: a missing file, bad YAML, an unknown or missing key, a value that cannot be.
     """
     path = Path(path)
-    for name in (MODEL_FILE, WEIGHTS_FILE):
-        if not (path / name).is_file():
-            raise BundleError(f"{path} is no model bundle: it has no file {name}")
+    _check_file(path / MODEL_FILE)
     document = read_yaml(path / MODEL_FILE)
     try:
         bundle = replace(from_document(Bundle, document), path=path.absolute())
@@ -160,11 +186,19 @@ def load_bundle(path: str | Path) -> Bundle:
             raise BundleError("key weights_sha256 is missing")
     except BundleError as error:
         raise BundleError(f"{path / MODEL_FILE}: {error}") from error
+    _check_file(bundle.weights_file)
     return bundle
 
 
-def save_bundle(path: str | Path, bundle: Bundle, state_dict: Mapping[str, Tensor]) -> Bundle:
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise BundleError(f"{path.parent} is no model bundle: it has no file {path.name}")
+
+
+def save_bundle(path: str | Path, bundle: Bundle, weights: Mapping[str, Tensor] | bytes) -> Bundle:
     """Write a bundle whole or not at all, in place of one that is there; return it as saved.
+
+    ``weights`` is a state dict, or a program as ``torch.export.save`` writes it.
 
     Raises:
         BundleError: something that is not a bundle lies at ``path``.
@@ -174,13 +208,16 @@ def save_bundle(path: str | Path, bundle: Bundle, state_dict: Mapping[str, Tenso
     path = Path(path)
     if path.exists() and not (path / MODEL_FILE).is_file() and not _is_empty(path):
         raise BundleError(f"{path} exists and is no model bundle: choose another directory")
-    data = safetensors.torch.save({key: part.contiguous() for key, part in state_dict.items()})
+    if isinstance(weights, bytes):
+        data = weights
+    else:
+        data = safetensors.torch.save({key: part.contiguous() for key, part in weights.items()})
     saved = replace(bundle, path=path, weights_sha256=hashlib.sha256(data).hexdigest())
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         fresh = Path(scratch) / "new"
         fresh.mkdir()
-        (fresh / WEIGHTS_FILE).write_bytes(data)
+        (fresh / saved.weights_file.name).write_bytes(data)
         text = yaml.safe_dump(_document(saved), sort_keys=False, allow_unicode=True)
         (fresh / MODEL_FILE).write_text(text, encoding="utf-8")
         if path.exists():

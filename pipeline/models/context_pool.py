@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from pipeline.domain import Region, Shape
 from pipeline.errors import RegionError
 from pipeline.models.frame import Frame
+from pipeline.models.geometry import per_axis
 
 _AVERAGE: dict[int, Callable[..., Tensor]] = {2: F.avg_pool2d, 3: F.avg_pool3d}
 
@@ -57,11 +58,16 @@ class Windows:
 class WindowMean(nn.Module):
     """Mean of features over a window around each place, shifted to stay inside the scene."""
 
-    def __init__(self, *, stride: int) -> None:
+    def __init__(self, *, stride: int | tuple[int, ...]) -> None:
+        """``stride``: pixels between neighbouring features, on all axes or on each."""
         super().__init__()
         self.stride = stride
         self.window: tuple[int, ...] | None = None
         """Side of the window per axis, in features, odd; None: mean over the whole input."""
+
+    def steps(self, ndim: int) -> tuple[int, ...]:
+        """Pixels between neighbouring features, per axis."""
+        return per_axis(self.stride, ndim)
 
     @property
     def mode(self) -> Context:
@@ -87,12 +93,11 @@ class WindowMean(nn.Module):
         if self.window is None:
             return Windows(starts=tuple(torch.zeros(1, dtype=torch.int64) for _ in size), span=size)
         starts, spans = [], []
-        for axis, window in enumerate(self.window):
-            side = frame.shape[axis] // self.stride
+        steps = self.steps(len(size))
+        for axis, (window, step) in enumerate(zip(self.window, steps, strict=True)):
+            side = -(-frame.shape[axis] // step)
             spans.append(min(window, side))
-            first = _window_starts(
-                frame.origin[axis] // self.stride, size[axis], side=side, window=window
-            )
+            first = _window_starts(frame.origin[axis] // step, size[axis], side=side, window=window)
             starts.append(first[places.start[axis] : places.stop[axis]])
         return Windows(starts=tuple(starts), span=tuple(spans))
 
@@ -100,7 +105,7 @@ class WindowMean(nn.Module):
 class ContextPool(nn.Sequential):
     """The image-pooling branch: mean, 1x1 convolution, batch norm, ReLU (keys as torchvision's)."""
 
-    def __init__(self, conv: nn.Module, norm: nn.Module, *, stride: int) -> None:
+    def __init__(self, conv: nn.Module, norm: nn.Module, *, stride: int | tuple[int, ...]) -> None:
         super().__init__(WindowMean(stride=stride), conv, norm, nn.ReLU())
 
     @property

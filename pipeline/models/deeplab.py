@@ -1,104 +1,122 @@
-"""DeepLabV3: a trunk, atrous spatial pyramid pooling, and bilinear upsampling.
+"""DeepLab v3 and v3+: a trunk, atrous spatial pyramid pooling, a decoder, and linear upsampling.
 
-Chen et al. 2017 (arXiv 1706.05587). The ResNet forms have torchvision's layout, key for key.
+Chen et al. 2017 (arXiv 1706.05587) and 2018 (1802.02611). v3 on torchvision's trunks has its
+layout, key for key.
 Axes in array names: B batch, C channel, K class, S space, (y, x) or (z, y, x).
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.models.architecture import Architecture
+from pipeline.models.aspp import Aspp
+from pipeline.models.blocks import classify, conv_norm_relu, mix
 from pipeline.models.context_pool import ContextPool, window_features
+from pipeline.models.deeplab_v1 import DeepLabV1
+from pipeline.models.deeplab_v2 import DeepLabV2
 from pipeline.models.frame import Frame
-from pipeline.models.trunks import SLIM_WIDTH, build_trunk, classify, conv, conv_norm_relu, norm
+from pipeline.models.network import DeepLab
+from pipeline.models.resize import Resize
+from pipeline.models.slim import SLIM_WIDTH
+from pipeline.models.trunks import Trunk, build_trunk
 
-_UPSAMPLING = {2: "bilinear", 3: "trilinear"}
-
-
-class Aspp(nn.Module):
-    """Parallel convolutions of several dilations and the image pooling, projected together."""
-
-    def __init__(
-        self, architecture: Architecture, *, inputs: int, width: int, dropout: float
-    ) -> None:
-        super().__init__()
-        dims = architecture.dims
-        branches: list[nn.Module] = [nn.Sequential(*conv_norm_relu(dims, inputs, width, kernel=1))]
-        branches += [
-            nn.Sequential(*conv_norm_relu(dims, inputs, width, kernel=3, dilation=rate))
-            for rate in architecture.rates
-        ]
-        if architecture.image_pooling:
-            pointwise = conv(dims, inputs, width, kernel=1)
-            branches.append(
-                ContextPool(pointwise, norm(dims, width), stride=architecture.output_stride)
-            )
-        self.convs = nn.ModuleList(branches)
-        self.project = nn.Sequential(
-            *conv_norm_relu(dims, len(branches) * width, width, kernel=1), nn.Dropout(dropout)
-        )
-
-    def forward(self, features_BCS: Tensor, frame: Frame) -> Tensor:
-        """Return (B, width, *S) features."""
-        branches = [
-            branch(features_BCS, frame) if isinstance(branch, ContextPool) else branch(features_BCS)
-            for branch in self.convs
-        ]
-        projected: Tensor = self.project(torch.cat(branches, dim=1))
-        return projected
+__all__ = ["DecoderHead", "DeepLab", "DeepLabV3", "Head", "aspp_width", "build_network"]
 
 
 class Head(nn.Sequential):
-    """ASPP and the classifier, at the output stride."""
+    """ASPP, unless a cascade stands in its place, and what follows at the output stride."""
 
     def forward(self, features_BCS: Tensor, frame: Frame) -> Tensor:  # type: ignore[override]
-        """Return (B, K, *S) logits."""
-        aspp, *rest = self
-        logits_BKS: Tensor = aspp(features_BCS, frame)
-        for layer in rest:
-            logits_BKS = layer(logits_BKS)
+        """Return (B, C, *S) features of the last layer: logits, where that is a classifier."""
+        for layer in self:
+            features_BCS = (
+                layer(features_BCS, frame) if isinstance(layer, Aspp) else layer(features_BCS)
+            )
+        return features_BCS
+
+
+class DecoderHead(nn.Sequential):
+    """ASPP, and the decoder of v3+, which brings it to its low-level features (2018, Fig. 2)."""
+
+    def __init__(
+        self, architecture: Architecture, *, encoder: Head, trunk: Trunk, classes: int
+    ) -> None:
+        dims, decoder = architecture.dims, architecture.decoder
+        assert decoder is not None
+        factor = architecture.output_stride // trunk.low_stride
+        low = conv_norm_relu(dims, trunk.low_channels, decoder.low, kernel=1)
+        fuse: list[nn.Module] = []
+        inputs = aspp_width(architecture) + decoder.low
+        for width in decoder.widths:
+            fuse += mix(dims, inputs, width, separable=architecture.separable)
+            inputs = width
+        layers: dict[str, nn.Module] = {
+            "encoder": encoder,
+            "resize": Resize.by(factor, dims, align_corners=architecture.align_corners),
+            "low": nn.Sequential(*low),
+            "fuse": nn.Sequential(*fuse),
+            "classify": classify(dims, inputs, classes),
+        }
+        super().__init__(OrderedDict(layers))
+
+    def forward(  # type: ignore[override]
+        self, low_BCS: Tensor, features_BCS: Tensor, frame: Frame
+    ) -> Tensor:
+        """Return (B, K, *S) logits at the stride of the low-level features."""
+        encoder, resize, low, fuse, last = self
+        joined_BCS = torch.cat([resize(encoder(features_BCS, frame)), low(low_BCS)], dim=1)
+        logits_BKS: Tensor = last(fuse(joined_BCS))
         return logits_BKS
 
 
 def aspp_width(architecture: Architecture) -> int:
     """Channels of every branch of ASPP, and so of the mean of image pooling."""
+    if architecture.width is not None:
+        return architecture.width
     return SLIM_WIDTH[architecture.dims] if architecture.backbone == "slim" else 256
 
 
-class DeepLab(nn.Module):
-    """A network whose tiles agree with the whole scene, given its reach (``reach_of``)."""
+class DeepLabV3(DeepLab):
+    """DeepLab v3, and with a decoder v3+."""
 
     def __init__(self, architecture: Architecture, *, bands: int, classes: int) -> None:
-        super().__init__()
+        super().__init__(architecture, bands=bands, classes=classes)
         dims = architecture.dims
-        self.architecture, self.bands, self.classes = architecture, bands, classes
+        self.stride = architecture.output_stride
         self.backbone = build_trunk(architecture, bands=bands)
-        inputs, width = self.backbone.channels, aspp_width(architecture)
-        if architecture.backbone == "slim":
-            aspp = Aspp(architecture, inputs=inputs, width=width, dropout=0.1)
-            self.classifier = Head(aspp, classify(dims, width, classes))
+        head, width = _encoder(architecture, inputs=self.backbone.channels)
+        self.classifier: Head | DecoderHead
+        if architecture.decoder is None:
+            self.classifier = head.append(classify(dims, width, classes))
+            factor = self.stride
         else:
-            aspp = Aspp(architecture, inputs=inputs, width=width, dropout=0.5)
-            smooth = conv_norm_relu(dims, width, width, kernel=3)
-            self.classifier = Head(aspp, *smooth, classify(dims, width, classes))
-        self.upsample = nn.Upsample(
-            scale_factor=architecture.output_stride, mode=_UPSAMPLING[dims], align_corners=False
-        )
-
-    def forward(self, image_BCS: Tensor, frame: Frame) -> Tensor:
-        """Return (B, K, *S) logits at the input's size, which are multiples of the stride."""
-        logits_BKS: Tensor = self.upsample(self.coarse_logits(image_BCS, frame))
-        return logits_BKS
+            self.classifier = DecoderHead(
+                architecture, encoder=head, trunk=self.backbone, classes=classes
+            )
+            factor = self.backbone.low_stride
+        self.upsample = Resize.by(factor, dims, align_corners=self.align_corners)
 
     def coarse_logits(self, image_BCS: Tensor, frame: Frame) -> Tensor:
-        """Return (B, K, *S / stride) logits at the output stride."""
-        logits_BKS: Tensor = self.classifier(self.backbone(image_BCS), frame)
+        """Return (B, K, *S) logits at the output stride, or at that of the decoder."""
+        logits_BKS: Tensor
+        if isinstance(self.classifier, Head):
+            logits_BKS = self.classifier(self.backbone(image_BCS), frame)
+        else:
+            low_BCS, features_BCS = self.backbone.taps(image_BCS)
+            logits_BKS = self.classifier(low_BCS, features_BCS, frame)
         return logits_BKS
+
+    @property
+    def last_layers(self) -> tuple[nn.Module, ...]:
+        """As ``DeepLab.last_layers``."""
+        return (self.classifier[-1],)
 
     @property
     def pool(self) -> ContextPool | None:
@@ -108,12 +126,28 @@ class DeepLab(nn.Module):
     def pool_over(self, crop: Sequence[int] | None) -> Self:
         """Pool over windows of the training crop, in px; over all that is read where None."""
         if self.pool is not None:
-            stride = self.architecture.output_stride
-            window = None if crop is None else window_features(crop, stride=stride)
+            window = None if crop is None else window_features(crop, stride=self.stride)
             self.pool.mean.window = window
         return self
 
 
+def _encoder(architecture: Architecture, *, inputs: int) -> tuple[Head, int]:
+    """ASPP and what smooths it, and the channels that it gives."""
+    if architecture.cascade:
+        return Head(), inputs
+    width = aspp_width(architecture)
+    dropout = 0.5 if architecture.smooth else 0.1  # torchvision, and the papers
+    head = Head(Aspp(architecture, inputs=inputs, width=width, dropout=dropout))
+    if architecture.smooth:
+        head.extend(mix(architecture.dims, width, width, separable=architecture.separable))
+    return head, width
+
+
+_FAMILIES: MappingProxyType[str, type[DeepLab]] = MappingProxyType(
+    {"v1": DeepLabV1, "v2": DeepLabV2, "v3": DeepLabV3, "v3plus": DeepLabV3}
+)
+
+
 def build_network(architecture: Architecture, *, bands: int, classes: int) -> DeepLab:
     """A network with fresh weights, in training mode; image pooling over all that is read."""
-    return DeepLab(architecture, bands=bands, classes=classes)
+    return _FAMILIES[architecture.family](architecture, bands=bands, classes=classes)

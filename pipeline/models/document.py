@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -58,10 +58,14 @@ def from_document(kind: type[T], value: Any, *, at: str = "") -> T:
 
 
 def to_document(value: Any) -> Any:
-    """The mapping that ``from_document`` would build an equal value from; None left out."""
+    """The mapping that ``from_document`` would build an equal value from.
+
+    Defaults are left out, so that a new field that has one changes no digest.
+    """
     if dataclasses.is_dataclass(value):
-        pairs = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-        return {name: to_document(part) for name, part in pairs if part is not None and part != ()}
+        parts = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        said = [(f.name, part) for f, part in parts if part != f.default]
+        return {name: to_document(part) for name, part in said}
     if isinstance(value, Mapping):
         return {key: to_document(part) for key, part in value.items()}
     return [to_document(part) for part in value] if isinstance(value, (tuple, list)) else value
@@ -102,7 +106,14 @@ def _convert_union(kinds: tuple[Any, ...], value: Any, *, at: str) -> Any:
     kinds = tuple(kind for kind in kinds if kind is not type(None))
     if type(value) in kinds:
         return value
-    return _convert(kinds[0], value, at=at)
+    return _convert(next((k for k in kinds if _names(k, value)), kinds[0]), value, at=at)
+
+
+def _names(kind: Any, value: Any) -> bool:
+    """Whether a mapping has a word that a field of ``kind`` must have (``Literal``)."""
+    hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+    words = {n: typing.get_args(h) for n, h in hints.items() if typing.get_origin(h) is Literal}
+    return isinstance(value, Mapping) and any(value.get(n) in known for n, known in words.items())
 
 
 def _convert_tuple(kind: Any, value: Any, *, at: str) -> tuple[Any, ...]:

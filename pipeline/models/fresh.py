@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import colorsys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,7 +40,10 @@ def new_bundle(
         name=f"fresh-{architecture.family}-{architecture.backbone}",
         version=1,
         architecture=architecture,
-        classes=tuple(_class(number, classes) for number in range(classes)),
+        classes=tuple(
+            ClassInfo.numbered(number, of=classes, name=f"class-{number}")
+            for number in range(classes)
+        ),
         ignore_index=255 if classes <= 255 else 65535,
         input=spec,
         crop=_CROP[architecture.dims],
@@ -54,13 +57,13 @@ def new_bundle(
 
 
 def spread(network: DeepLab) -> None:
-    """Give fresh batch norms statistics and the last layer a direction, so that all classes occur.
+    """Give fresh layers statistics and the last ones a direction, so that all classes occur.
 
-    With the statistics of a new layer (0 and 1) the residual sums grow from block to block and one
-    class wins everywhere. They are taken from noise of several wavelengths instead.
+    With the statistics of a new norm (0 and 1) the residual sums grow from block to block, without
+    norms the features fade, and one class wins everywhere. They are taken from noise of several
+    wavelengths instead.
     """
     network.eval()
-    _flatten_stem(network)
     for layer in network.modules():
         if isinstance(layer, (nn.BatchNorm2d, nn.BatchNorm3d)):
             nn.init.uniform_(layer.weight, 0.5, 1.5)
@@ -69,21 +72,55 @@ def spread(network: DeepLab) -> None:
             layer.train()
     noise_BCS = _noise(network)
     with torch.no_grad():
-        _last_features(network, noise_BCS)
+        _settle(network, noise_BCS)
         network.eval()
         features = [_last_features(network, gain * noise_BCS) for gain in (1.0, 16.0)]
-        _balance(network.classifier[-1], features)
+        for layer, parts in zip(network.last_layers, zip(*features, strict=True), strict=True):
+            _balance(layer, parts)
 
 
-def _flatten_stem(network: DeepLab) -> None:
-    """Make the first filters blind to a constant, so that an image's offset does not decide."""
-    first = next(m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
-    with torch.no_grad():
-        first.weight -= first.weight.mean(tuple(range(2, first.weight.ndim)), keepdim=True)
+def _settle(network: DeepLab, noise_BCS: Tensor) -> None:
+    """Run the network once, each convolution set as soon as its input is there."""
+    hooks = []
+    waiting = set(network.modules()) - set(network.last_layers)
+    for layer in network.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
+            hooks.append(layer.register_forward_pre_hook(partial(_flatten, image_BCS=noise_BCS)))
+            if layer.bias is not None:  # no norm follows
+                hooks.append(layer.register_forward_hook(partial(_normalise, waiting)))
+    _run(network, noise_BCS)
+    for hook in hooks:
+        hook.remove()
 
 
-def _balance(last: nn.Module, features: list[Tensor]) -> None:
-    """Make the classes' logits 0 in the mean over each of ``features``, of deviation 1.
+def _flatten(layer: nn.Module, inputs: tuple[Tensor, ...], *, image_BCS: Tensor) -> None:
+    """Make filters of the image blind to a constant, so that an image's offset does not decide."""
+    if inputs[0] is image_BCS:
+        assert isinstance(layer, (nn.Conv2d, nn.Conv3d))
+        layer.weight -= layer.weight.mean(tuple(range(2, layer.weight.ndim)), keepdim=True)
+
+
+def _normalise(
+    waiting: set[nn.Module], layer: nn.Module, inputs: tuple[Tensor, ...], output_BCS: Tensor
+) -> Tensor | None:
+    """Give a layer that waits for it the statistics that a norm after it would have."""
+    if layer not in waiting:
+        return None
+    waiting.remove(layer)  # it may be called again, at another scale
+    assert isinstance(layer, (nn.Conv2d, nn.Conv3d))
+    assert layer.bias is not None
+    rows_CP = output_BCS.transpose(0, 1).flatten(1)
+    offset_C = torch.empty_like(layer.bias).normal_(0.0, 0.2)
+    factor_C = torch.empty_like(layer.bias).uniform_(0.5, 1.5) / rows_CP.std(1)
+    shape = (-1, *(1,) * (layer.weight.ndim - 1))
+    layer.weight *= factor_C.reshape(shape)
+    layer.bias.copy_((layer.bias - rows_CP.mean(1)) * factor_C + offset_C)
+    settled_BCS: Tensor = layer.forward(inputs[0])
+    return settled_BCS
+
+
+def _balance(last: nn.Module, features: tuple[Tensor, ...]) -> None:
+    """Make the classes' scores 0 in the mean over each of ``features``, of deviation 1.
 
     ReLU features point the same way on the whole, and further the stronger the image's contrast:
     a class that lay that way would win everywhere. Each is (B, C, *S); the first sets the scale.
@@ -92,25 +129,35 @@ def _balance(last: nn.Module, features: list[Tensor]) -> None:
     assert last.bias is not None
     means_CN = torch.stack([part.transpose(0, 1).flatten(1).mean(1) for part in features], dim=1)
     basis_CN = torch.linalg.qr(means_CN).Q
-    weight_KC = last.weight.flatten(1)
-    weight_KC = weight_KC - weight_KC @ basis_CN @ basis_CN.T
-    logits_KP = weight_KC @ features[0].transpose(0, 1).flatten(1)
-    last.weight.copy_((weight_KC / logits_KP.std(1, keepdim=True)).reshape(last.weight.shape))
+    weight_KTC = last.weight.flatten(2).transpose(1, 2)
+    weight_KTC = weight_KTC - weight_KTC @ basis_CN @ basis_CN.T
+    last.weight.copy_(weight_KTC.transpose(1, 2).reshape(last.weight.shape))
     last.bias.zero_()
+    scores_KP = last(features[0]).transpose(0, 1).flatten(1)
+    last.weight /= scores_KP.std(1).reshape(-1, *(1,) * (last.weight.ndim - 1))
 
 
-def _last_features(network: DeepLab, image_BCS: Tensor) -> Tensor:
-    """What the last layer is given."""
-    seen: list[Tensor] = []
-    hook = network.classifier[-1].register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+def _last_features(network: DeepLab, image_BCS: Tensor) -> list[Tensor]:
+    """What each of the last layers is given, when it is first called."""
+    seen: dict[nn.Module, Tensor] = {}
+
+    def see(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.setdefault(layer, inputs[0])
+
+    hooks = [layer.register_forward_pre_hook(see) for layer in network.last_layers]
+    _run(network, image_BCS)
+    for hook in hooks:
+        hook.remove()
+    return [seen[layer] for layer in network.last_layers]
+
+
+def _run(network: DeepLab, image_BCS: Tensor) -> None:
     network.coarse_logits(image_BCS, Frame((0,) * (image_BCS.ndim - 2), tuple(image_BCS.shape[2:])))
-    hook.remove()
-    return seen[0]
 
 
 def _noise(network: DeepLab) -> Tensor:
     """Four images (B, C, *S) of noise at wavelengths of 1 to 16 px, deviation about 1."""
-    size = _PROBE[network.architecture.dims]
+    size = tuple(side + network.align_corners for side in _PROBE[network.architecture.dims])
     mode = "bilinear" if len(size) == 2 else "trilinear"
     parts = [
         F.interpolate(
@@ -119,9 +166,3 @@ def _noise(network: DeepLab) -> Tensor:
         for step in (1, 4, 16)
     ]
     return torch.stack(parts).sum(0)
-
-
-def _class(number: int, count: int) -> ClassInfo:
-    red, green, blue = colorsys.hsv_to_rgb(number / count, 0.65, 0.85)
-    color = f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
-    return ClassInfo(id=number, name=f"class-{number}", color=color)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import math
 import re
 from dataclasses import dataclass
@@ -126,8 +127,42 @@ class ClassInfo:
         if not re.fullmatch(r"#[0-9a-fA-F]{6}", self.color):
             raise BundleError(f"color of class {self.name!r} must be '#rrggbb', got {self.color!r}")
 
+    @classmethod
+    def numbered(cls, number: int, *, of: int, name: str) -> ClassInfo:
+        """Class ``number`` of so many that nobody gave a colour: hues around the circle."""
+        red, green, blue = colorsys.hsv_to_rgb(number / of, 0.65, 0.85)
+        color = f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
+        return cls(id=number, name=name, color=color)
+
     @property
     def rgb(self) -> tuple[int, int, int]:
         """The colour as red, green, blue, 0 to 255."""
         red, green, blue = bytes.fromhex(self.color[1:])
         return red, green, blue
+
+
+@dataclass(frozen=True, slots=True)
+class Legend:
+    """The classes of a mask, in the order of the scores' channels."""
+
+    classes: tuple[ClassInfo, ...]
+
+    def __post_init__(self) -> None:
+        ids = list(self.values)
+        if len(ids) < 2 or len(set(ids)) != len(ids):
+            raise BundleError(f"classes need at least two different ids, got {ids}")
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """Class id of each channel."""
+        return tuple(info.id for info in self.classes)
+
+    @property
+    def dtype(self) -> Literal["uint8", "uint16"]:
+        """The smallest type that holds the class ids and nodata."""
+        return "uint8" if max(self.values) <= 254 else "uint16"
+
+    @property
+    def nodata(self) -> int:
+        """Mask value where no pixel was valid: the greatest of the type."""
+        return 255 if self.dtype == "uint8" else 65535

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.domain import Halo, Shape
 from pipeline.errors import BundleError
+from pipeline.models.custom_network import CustomNetwork
 from pipeline.models.deeplab import DeepLab
 from pipeline.models.frame import Frame
 from pipeline.models.nan_watch import NanWatch
@@ -54,7 +55,13 @@ class Probe:
 
 
 def probe(
-    module: Callable[[Tensor], Tensor], *, dims: int, bands: int, stride: int, most_px: int
+    module: Callable[[Tensor], Tensor],
+    *,
+    dims: int,
+    bands: int,
+    stride: int,
+    most_px: int,
+    endpoint: int = 0,
 ) -> Probe:
     """Move a line of NaN over one stride in the middle of strips, along each axis in turn.
 
@@ -63,9 +70,10 @@ def probe(
             layers of a ``nn.Module`` are watched.
         dims: number of spatial axes.
         bands: channels of the input.
-        stride: the output stride, in pixels; sides of strips are multiples of it.
+        stride: the output stride, in pixels.
         most_px: length of the strips. What reaches half of it counts as GLOBAL; a lone tap
             further away than that is not seen.
+        endpoint: sides of strips are multiples of the stride and so many pixels more.
 
     Strips are 16 px wide, two strides at least. A layer that passes nothing on across so little
     (an even kernel, widely dilated) is refused.
@@ -82,7 +90,9 @@ def probe(
             f"strips of {most_px} px are too short for an output stride of {stride} px: allow"
             f" {4 * stride} px at least"
         )
-    bench = _Bench(module=module, dims=dims, bands=bands, stride=stride, length=length)
+    bench = _Bench(
+        module=module, dims=dims, bands=bands, stride=stride, length=length, endpoint=endpoint
+    )
     bench.check_clean()
     found = [bench.reach(axis) for axis in range(dims)]
     if None not in found:
@@ -98,8 +108,8 @@ def probe(
     )
 
 
-def probe_network(network: DeepLab, *, most_px: int) -> Probe:
-    """``probe`` of one of our networks: each strip is a scene of its own."""
+def probe_network(network: DeepLab | CustomNetwork, *, most_px: int) -> Probe:
+    """``probe`` of a bundle's network: each strip is a scene of its own."""
     dims = network.architecture.dims
 
     def place(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor, Frame]:
@@ -111,8 +121,9 @@ def probe_network(network: DeepLab, *, most_px: int) -> Probe:
             network,
             dims=dims,
             bands=network.bands,
-            stride=network.architecture.output_stride,
+            stride=network.stride,
             most_px=most_px,
+            endpoint=int(network.upsample.align_corners),
         )
     finally:
         handle.remove()
@@ -152,6 +163,9 @@ class _Bench:
     stride: int
     length: int
 
+    endpoint: int
+    """Pixels of a strip's sides beyond that: 1 where the network aligns corners."""
+
     def check_clean(self) -> None:
         """Raise BundleError where NaN comes out though none went in."""
         if _run(self.module, self._strip(0, self.length)).isnan().any():
@@ -189,7 +203,7 @@ class _Bench:
         spans = []
         for phase in range(self.stride + 1):
             span = self._touched(axis, middle + phase)
-            if span and (span.start == 0 or span.stop == self.length):
+            if span and (span.start == 0 or span.stop >= self.length):
                 return None
             spans.append(span)
             if span:  # its last region needs pixels before it, its first needs some after it
@@ -216,7 +230,8 @@ class _Bench:
     def _strip(self, axis: int, length: int) -> Tensor:
         """A new (1, bands, *S) ramp from 1 to 2: no constant, whose deviation might divide."""
         width = max(2, -(-_WIDTH_PX // self.stride)) * self.stride
-        size = [length if other == axis else width for other in range(self.dims)]
+        sides = (length if other == axis else width for other in range(self.dims))
+        size = [side + self.endpoint for side in sides]
         parameters = self.module.parameters() if isinstance(self.module, nn.Module) else iter(())
         ramp = torch.linspace(1, 2, self.bands * math.prod(size))
         return ramp.reshape(1, self.bands, *size).to(next(parameters, ramp))

@@ -1,133 +1,30 @@
-"""What a network's output needs of its input: interval arithmetic over the real layers.
+"""What a network's output needs of its input: interval arithmetic over its real layers.
 
-The network is traced with ``torch.fx``; every value is followed forwards as "element i depends on
-pixels [stride x i + low, stride x i + high]", per axis (Araujo, Norris and Sim, Distill 2019).
+A region of the output is followed back through the stages: each layer says what it reads for it
+(Araujo, Norris and Sim, "Computing receptive fields of convolutional neural networks", Distill
+2019), in a scene without borders. Where branches meet, the needs of both are joined.
 """
 
 from __future__ import annotations
 
-import math
-import operator
-import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
-import torch
-from torch import fx, nn
-
-from pipeline.domain import ContextWindow, Halo, Reach
+from pipeline.domain import ContextWindow, Halo, Reach, Region
 from pipeline.errors import BundleError
-from pipeline.models.context_pool import Context, ContextPool
+from pipeline.models.chain import Chain, Gate
+from pipeline.models.context_pool import Context, WindowMean
 from pipeline.models.deeplab import DeepLab
-from pipeline.models.global_layers import GLOBAL_LAYERS, layer_label, mixes_scene
-
-_POINTWISE = (nn.BatchNorm2d, nn.BatchNorm3d, nn.ReLU, nn.Dropout, nn.Identity)
-_SLIDING = (nn.Conv2d, nn.Conv3d, nn.MaxPool2d, nn.MaxPool3d)
-_MERGES = (torch.cat, torch.add, operator.add, operator.iadd)
+from pipeline.models.stages import stages_of
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """Element i depends on ``[stride*i + low, stride*i + high]`` of the origin, per axis."""
-
-    stride: tuple[int, ...]
-    """Elements of the origin between neighbouring elements."""
-
-    low: tuple[int, ...]
-    """First element that element 0 depends on."""
-
-    high: tuple[int, ...]
-    """Last element that element 0 depends on."""
-
-    @classmethod
-    def start(cls, ndim: int, *, stride: int) -> Span:
-        """An origin, whose elements lie ``stride`` px apart."""
-        return cls(stride=(stride,) * ndim, low=(0,) * ndim, high=(0,) * ndim)
-
-    def slide(self, layer: nn.Module) -> Span:
-        """Through a convolution or max-pooling layer."""
-        ndim = len(self.stride)
-        kernel, step, padding, dilation = (
-            _per_axis(getattr(layer, name), ndim)
-            for name in ("kernel_size", "stride", "padding", "dilation")
-        )
-        rows = zip(self.stride, self.low, self.high, kernel, padding, dilation, strict=True)
-        ends = [(low - s * p, high + s * (d * (k - 1) - p)) for s, low, high, k, p, d in rows]
-        return Span(
-            stride=tuple(s * t for s, t in zip(self.stride, step, strict=True)),
-            low=tuple(low for low, _ in ends),
-            high=tuple(high for _, high in ends),
-        )
-
-    def __or__(self, other: Span) -> Span:
-        """Of a value made from two: the smallest span that contains both."""
-        if self.stride != other.stride:
-            raise BundleError(
-                f"branches of strides {self.stride} and {other.stride} px meet; their receptive"
-                " field is not known: resample them to one stride first"
-            )
-        return Span(
-            stride=self.stride,
-            low=tuple(map(min, self.low, other.low)),
-            high=tuple(map(max, self.high, other.high)),
-        )
-
-    def halo_upsampled(self, factor: int) -> Halo:
-        """Context of a stride-aligned region after linear upsampling, corners not aligned."""
-        floors = [math.floor((x + 0.5) / factor - 0.5) for x in range(factor)]
-        pairs = list(zip(self.stride, self.low, self.high, strict=True))
-        return Halo(
-            before=tuple(max(0, *(-s * f - low for f in floors)) for s, low, _ in pairs),
-            after=tuple(max(0, *(s * (f + 1) + hi - s + 1 for f in floors)) for s, _, hi in pairs),
-        )
-
-    def halo(self) -> Halo:
-        """Context of a region that is a whole number of elements."""
-        return Halo(
-            before=tuple(max(0, -low) for low in self.low),
-            after=tuple(
-                max(0, high - s + 1) for s, high in zip(self.stride, self.high, strict=True)
-            ),
-        )
+def receptive_field(chain: Chain) -> Region:
+    """The pixels that coarse logit 0 depends on, image pooling left out."""
+    return _needed(chain, {chain.logits: _first(chain)})[0]
 
 
-@dataclass(frozen=True, slots=True)
-class _Paths:
-    """How a value depends on the image, and on what is pooled; None where it does not."""
-
-    image: Span | None
-    pooled: Span | None
-
-    def slide(self, layer: nn.Module) -> _Paths:
-        return _Paths(
-            None if self.image is None else self.image.slide(layer),
-            None if self.pooled is None else self.pooled.slide(layer),
-        )
-
-    def __or__(self, other: _Paths) -> _Paths:
-        return _Paths(_union(self.image, other.image), _union(self.pooled, other.pooled))
-
-
-TRACING = threading.Lock()
-"""Held while a network is traced, which patches every module of this process, and while one is
-called beside threads that may trace."""
-
-
-class Tracer(fx.Tracer):
-    """Leaves image pooling and global layers whole: what they need is not a span."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether to look no further into ``m``."""
-        whole = isinstance(m, (ContextPool, *GLOBAL_LAYERS))
-        return whole or super().is_leaf_module(m, module_qualified_name)
-
-
-def local_span(network: DeepLab) -> Span:
-    """What a coarse logit needs of the image, image pooling left out."""
-    span = _walk(network).logits.image
-    assert span is not None
-    return span
+def local_halo(chain: Chain) -> Halo:
+    """Context, in pixels, of a region that is whole strides, image pooling left out."""
+    return _halo(_needed(chain, _logits_of_a_stride(chain))[0], chain)
 
 
 def reach_of(network: DeepLab, *, context: Context = "window") -> Reach:
@@ -143,94 +40,88 @@ def reach_of(network: DeepLab, *, context: Context = "window") -> Reach:
         BundleError: a layer that mixes the whole scene or whose receptive field is not known, or
             image pooling without window.
     """
-    found = _walk(network)
-    stride = network.architecture.output_stride
-    assert found.logits.image is not None
-    halo = found.logits.image.halo_upsampled(stride).round_up(stride)
+    chain = stages_of(network)
+    if context != "tile":
+        _check_local(chain)
+    stride, endpoint = chain.stride, chain.endpoint
+    image, pooled = _needed(chain, _logits_of_a_stride(chain))
+    halo = _halo(image, chain).round_up(stride)
     if network.pool is None or context == "tile":
-        return Reach(stride=stride, halo=halo)
+        return Reach(stride=stride, endpoint=endpoint, halo=halo)
+    outer, steps = _trunk(chain)
     if context == "scene":
-        assert found.trunk is not None
-        return Reach(stride=stride, halo=halo, pooled=found.trunk.halo().round_up(stride))
+        if set(steps) != {stride}:
+            raise BundleError(f"context scene needs features every {stride} px, they lie {steps}")
+        outer = outer.round_up(stride)
+        return Reach(stride=stride, endpoint=endpoint, halo=halo, pooled=outer)
     window = network.pool.mean.window
-    if window is None or found.trunk is None or found.logits.pooled is None:
+    if window is None or pooled is None:
         raise BundleError(
             "the image pooling of this network has no window, so that its reach is the scene:"
             " give it the training crop (pool_over), or ask for context 'tile'"
         )
-    return Reach(
-        stride=stride,
-        halo=halo,
-        window=ContextWindow(
-            size=tuple(side * stride for side in window),
-            inner=found.logits.pooled.halo_upsampled(stride),
-            outer=found.trunk.halo(),
-        ),
+    places = Region(
+        tuple(a * s for a, s in zip(pooled.start, steps, strict=True)),
+        tuple(b * s for b, s in zip(pooled.stop, steps, strict=True)),
     )
+    size = tuple(side * s for side, s in zip(window, steps, strict=True))
+    found = ContextWindow(size=size, steps=steps, inner=_halo(places, chain), outer=outer)
+    return Reach(stride=stride, endpoint=endpoint, halo=halo, window=found)
 
 
-@dataclass(frozen=True, slots=True)
-class _Walk:
-    """Paths of the coarse logits, and of the features that are pooled."""
-
-    logits: _Paths
-    trunk: Span | None
-
-
-def _walk(network: DeepLab) -> _Walk:
-    with TRACING:
-        graph = Tracer().trace(network)
-    parts = dict(network.named_modules())
-    ndim, stride = network.architecture.dims, network.architecture.output_stride
-    image = Span.start(ndim, stride=1)
-    paths: dict[fx.Node, _Paths] = {}
-    trunk: Span | None = None
-    for node in graph.nodes:
-        inputs = [paths[arg] for arg in node.all_input_nodes if arg in paths]
-        layer = parts.get(str(node.target)) if node.op == "call_module" else None
-        if node.op == "placeholder":
-            if not paths:  # the image; the frame, which is second, holds no pixels
-                paths[node] = _Paths(image, None)
-        elif mixes_scene(node, layer):
-            raise BundleError(
-                f"layer {layer_label(node, layer)} mixes the whole scene, so that no halo makes its"
-                " tiles agree: only the image pooling of ASPP may do that"
-            )
-        elif layer is network.upsample:
-            _check_stride(inputs[0], stride)
-            return _Walk(inputs[0], trunk)
-        elif isinstance(layer, ContextPool):
-            trunk = inputs[0].image
-            paths[node] = _Paths(None, Span.start(ndim, stride=stride))
-        elif layer is not None and isinstance(layer, _SLIDING):
-            paths[node] = inputs[0].slide(layer)
-        elif isinstance(layer, _POINTWISE) or (layer is None and node.target in _MERGES):
-            paths[node] = _merge(inputs)
-        else:
-            raise BundleError(
-                f"the receptive field of layer {layer_label(node, layer)} is not known"
-            )
-    raise BundleError("the network does not end with its upsampling layer")
+def _check_local(chain: Chain) -> None:
+    """Raise BundleError where a layer of the trunk mixes the whole scene."""
+    layers = (step.layer for stage in chain.stages for step in stage.steps)
+    gate = next((layer for layer in layers if isinstance(layer, Gate)), None)
+    if gate is not None:
+        raise BundleError(
+            f"layer {gate.label} mixes the whole scene, so that no halo makes its tiles agree:"
+            " ask for context 'tile', which is not exact"
+        )
 
 
-def _check_stride(paths: _Paths, stride: int) -> None:
-    if paths.image is None or set(paths.image.stride) != {stride}:
-        found = None if paths.image is None else paths.image.stride
-        raise BundleError(f"output stride {stride} px stated, the layers have {found}")
+def _needed(chain: Chain, wanted: Mapping[str, Region]) -> tuple[Region, Region | None]:
+    """What these regions of maps need of the image, and which places of image pooling, if any."""
+    needed, pooled = dict(wanted), None
+    for stage in reversed(chain.stages):
+        region = needed.get(stage.name)
+        if region is None:
+            continue
+        for step, name in stage.reads():
+            if isinstance(step.layer, WindowMean):
+                pooled = region if pooled is None else pooled | region
+                continue
+            part = step.geometry.reads(region) if step.geometry else region
+            needed[name] = part | needed.get(name, part)
+    return needed[chain.image], pooled
 
 
-def _merge(inputs: Sequence[_Paths]) -> _Paths:
-    merged = inputs[0]
-    for paths in inputs[1:]:
-        merged |= paths
-    return merged
+def _trunk(chain: Chain) -> tuple[Halo, tuple[int, ...]]:
+    """Context of the features that are pooled, in pixels, and how many lie between two of them."""
+    pools = (p for s in chain.stages for p in s.steps if isinstance(p.layer, WindowMean))
+    step = next(pools)
+    assert isinstance(step.layer, WindowMean)
+    steps = step.layer.steps(_ndim(chain))
+    image, _ = _needed(chain, {step.inputs[0]: _first(chain)})
+    after = (max(0, b - s) for b, s in zip(image.stop, steps, strict=True))
+    return Halo(tuple(max(0, -a) for a in image.start), tuple(after)), steps
 
 
-def _union(first: Span | None, second: Span | None) -> Span | None:
-    if first is None or second is None:
-        return first or second
-    return first | second
+def _logits_of_a_stride(chain: Chain) -> dict[str, Region]:
+    """The coarse logits of one stride of pixels from the scene's first."""
+    stride = Region.whole((chain.stride,) * _ndim(chain))
+    return {chain.logits: chain.upsample.reads(stride)}
 
 
-def _per_axis(value: Any, ndim: int) -> tuple[int, ...]:
-    return (value,) * ndim if isinstance(value, int) else tuple(value)
+def _halo(needed: Region, chain: Chain) -> Halo:
+    """What is needed around one stride of pixels."""
+    after = tuple(max(0, b - chain.stride) for b in needed.stop)
+    return Halo(tuple(max(0, -a) for a in needed.start), after)
+
+
+def _first(chain: Chain) -> Region:
+    return Region.whole((1,) * _ndim(chain))
+
+
+def _ndim(chain: Chain) -> int:
+    return len(chain.upsample.up)

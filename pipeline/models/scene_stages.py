@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from pipeline.models.chain import Chain, Stage, Step
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.scene_mean import GivenMean, OwnMean
-from pipeline.models.stages import Chain, Stage, Step
 
 
 def pooled_chain(chain: Chain) -> Chain:

@@ -1,245 +1,59 @@
 """A network as a chain of stages, each of which runs window by window without redoing any work.
 
-A value that a layer reads beyond its own place (a convolution wider than 1, a stride, image
-pooling) is a feature map and kept whole; everything between two maps is a stage, in which a window
-of the output needs, besides the maps, only its own places. Every layer does the arithmetic that it
-does in the whole network: batch norm folded into the convolution before it would move the logits
-of a deep network by more than their rounding.
-
-Axes in array names: B batch, C channel, S space, (y, x) or (z, y, x). Regions are in features of
-their own map, from the first that the network's input gives.
+A value that a layer reads beyond its own place (a convolution wider than 1, a stride, a change of
+resolution, image pooling) is a feature map and kept whole; everything between two maps is a stage,
+in which a window of the output needs, besides the maps, only its own places. Every layer does the
+arithmetic that it does in the whole network: batch norm folded into the convolution before it
+would move the logits of a deep network by more than their rounding.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TypeGuard
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
+from torchvision.ops import SqueezeExcitation
 
-from pipeline.domain import Region, Shape
 from pipeline.errors import BundleError
+from pipeline.models.chain import Chain, Convolution, Gate, Layer, Norm, Pool, Stage, Step
 from pipeline.models.context_pool import ContextPool, WindowMean
 from pipeline.models.deeplab import DeepLab
-from pipeline.models.receptive_field import TRACING, Tracer
-from pipeline.models.scene_mean import GivenMean, OwnMean
+from pipeline.models.geometry import Scale, Slide
+from pipeline.models.global_layers import GLOBAL_LAYERS, layer_label, mixes_scene
+from pipeline.models.resize import Resize
 
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
-_POOLS = (nn.MaxPool2d, nn.MaxPool3d)
+_MAX_POOLS = (nn.MaxPool2d, nn.MaxPool3d)
+_AVERAGE_POOLS = (nn.AvgPool2d, nn.AvgPool3d)
 _NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
 _NOTHING = (nn.Dropout, nn.Identity)
 _ADDITIONS = (torch.add, operator.add, operator.iadd)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Slide:
-    """How a layer slides over its input, per axis."""
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-
-    @classmethod
-    def of(cls, layer: nn.Module, ndim: int) -> Slide:
-        """Of a convolution or max-pooling layer."""
-        names = {"kernel": "kernel_size"} | {n: n for n in ("stride", "padding", "dilation")}
-        return cls(**{key: _per_axis(getattr(layer, name), ndim) for key, name in names.items()})
-
-    @property
-    def pointwise(self) -> bool:
-        """Whether a place of the output needs the same place of the input, and no other."""
-        return set(self.kernel + self.stride) == {1} and set(self.padding) == {0}
-
-    def shape(self, shape: Shape) -> Shape:
-        """Shape of the output for an input of ``shape``."""
-        rows = zip(shape, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in rows)
-
-    def reads(self, region: Region) -> Region:
-        """What ``region`` of the output needs of the input; may reach outside it."""
-        rows = list(zip(self.stride, self.padding, self.dilation, self.kernel, strict=True))
-        return Region(
-            tuple(a * s - p for a, (s, p, _, _) in zip(region.start, rows, strict=True)),
-            tuple(
-                (b - 1) * s - p + d * (k - 1) + 1
-                for b, (s, p, d, k) in zip(region.stop, rows, strict=True)
-            ),
-        )
+TRACING = threading.Lock()
+"""Held while a network is traced, which patches every module of this process, and while one is
+called beside threads that may trace."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Convolution:
-    """A convolution, and the batch norm after it."""
+class Tracer(fx.Tracer):
+    """Leaves whole what is one layer to us, and global layers: what they need has no bounds."""
 
-    slide: Slide
-
-    weight: Tensor
-    """(outputs, inputs / groups, *kernel)."""
-
-    bias: Tensor | None
-    groups: int
-
-    @property
-    def work(self) -> int:
-        """Multiply-adds per place of the output."""
-        return self.weight.numel()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Norm:
-    """Batch norm with fixed statistics."""
-
-    mean: Tensor
-    variance: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    epsilon: float
-
-    @classmethod
-    def of(cls, layer: nn.Module) -> Norm:
-        """Of a batch norm in eval mode that keeps statistics."""
-        assert isinstance(layer, _NORMS)
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        return cls(
-            mean=layer.running_mean,
-            variance=layer.running_var,
-            weight=layer.weight,
-            bias=layer.bias,
-            epsilon=layer.eps,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class MaxPool:
-    """A max-pooling layer."""
-
-    slide: Slide
-
-
-Mean = WindowMean | GivenMean | OwnMean
-Layer = Convolution | Norm | MaxPool | Mean | Literal["relu", "add", "cat"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Step:
-    """One operation of a stage."""
-
-    name: str
-    """Of the value that it makes."""
-
-    inputs: tuple[str, ...]
-    layer: Layer
-
-    channels: int
-    """Of the value that it makes."""
-
-    scratch: bool = False
-    """Whether its first input is made in the same stage and read by this step alone."""
-
-    @property
-    def slide(self) -> Slide | None:
-        """How it moves over its input; None where it stays at its place, or pools a window."""
-        if not isinstance(self.layer, (Convolution, MaxPool)) or self.layer.slide.pointwise:
-            return None
-        return self.layer.slide
-
-    @property
-    def spreads(self) -> bool:
-        """Whether it reads beyond its own place, so that its input must be a map."""
-        return self.slide is not None or isinstance(self.layer, (WindowMean, OwnMean))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Stage:
-    """What lies between maps: the last step makes the map of the stage's name."""
-
-    steps: tuple[Step, ...]
-
-    overwrites: str | None
-    """A map of the same places that nobody reads afterwards, whose memory the output may take."""
-
-    frees: tuple[str, ...]
-    """Maps that nobody reads after this stage."""
-
-    @property
-    def name(self) -> str:
-        """Of the map that it makes."""
-        return self.steps[-1].name
-
-    @property
-    def channels(self) -> int:
-        """Of the map that it makes."""
-        return self.steps[-1].channels
-
-    @property
-    def whole(self) -> bool:
-        """Whether it must run at once: a mean over all that is read is the same everywhere."""
-        return any(
-            isinstance(layer, OwnMean) or (isinstance(layer, WindowMean) and layer.window is None)
-            for layer in (step.layer for step in self.steps)
-        )
-
-    @property
-    def work(self) -> int:
-        """Multiply-adds per place of the output."""
-        return sum(s.layer.work for s in self.steps if isinstance(s.layer, Convolution))
-
-    def reads(self) -> Iterator[tuple[Step, str]]:
-        """The maps it reads, each with the step that does."""
-        made = {step.name for step in self.steps}
-        return ((step, name) for step in self.steps for name in step.inputs if name not in made)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Chain:
-    """The stages of a network, from the image to the coarse logits."""
-
-    stages: tuple[Stage, ...]
-
-    image: str
-    """Name of the image among the maps."""
-
-    bands: int
-    """Channels of the image."""
-
-    stride: int
-    """Pixels between neighbouring coarse logits."""
-
-    @property
-    def logits(self) -> str:
-        """Name of the coarse logits among the maps."""
-        return self.stages[-1].name
-
-    @property
-    def channels(self) -> dict[str, int]:
-        """Of every map."""
-        return {self.image: self.bands} | {stage.name: stage.channels for stage in self.stages}
-
-    def moved(self, move: Callable[[Tensor], Tensor]) -> Chain:
-        """The same chain with ``move`` applied to every weight and bias."""
-        stages = (
-            replace(stage, steps=tuple(_moved(step, move) for step in stage.steps))
-            for stage in self.stages
-        )
-        return replace(self, stages=tuple(stages))
-
-    def shapes(self, size: Shape) -> dict[str, Shape]:
-        """Shape of every map for an input of ``size`` px that runs whole."""
-        shapes = {self.image: size}
-        for stage in self.stages:
-            step, name = next(stage.reads())
-            slide = step.slide
-            shapes[stage.name] = slide.shape(shapes[name]) if slide else shapes[name]
-        return shapes
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether to look no further into ``m``."""
+        whole = isinstance(m, (ContextPool, Resize, *GLOBAL_LAYERS))
+        return whole or super().is_leaf_module(m, module_qualified_name)
 
 
 def stages_of(network: DeepLab) -> Chain:
-    """Take a network in eval mode apart. Raises BundleError where a layer is not known."""
+    """Take a network in eval mode apart.
+
+    Raises:
+        BundleError: a layer that mixes the whole scene, or is not known.
+    """
     trace = _trace(network)
     users: dict[str, list[Step]] = {step.name: [] for step in trace.steps}
     for step in trace.steps:
@@ -265,7 +79,8 @@ def stages_of(network: DeepLab) -> Chain:
         stages=tuple(_stages(ordered, trace)),
         image=trace.image,
         bands=network.bands,
-        stride=network.architecture.output_stride,
+        upsample=Scale.of(network.upsample),
+        stride=network.stride,
     )
 
 
@@ -299,7 +114,6 @@ def _trace(network: DeepLab) -> _Trace:
     with TRACING:
         graph = Tracer().trace(network)
     parts = dict(network.named_modules())
-    ndim = network.architecture.dims
     steps: dict[str, Step] = {}
     alias: dict[str, str] = {}
     pooled: list[str] = []
@@ -323,27 +137,58 @@ def _trace(network: DeepLab) -> _Trace:
             steps |= {step.name: step for step in added}
             pooled.append(node.name)
         else:
-            made = _layer(node, layer, ndim)
-            width = _channels(made, [steps[i].channels if i in steps else 0 for i in inputs])
+            made = _layer(node, layer, network)
+            widths = [steps[i].channels if i in steps else network.bands for i in inputs]
+            width = _channels(made, widths)
             steps[node.name] = Step(name=node.name, inputs=inputs, layer=made, channels=width)
     raise BundleError("the network does not end with its upsampling layer")
 
 
-def _layer(node: fx.Node, layer: nn.Module | None, ndim: int) -> Layer:
+def _layer(node: fx.Node, layer: nn.Module | None, network: DeepLab) -> Layer:
+    label = layer_label(node, layer)
+    if _squeezes(layer):
+        return Gate(label=label, narrow=_convolution(layer.fc1), widen=_convolution(layer.fc2))
+    if mixes_scene(node, layer):
+        raise BundleError(
+            f"layer {label} mixes the whole scene, so that no halo makes its tiles agree: only the"
+            " image pooling of ASPP may do that"
+        )
+    made = _merge(node) if layer is None else _module(layer, network)
+    if made is None:
+        raise BundleError(f"the receptive field of layer {label} is not known")
+    return made
+
+
+def _merge(node: fx.Node) -> Layer | None:
+    """A function of several values; None for one that is not known."""
+    if node.target is torch.cat and (*node.args, node.kwargs.get("dim"))[1] == 1:
+        return "cat"
+    if len(node.all_input_nodes) != 2:
+        return None
+    if node.target in _ADDITIONS:
+        return "add"
+    return "max" if node.target is torch.maximum else None
+
+
+def _module(layer: nn.Module, network: DeepLab) -> Layer | None:
+    """A layer; None for one that is not known."""
+    ndim = network.architecture.dims
     if isinstance(layer, _CONVOLUTIONS) and layer.padding_mode == "zeros":
-        return _convolution(layer, ndim)
+        return _convolution(layer)
     if isinstance(layer, _NORMS) and layer.track_running_stats:
         return Norm.of(layer)
-    if isinstance(layer, _POOLS) and not layer.ceil_mode:
-        return MaxPool(Slide.of(layer, ndim))
     if isinstance(layer, nn.ReLU):
         return "relu"
-    if layer is None and node.target is torch.cat and (*node.args, node.kwargs.get("dim"))[1] == 1:
-        return "cat"
-    if layer is None and node.target in _ADDITIONS and len(node.all_input_nodes) == 2:
-        return "add"
-    name = f"{node.target} ({type(layer).__name__})" if layer else str(node.target)
-    raise BundleError(f"layer {name} cannot run in windows: run the network as one")
+    if isinstance(layer, nn.Hardswish):
+        return "hardswish"
+    if isinstance(layer, Resize) and layer.align_corners == network.upsample.align_corners:
+        return Scale.of(layer)
+    average = isinstance(layer, _AVERAGE_POOLS) and layer.count_include_pad
+    if average or isinstance(layer, _MAX_POOLS):
+        slide = Slide.of(layer, ndim)
+        if not layer.ceil_mode or slide.fits(endpoint=int(network.upsample.align_corners)):
+            return Pool(slide, "average" if average else "max")
+    return None
 
 
 def _pooling(pool: ContextPool, *, name: str, read: str) -> Iterable[Step]:
@@ -351,7 +196,7 @@ def _pooling(pool: ContextPool, *, name: str, read: str) -> Iterable[Step]:
     mean, layer, norm, _ = pool
     assert isinstance(mean, WindowMean)
     assert isinstance(layer, _CONVOLUTIONS)
-    made = _convolution(layer, layer.weight.ndim - 2)
+    made = _convolution(layer)
     parts: tuple[tuple[str, Layer], ...] = (
         (f"{name}_point", made),
         (f"{name}_norm", Norm.of(norm)),
@@ -363,8 +208,17 @@ def _pooling(pool: ContextPool, *, name: str, read: str) -> Iterable[Step]:
         read = label
 
 
-def _convolution(layer: nn.Conv2d | nn.Conv3d, ndim: int) -> Convolution:
-    slide = Slide.of(layer, ndim)
+def _squeezes(layer: nn.Module | None) -> TypeGuard[SqueezeExcitation]:
+    """Whether it is squeeze-and-excitation in the form that MobileNetV3 has."""
+    return (
+        isinstance(layer, SqueezeExcitation)
+        and isinstance(layer.activation, nn.ReLU)
+        and isinstance(layer.scale_activation, nn.Hardsigmoid)
+    )
+
+
+def _convolution(layer: nn.Conv2d | nn.Conv3d) -> Convolution:
+    slide = Slide.of(layer, layer.weight.ndim - 2)
     return Convolution(slide=slide, weight=layer.weight, bias=layer.bias, groups=layer.groups)
 
 
@@ -372,26 +226,3 @@ def _channels(layer: Layer, inputs: list[int]) -> int:
     if isinstance(layer, Convolution):
         return layer.weight.shape[0]
     return sum(inputs) if layer == "cat" else inputs[0]
-
-
-def _moved(step: Step, move: Callable[[Tensor], Tensor]) -> Step:
-    layer = step.layer
-    if isinstance(layer, Convolution):
-        layer = replace(layer, weight=move(layer.weight), bias=_moved_or_none(layer.bias, move))
-    elif isinstance(layer, Norm):
-        layer = replace(
-            layer,
-            mean=move(layer.mean),
-            variance=move(layer.variance),
-            weight=_moved_or_none(layer.weight, move),
-            bias=_moved_or_none(layer.bias, move),
-        )
-    return replace(step, layer=layer)
-
-
-def _moved_or_none(tensor: Tensor | None, move: Callable[[Tensor], Tensor]) -> Tensor | None:
-    return None if tensor is None else move(tensor)
-
-
-def _per_axis(value: Any, ndim: int) -> tuple[int, ...]:
-    return (value,) * ndim if isinstance(value, int) else tuple(value)

@@ -30,11 +30,17 @@ def call(*command: object, cwd: Path, pythonpath: str = "") -> str:
     return done.stdout
 
 
+def build_wheel(target: Path, *settings: str) -> None:
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", target)
+    call("-m", "pip", "wheel", *options, *settings, ROOT, cwd=target)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("hatchling", reason="the build backend hatchling is not installed")
+    for backend in ("scikit_build_core", "nanobind"):
+        pytest.importorskip(backend, reason=f"the build backend {backend} is not installed")
     target = tmp_path_factory.mktemp("dist")
-    call("-m", "hatchling", "build", "-t", "wheel", "-d", target, cwd=ROOT)
+    build_wheel(target)
     (built,) = target.glob("terravox-*.whl")
     return built
 
@@ -65,6 +71,21 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel):
     """A fourth top-level name (tests, infra) would litter the user's environment."""
     tops = {name.split("/")[0] for name in files_in(wheel)}
     assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
+
+
+def test_the_native_engine_is_in_the_wheel(wheel):
+    """It would be silently slower at the user's, for the sources alone install as well."""
+    assert any(name.startswith("pipeline/crf/_native.") for name in files_in(wheel))
+
+
+def test_without_a_compiler_the_package_is_built_all_the_same(tmp_path, monkeypatch):
+    """A machine that has no compiler could not install it at all."""
+    for name in ("CC", "CXX"):
+        monkeypatch.setenv(name, "/bin/false")
+    build_wheel(tmp_path, f"--config-settings=build-dir={tmp_path / 'build'}")
+    (built,) = tmp_path.glob("terravox-*.whl")
+    assert not any(name.endswith(".so") for name in files_in(built))
+    assert source_files("pipeline") <= files_in(built)
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -21,10 +21,11 @@ from pipeline.domain import Grid, Halo, Pass, Region, Tile
 from pipeline.inference.padding import read_padded
 from pipeline.inference.precision import Precision
 from pipeline.inference.predictor import WINDOW, Predictor
-from pipeline.inference.stage_plan import coarse_region
+from pipeline.inference.stage_plan import coarse_place, coarse_region
 from pipeline.inference.staged import StagedNetwork
 from pipeline.models.bundle import Bundle
 from pipeline.models.frame import Frame
+from pipeline.models.geometry import Scale
 from pipeline.models.receptive_field import reach_of
 from pipeline.models.stages import stages_of
 
@@ -168,8 +169,9 @@ def in_double_tiles(scene: Scene, side: int) -> float:
 
     Upsampling, whose weights are positive and sum to 1, cannot make it greater.
     """
-    layout, stride = FORMATS[len(scene.shape)], scene.bundle.architecture.output_stride
+    layout = FORMATS[len(scene.shape)]
     network = scene.bundle.network().to(dtype=torch.float64, memory_format=layout)
+    upsample = Scale.of(network.upsample)
     staged = StagedNetwork(stages_of(network), window=WINDOW)
     torch.set_num_threads(THREADS)
     greatest = 0.0
@@ -177,13 +179,12 @@ def in_double_tiles(scene: Scene, side: int) -> float:
         image_BCS = torch.from_numpy(scene.image_CS)[None].double().contiguous(memory_format=layout)
         whole_BKS = network.coarse_logits(image_BCS, scene.frame)
         for tile in scene.tiles(side):
-            coarse = coarse_region(tile.read, scored=tile.scored, stride=stride)
+            coarse = coarse_region(tile.read, scored=tile.scored, upsample=upsample)
             part_BCS = torch.from_numpy(scene.part(tile))[None].double()
             frame = Frame.of(tile.read, shape=scene.frame.shape)
             tile_BKS = staged.coarse_logits(part_BCS, frame, coarse)
-            start = tuple(a // stride + b for a, b in zip(frame.origin, coarse.start, strict=True))
-            stop = tuple(a + n for a, n in zip(start, coarse.shape, strict=True))
-            box = Region(start, stop).slices(within=Region.whole(tuple(whole_BKS.shape[2:])))
+            place = coarse.move(coarse_place(frame.origin, upsample=upsample))
+            box = place.slices(within=Region.whole(tuple(whole_BKS.shape[2:])))
             whole = whole_BKS[(slice(None), slice(None), *box)]
             greatest = max(greatest, float((tile_BKS - whole).abs().max()))
     return greatest / float(whole_BKS.std())

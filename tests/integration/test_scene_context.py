@@ -25,6 +25,7 @@ from pipeline.inference.normalise import normalise
 from pipeline.inference.padding import read_padded
 from pipeline.inference.stage_plan import needs_of, stage_work
 from pipeline.models.bundle import Architecture, Bundle, load_bundle
+from pipeline.models.chain import Chain
 from pipeline.models.frame import Frame
 from pipeline.models.fresh import new_bundle
 from pipeline.models.scene_mean import valid_features
@@ -277,7 +278,8 @@ def test_the_plan_counts_both_passes(scene: Path, model: Path, slim: Path) -> No
     """Twice the trunk would be said to cost as much as once."""
     two = plan_only(scene, model=model, options=options())
     one = plan_only(scene, model=model, options=options(context="tile"))
-    chain, whole = traced(load_bundle(model), "scene").chain, Region.whole((504, 744))
+    chain, whole = traced(load_bundle(model), "scene").body, Region.whole((504, 744))
+    assert isinstance(chain, Chain)
     needs = needs_of(chain, whole, scored=whole, shape=whole.shape)
     trunk = stage_work(pooled_chain(chain), needs) / stage_work(chain, needs)
     # The second pass alone does less than the one pass, which pools features of its halo, too.

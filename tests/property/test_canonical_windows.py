@@ -200,7 +200,7 @@ def test_windows_anchored_at_the_tile_give_other_bits(
 
     def anchored_at_the_tile(stage: Any, needs: Any) -> Iterator[Region]:
         region = needs.regions[stage.name]
-        return region.blocks((needs.sides[stage.name],) * region.ndim)  # type: ignore[no-any-return]
+        return region.blocks(needs.sides[stage.name])  # type: ignore[no-any-return]
 
     bundle = bundles(RESNET18_POOLED)
     predictor = predictor_of(bundle, FP32, side_px=64)

@@ -213,6 +213,7 @@ def windows(draw: st.DrawFn, ndim: int, *, stride: int) -> ContextWindow:
     odd = draw(tuples(st.integers(0, 4), ndim))
     return ContextWindow(
         size=tuple((2 * n + 1) * stride for n in odd),
+        steps=(stride,) * ndim,
         inner=draw(halos(ndim, widest=9)),
         outer=draw(halos(ndim, widest=9)),
     )
@@ -261,7 +262,7 @@ def test_the_reach_of_a_context_window_is_the_union_of_its_shifted_windows(data)
     stop = tuple(data.draw(st.integers(a + 1, n)) for a, n in zip(start, shape, strict=True))
     window = data.draw(windows(ndim, stride=stride))
     region = Region(start, stop)
-    found = window.reach(region, stride=stride, shape=shape)
+    found = window.reach(region, shape=shape)
     expected = brute_force_reach(region, window, stride=stride, shape=shape)
     assert expected <= voxels(found)
     for axis in range(ndim):
@@ -274,7 +275,8 @@ def test_the_reach_of_a_context_window_is_the_union_of_its_shifted_windows(data)
 
 def test_far_from_the_border_the_window_reaches_half_its_size_to_either_side():
     """``plan`` prints this halo; it must be what is read."""
-    window = ContextWindow(size=(24, 40), inner=Halo((8, 0), (8, 0)), outer=Halo((3, 4), (5, 6)))
+    inner, outer = Halo((8, 0), (8, 0)), Halo((3, 4), (5, 6))
+    window = ContextWindow(size=(24, 40), steps=(8, 8), inner=inner, outer=outer)
     reach = Reach(stride=8, halo=Halo.uniform(2, ndim=2), window=window)
     region = Region((800, 800), (864, 864))
     assert reach.read(region, shape=(1600, 1600)) == region.grow(reach.halo_with_window)

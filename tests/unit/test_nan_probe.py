@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torchvision.models.segmentation import deeplabv3_resnet50
 from torchvision.ops import SqueezeExcitation
 
-from pipeline.domain import Halo
+from pipeline.domain import Halo, Region
 from pipeline.errors import BundleError
 from pipeline.models.architecture import Architecture
 from pipeline.models.deeplab import DeepLab, build_network
+from pipeline.models.geometry import Slide
 from pipeline.models.nan_probe import Probe, probe, probe_network, touched
-from pipeline.models.receptive_field import Span, local_span, reach_of
+from pipeline.models.receptive_field import local_halo, reach_of
+from pipeline.models.stages import stages_of
 
 
 class Lambda(nn.Module):
@@ -195,7 +197,7 @@ def test_the_probe_and_the_arithmetic_agree_on_our_networks(
 ) -> None:
     """A halo would be too short for a layer, or a stride of work wasted on each side."""
     network = ours(backbone, dims, stride, rates)
-    interval = local_span(network).halo_upsampled(stride)
+    interval = local_halo(stages_of(network))
     found = probe_network(network, most_px=2 * interval.largest + 16 * stride).halo
     assert found is not None
     assert found | interval == interval
@@ -356,12 +358,12 @@ def test_the_command_fails_with_one_line_where_the_arithmetic_says_too_little(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A wrong rule for a layer would give masks with seams, and nobody would know."""
-    slide = Span.slide
+    reads = Slide.reads
 
-    def forgetful(span: Span, layer: nn.Module) -> Span:
-        return span if layer.dilation == (6, 6) else slide(span, layer)
+    def forgetful(slide: Slide, region: Region) -> Region:
+        return region if slide.dilation == (6, 6) else reads(slide, region)
 
-    monkeypatch.setattr(Span, "slide", forgetful)
+    monkeypatch.setattr(Slide, "reads", forgetful)
     answer = command("model", "probe", command.model, "--json")
     answer.refuses("(63, 63)", "(55, 55)", "halo is too short", code=1)
     assert json.loads(answer.out)["probe_before"] == [63, 63]

@@ -13,7 +13,8 @@ from pipeline.models.architecture import Architecture
 from pipeline.models.deeplab import DeepLab, build_network
 from pipeline.models.frame import Frame
 from pipeline.models.nan_probe import probe_network
-from pipeline.models.receptive_field import local_span, reach_of
+from pipeline.models.receptive_field import local_halo, reach_of, receptive_field
+from pipeline.models.stages import stages_of
 
 
 def network_of(
@@ -39,9 +40,9 @@ def test_deep_networks_at_stride_8_reach_as_far_as_published(
 ) -> None:
     """Published figures (radius + 8 before and + 1 after an aligned core) would not be met."""
     network = network_of(backbone, 2, 8, (12, 24, 36))
-    span = local_span(network)
-    assert (span.low, span.high) == ((-radius,) * 2, (radius,) * 2)
-    assert span.halo_upsampled(8) == Halo((radius + 8,) * 2, (radius + 1,) * 2)
+    chain = stages_of(network)
+    assert receptive_field(chain) == Region((-radius,) * 2, (radius + 1,) * 2)
+    assert local_halo(chain) == Halo((radius + 8,) * 2, (radius + 1,) * 2)
     assert reach_of(network).halo == Halo((before,) * 2, (after,) * 2)
 
 
@@ -77,7 +78,7 @@ def test_slim_networks_keep_their_promised_halo(
 def test_a_nan_reaches_exactly_as_far_as_the_halo_says(network: DeepLab, length: int) -> None:
     """The arithmetic would be wrong for a layer; a NaN shows what depends on it by itself."""
     dims, stride = network.architecture.dims, network.architecture.output_stride
-    needed = local_span(network).halo_upsampled(stride)
+    needed = local_halo(stages_of(network))
     core = range(length // 2 // stride * stride, length // 2 // stride * stride + 2 * stride)
     axis = dims + 1
     touched = set()
@@ -129,8 +130,8 @@ def test_pooling_without_a_window_has_no_reach() -> None:
 def test_an_unknown_layer_is_named() -> None:
     """A layer that the arithmetic does not know would be taken for a pointwise one."""
     network = network_of("slim", 2, 4, (1,))
-    network.backbone.append(nn.AvgPool2d(3, stride=1, padding=1))
-    with pytest.raises(BundleError, match=r"backbone\.9 \(AvgPool2d\)"):
+    network.backbone.append(nn.LPPool2d(2, 3, stride=1))
+    with pytest.raises(BundleError, match=r"backbone\.9 \(LPPool2d\)"):
         reach_of(network)
 
 

@@ -148,7 +148,7 @@ def worst(
     staged = StagedNetwork(pooled_by(stages_of(network), layer), window=window)
     stride, found = sweep.grid.stride, 0.0
     for tile in sweep.tiles():
-        coarse = coarse_region(tile.read, scored=tile.scored, stride=stride)
+        coarse = coarse_region(tile.read, scored=tile.scored, upsample=staged.chain.upsample)
         frame = Frame.of(tile.read, shape=sweep.grid.padded_shape)
         with torch.inference_mode():
             logits_BKS = staged.coarse_logits(part_of(scene_BCS, tile), frame, coarse)

@@ -20,12 +20,11 @@ from pipeline.inference.precision import Precision
 from pipeline.models.architecture import Architecture
 from pipeline.models.bundle import load_bundle
 from pipeline.models.deeplab import build_network
-from pipeline.models.receptive_field import local_span, reach_of
 from pipeline.models.stages import stages_of
 from workflows.config import SegmentOptions
 from workflows.segment import plan_only
 from workflows.sizing import Budget, Sizer, Team
-from workflows.tracing import Traced, traced
+from workflows.tracing import of_layers, traced
 
 FP32 = Precision(name="fp32", channels_last=True, why="")
 PAIR = Team(workers=2, threads=1, device="cpu", alone=True)
@@ -55,12 +54,7 @@ def resnet50(tmp_path_factory: pytest.TempPathFactory) -> Sizer:
     )  # fmt: skip
     with torch.device("meta"):
         network = build_network(architecture, bands=3, classes=4).eval().pool_over((512, 512))
-    traced = Traced(
-        reach=reach_of(network),
-        span=local_span(network),
-        chain=stages_of(network),
-        weight_bytes=160_000_000,
-    )
+    traced = of_layers(network, "window")
     bundle = fresh(tmp_path_factory.mktemp("bundle") / "slim")
     return Sizer(
         bundle=bundle,

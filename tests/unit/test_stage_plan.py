@@ -13,10 +13,12 @@ from pipeline.errors import BundleError
 from pipeline.inference.stage_plan import needs_of, row_block, stage_work
 from pipeline.inference.staged import without_idle_taps
 from pipeline.models.architecture import Architecture
+from pipeline.models.chain import Convolution
 from pipeline.models.deeplab import DeepLab, build_network
 from pipeline.models.frame import Frame
+from pipeline.models.geometry import Slide
 from pipeline.models.receptive_field import reach_of
-from pipeline.models.stages import Convolution, Slide, stages_of
+from pipeline.models.stages import stages_of
 
 
 def network_of(backbone: str, *, dims: int = 2, pooled: bool = False) -> DeepLab:
@@ -199,5 +201,5 @@ def test_a_layer_that_cannot_run_in_windows_is_named() -> None:
     """A network someone brings would run in windows, and its output depend on them."""
     network = network_of("slim")
     network.classifier[1] = nn.Sequential(nn.AdaptiveAvgPool2d(1), network.classifier[1])
-    with pytest.raises(BundleError, match=r"AdaptiveAvgPool2d.* cannot run in windows"):
+    with pytest.raises(BundleError, match=r"AdaptiveAvgPool2d.* mixes the whole scene"):
         stages_of(network)

@@ -15,6 +15,7 @@ from pipeline.models.architecture import Architecture
 from pipeline.models.deeplab import DeepLab, build_network
 from pipeline.models.frame import Frame
 from pipeline.models.fresh import spread
+from pipeline.models.geometry import Scale
 from pipeline.models.receptive_field import reach_of
 from pipeline.models.stages import stages_of
 
@@ -88,9 +89,9 @@ def whole_logits(network: DeepLab, scene_BCS: Tensor) -> Tensor:
 
 def staged_logits(network: DeepLab, scene_BCS: Tensor, tile: Tile, *, window: int) -> Tensor:
     """The logits of a tile, everything outside what it reads being left out."""
-    shape, stride = tuple(scene_BCS.shape[2:]), network.architecture.output_stride
+    shape = tuple(scene_BCS.shape[2:])
     part_BCS = cut(scene_BCS, tile.read.slices(within=Region.whole(shape)))
-    coarse = coarse_region(tile.read, scored=tile.scored, stride=stride)
+    coarse = coarse_region(tile.read, scored=tile.scored, upsample=Scale.of(network.upsample))
     staged = StagedNetwork(stages_of(network), window=window)
     with torch.inference_mode():
         return staged.coarse_logits(part_BCS, Frame.of(tile.read, shape=shape), coarse)
@@ -104,7 +105,7 @@ def worst(network: DeepLab, sweep: Pass, *, window: int) -> float:
     found = 0.0
     for tile in sweep.tiles():
         staged_BKS = staged_logits(network, scene_BCS, tile, window=window)
-        local = coarse_region(tile.read, scored=tile.scored, stride=stride)
+        local = coarse_region(tile.read, scored=tile.scored, upsample=Scale.of(network.upsample))
         index = tuple(
             slice(r // stride + a, r // stride + b)
             for r, a, b in zip(tile.read.start, local.start, local.stop, strict=True)
@@ -170,11 +171,11 @@ def test_a_halo_chosen_short_gives_what_one_pass_over_the_read_region_gives(
 ) -> None:
     """A short halo, and a mean over the tile, would mean another thing than they do elsewhere."""
     network = network_of(key, dtype=torch.float64).pool_over(crop)
-    stride = network.architecture.output_stride
     shape, read = (320, 320), Region((64, 128), (256, 320))
     scored = Region((128, 176), (208, 320))
     part_BCS = torch.randn(1, 2, *read.shape, dtype=torch.float64)
-    frame, coarse = Frame.of(read, shape=shape), coarse_region(read, scored=scored, stride=stride)
+    frame = Frame.of(read, shape=shape)
+    coarse = coarse_region(read, scored=scored, upsample=Scale.of(network.upsample))
     with torch.inference_mode():
         whole_BKS = network.coarse_logits(part_BCS, frame)
         staged_BKS = StagedNetwork(stages_of(network), window=11).coarse_logits(

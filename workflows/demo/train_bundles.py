@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.crf.dense import refine
+from pipeline.crf.engine import engine_named, pick_engine
 from pipeline.crf.params import CrfParams
 from pipeline.domain import Region
 from pipeline.inference.normalise import normalise
@@ -132,11 +133,12 @@ def brain_course() -> Course:
 
 def train(course: Course, out: Path) -> Bundle:
     """Train the network of ``course``, choose its CRF, and write the bundle to ``out``."""
-    bundle = course.bundle
+    bundle, architecture = course.bundle, course.bundle.architecture
+    assert isinstance(architecture, Architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(course.recipe.seed)
         network = build_network(
-            bundle.architecture, bands=bundle.input.band_count, classes=len(bundle.classes)
+            architecture, bands=bundle.input.band_count, classes=len(bundle.classes)
         )
     spec = CropSpec(
         crop=bundle.crop,
@@ -206,7 +208,13 @@ def _refined(
     )
     origin = (0,) * (image_CS.ndim - 1)
     valid_S = _valid(image_CS, course.bundle)
-    return refine(prob_KS, guide_CS=image_CS, valid_S=valid_S, origin=origin, params=params)
+    return refine(
+        prob_KS,
+        block=Block(image_CS, valid_S),
+        origin=origin,
+        params=params,
+        engine=engine_named(pick_engine(params.engine, device="cpu"), device="cpu", threads=1),
+    )
 
 
 def _valid(image_CS: NDArray[Any], bundle: Bundle) -> NDArray[np.bool_]:

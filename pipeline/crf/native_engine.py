@@ -1,0 +1,58 @@
+"""The native engine: a permutohedral lattice in C++, on threads (pipeline/crf/native).
+
+The result depends neither on the number of threads nor on the processor: pixels are summed in parts
+of a fixed size, parts are added in their order, and nothing is contracted into fused operations.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.crf.engine import Pairwise
+from pipeline.errors import CrfError
+
+MOST_CLASSES = 257
+"""The widest row of the lattice's table is one less."""
+
+
+class NativeEngine:
+    """Mean field on ``threads`` threads; Python's lock is not held."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._module = module_for_this_processor()
+
+    def mean_field(
+        self, energy_KN: NDArray[np.float32], kernels: Sequence[Pairwise], *, iterations: int
+    ) -> NDArray[np.float32]:
+        """As ``Engine.mean_field``; up to 24 features and 257 classes."""
+        classes = len(energy_KN)
+        if classes > MOST_CLASSES:
+            raise CrfError(f"crf: {classes} classes, the native engine takes {MOST_CLASSES}")
+        apart = 1 - np.eye(classes, dtype=np.float32)
+        penalties = [
+            k.compatibility if isinstance(k.compatibility, np.ndarray) else k.compatibility * apart
+            for k in kernels
+        ]
+        try:
+            prob_KN: NDArray[np.float32] = self._module.mean_field(
+                energy_KN,
+                [kernel.features_DN for kernel in kernels],
+                [np.ascontiguousarray(p, dtype=np.float32) for p in penalties],
+                iterations,
+                self._threads,
+            )
+        except (OverflowError, ValueError) as error:
+            raise CrfError(f"crf: native engine: {error}") from error
+        return prob_KN
+
+
+def module_for_this_processor() -> Any:
+    """The extension, built for AVX2 where this processor has it. Raises ImportError if absent."""
+    plain = importlib.import_module("pipeline.crf._native")
+    return importlib.import_module("pipeline.crf._native_avx2") if plain.has_avx2() else plain

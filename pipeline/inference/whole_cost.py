@@ -1,0 +1,143 @@
+"""What a tile costs where the network runs as one: measured once, on a small image.
+
+Axes in array names: B batch, C channel, S space, (y, x) or (z, y, x).
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.domain import Region, Shape, Tile
+from pipeline.inference.tile_cost import TileCost, kept_bytes, read_bytes
+from pipeline.models.custom_network import CustomNetwork
+
+_FLOAT32 = 4
+_SIDE = {2: 128, 3: 32}
+"""Side of the small image, in pixels, by number of axes; two strides where that is more."""
+
+_SCRATCH = 1.5
+"""Bytes held, at most, over those of the values that live at once: what kernels lay out anew."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """What a network takes per pixel that it is given, in float32."""
+
+    bands: int
+
+    size: Shape
+    """Of the image that it was tried on, in pixels."""
+
+    work_px: float
+    """Multiply-adds of convolutions and products of matrices."""
+
+    bytes_px: float
+    """Of the values that live at once, image and logits included, weights left out."""
+
+
+def trial_of(network: CustomNetwork) -> Trial:
+    """Run the network over a small image and count. Raises RuntimeError where it does not run."""
+    stride, dims = network.stride, network.architecture.dims
+    size = (max(2, -(-_SIDE[dims] // stride)) * stride,) * dims
+    image_BCS = torch.zeros(1, network.bands, *size)
+    values = _LiveValues()
+    with torch.no_grad(), FlopCounterMode(display=False) as flops, values:
+        values.hold(image_BCS)
+        network.module(image_BCS)
+    pixels = math.prod(size)
+    return Trial(
+        bands=network.bands,
+        size=size,
+        work_px=flops.get_total_flops() / 2 / pixels,
+        bytes_px=values.peak / pixels,
+    )
+
+
+class _LiveValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the tensors that operations have made and nobody has let go of."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._held: dict[int, int] = {}
+        self.peak = 0
+
+    def hold(self, tensor: Tensor) -> None:
+        """Count a tensor's memory until it is freed; once, whoever shares it."""
+        storage = tensor.untyped_storage()
+        key = storage.data_ptr()
+        if key not in self._held:
+            self._held[key] = storage.nbytes()
+            self.peak = max(self.peak, sum(self._held.values()))
+            weakref.finalize(storage, self._held.pop, key, None)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self.hold(value)
+        return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WholeCostModel:
+    """What costs of a network that runs as one are counted from."""
+
+    trial: Trial
+    classes: int
+
+    itemsize: int
+    """Bytes of a number in the network."""
+
+    pixel_bytes: int
+    """Bytes of a pixel as the source gives it, bands that the network does not take included."""
+
+    shape: Shape
+    """The padded scene, in pixels."""
+
+    scores: bool
+    """Whether probabilities are written as well."""
+
+    def of(self, tile: Tile) -> TileCost:
+        """Cost of one tile: of all that it reads."""
+        cost = self.of_sample(tile)
+        kept = kept_bytes(tile, classes=self.classes, scores=self.scores)
+        return TileCost(
+            work=cost.work,
+            device_bytes=cost.device_bytes,
+            host_bytes=cost.host_bytes + kept,
+        )
+
+    def of_sample(self, tile: Tile) -> TileCost:
+        """Cost of one sample of the certificate."""
+        read, trial = tile.read, self.trial
+        logits = 2 * read.size * self.classes * _FLOAT32
+        values = _SCRATCH * trial.bytes_px * read.size * self.itemsize / _FLOAT32
+        return TileCost(
+            work=self._work(read),
+            device_bytes=int(values + logits),
+            host_bytes=read_bytes(tile, bands=trial.bands, pixel_bytes=self.pixel_bytes),
+        )
+
+    @property
+    def scene_work(self) -> int:
+        """Multiply-adds of one pass over the padded scene, which halo work is measured against."""
+        return self._work(Region.whole(self.shape))
+
+    def _work(self, region: Region) -> int:
+        return max(1, math.ceil(self.trial.work_px * region.size))

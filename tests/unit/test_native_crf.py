@@ -1,0 +1,188 @@
+"""The native CRF engine against pydensecrf, against brute force, and against itself."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.crf.engine import Pairwise, engine_named, installed
+from pipeline.errors import CrfError
+
+if not installed("native"):
+    pytest.skip("the native CRF engine was not built here", allow_module_level=True)
+
+NAMES = {
+    "aerial": "natural/doodler_aerial/D800_20160308_222129lr02-0.jpg",
+    "coast": "natural/doodler_coast/LC08_014035_20150215_lr_db_db.jpg",
+    "marsh": "natural/doodler_aerial/D800_20160308_222135lr03-2.jpg",
+}
+
+
+def solve(energy_KN, kernels, *, engine="native", iterations=10, threads=1):
+    solver = engine_named(engine, device="cpu", threads=threads)
+    return solver.mean_field(energy_KN, kernels, iterations=iterations)
+
+
+def energies(guide_S: np.ndarray, classes: int) -> np.ndarray:
+    """Noisy, but leaning to bands of brightness: (K, N)."""
+    rng = np.random.default_rng(1)
+    cuts = np.quantile(guide_S, np.linspace(0, 1, classes + 1)[1:-1])
+    owner_N = np.digitize(guide_S.ravel(), cuts)
+    logits_KN = rng.normal(0, 1, (classes, owner_N.size))
+    logits_KN += 1.5 * (owner_N == np.arange(classes)[:, None])
+    log_KN = logits_KN - np.log(np.exp(logits_KN).sum(0))
+    return np.ascontiguousarray(-np.maximum(log_KN, np.log(1e-5)), dtype=np.float32)
+
+
+def two_kernels(image_CS: np.ndarray, *, position: float, value: float) -> list[Pairwise]:
+    """Smoothness and appearance, as in the papers; x before y before z."""
+    places_SN = np.indices(image_CS.shape[1:]).reshape(image_CS.ndim - 1, -1)[::-1]
+    appearance_DN = np.concatenate(
+        [places_SN / position, image_CS.reshape(len(image_CS), -1) / value]
+    )
+    return [
+        Pairwise(features_DN=np.ascontiguousarray(f, dtype=np.float32), compatibility=w)
+        for f, w in ((places_SN / 3, 3.0), (appearance_DN, 4.0))
+    ]
+
+
+def assert_close(prob_KN: np.ndarray, reference_KN: np.ndarray) -> None:
+    """The gate: tighter would fail pydensecrf against another build of itself."""
+    apart = np.abs(prob_KN - reference_KN)
+    assert (prob_KN.argmax(0) == reference_KN.argmax(0)).mean() >= 0.99999
+    assert np.quantile(apart, 0.999) <= 1e-4
+    assert apart.max() <= 5e-3
+
+
+@pytest.mark.parametrize("deviations", [(67, 3), (80, 13)])
+@pytest.mark.parametrize("classes", [2, 6, 21])
+@pytest.mark.parametrize("name", NAMES)
+def test_real_images_are_refined_as_pydensecrf_does_it(data, name, classes, deviations):
+    """A blur in another order, or vertices that pydensecrf lacks, would show in the labels."""
+    pytest.importorskip("pydensecrf", reason="the extra 'crf' is not installed")
+    image_SC = np.asarray(Image.open(data / NAMES[name]).convert("RGB"))[100:320, 150:378]
+    kernels = two_kernels(np.moveaxis(image_SC, -1, 0), position=deviations[0], value=deviations[1])
+    energy_KN = energies(image_SC.mean(-1), classes)
+    assert_close(solve(energy_KN, kernels), solve(energy_KN, kernels, engine="pydensecrf"))
+
+
+def guide(shape: tuple[int, ...], *, channels: int = 3) -> np.ndarray:
+    """Two regions with noise, (C, *S)."""
+    rng = np.random.default_rng(3)
+    step_S = np.indices(shape).sum(0) > sum(shape) / 2
+    return 90 + 60 * step_S + rng.normal(0, 8, (channels, *shape))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 6])
+def test_a_volume_is_refined_as_pydensecrf_does_it(channels):
+    """Three positions, and any number of contrasts."""
+    pytest.importorskip("pydensecrf", reason="the extra 'crf' is not installed")
+    image_CS = guide((12, 30, 28), channels=channels)
+    kernels, energy_KN = two_kernels(image_CS, position=5, value=20), energies(image_CS[0], 4)
+    assert_close(solve(energy_KN, kernels), solve(energy_KN, kernels, engine="pydensecrf"))
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (8, 8, 8)])
+def test_the_exact_gaussian_sum_is_no_further_off_than_from_pydensecrf(shape):
+    """Two approximations could agree with each other and both be wrong."""
+    pytest.importorskip("pydensecrf", reason="the extra 'crf' is not installed")
+    image_CS = guide(shape)
+    kernels, energy_KN = two_kernels(image_CS, position=6, value=20), energies(image_CS[0], 3)
+    exact_KN = brute_force(energy_KN, kernels, iterations=5)
+    off = {
+        name: np.abs(solve(energy_KN, kernels, engine=name, iterations=5) - exact_KN).mean()
+        for name in ("native", "pydensecrf")
+    }
+    assert off["native"] <= 1.001 * off["pydensecrf"] < 0.02
+
+
+def brute_force(energy_KN, kernels, *, iterations):
+    sums = []
+    for kernel in kernels:
+        features = kernel.features_DN.astype(float)
+        square = ((features[:, :, None] - features[:, None]) ** 2).sum(0)
+        weights = np.exp(-square / 2)
+        norm = 1 / np.sqrt(weights.sum(1))
+        sums.append(kernel.compatibility * weights * norm[:, None] * norm)
+    together = sum(sums)
+    q = np.exp(-energy_KN.astype(float))
+    q /= q.sum(0)
+    for _ in range(iterations):
+        odds = np.exp(q @ together - energy_KN)
+        q = odds / odds.sum(0)
+    return q
+
+
+def test_a_penalty_matrix_is_obeyed_as_pydensecrf_obeys_it():
+    """Classes that are alike may lie side by side; a negated matrix would part them."""
+    pytest.importorskip("pydensecrf", reason="the extra 'crf' is not installed")
+    image_CS = guide((40, 44))
+    energy_KN = energies(image_CS[0], 5)
+    half = np.random.default_rng(0).uniform(0, 4, (5, 5)).astype(np.float32)
+    kernels = [
+        Pairwise(features_DN=k.features_DN, compatibility=half + half.T)
+        for k in two_kernels(image_CS, position=9, value=20)
+    ]
+    assert_close(solve(energy_KN, kernels), solve(energy_KN, kernels, engine="pydensecrf"))
+    weight = two_kernels(image_CS, position=9, value=20)
+    matrix = [
+        Pairwise(features_DN=k.features_DN, compatibility=np.float32(-k.compatibility) * np.eye(5))
+        for k in weight
+    ]
+    assert solve(energy_KN, weight).tobytes() == solve(energy_KN, matrix).tobytes()
+
+
+@pytest.mark.parametrize("classes", [2, 6, 40])
+def test_neither_threads_nor_the_processor_change_a_byte(classes):
+    """A run on another machine, or with other workers, would give another file."""
+    from pipeline.crf import _native
+    from pipeline.crf.native_engine import module_for_this_processor
+
+    image_CS = guide((260, 300))
+    kernels, energy_KN = two_kernels(image_CS, position=30, value=5), energies(image_CS[0], classes)
+    seen = {solve(energy_KN, kernels, threads=n, iterations=3).tobytes() for n in (1, 2, 5)}
+    if module_for_this_processor() is not _native:
+        apart = 1 - np.eye(classes, dtype=np.float32)
+        features = [kernel.features_DN for kernel in kernels]
+        plain = _native.mean_field(energy_KN, features, [3 * apart, 4 * apart], 3, 2)
+        seen.add(plain.tobytes())
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("dims", [2, 5])
+def test_a_pixel_far_away_changes_nothing(dims):
+    """Keys that wrap, as int16 ones do, would lay it on top; 5 axes take more than 64 bits."""
+    rng = np.random.default_rng(2)
+    near_DN = rng.uniform(0, 9, (dims, 400)).astype(np.float32)
+    energy_KN = rng.uniform(0, 3, (3, 401)).astype(np.float32)
+    alone = solve(energy_KN[:, :400].copy(), [Pairwise(features_DN=near_DN, compatibility=3.0)])
+    for far in (65_536.0, 200_000.0):
+        features_DN = np.concatenate([near_DN, np.full((dims, 1), far, np.float32)], axis=1)
+        both = solve(energy_KN, [Pairwise(features_DN=features_DN, compatibility=3.0)])
+        assert both[:, :400].tobytes() == alone.tobytes()
+
+
+@pytest.mark.parametrize(("classes", "pixels"), list(itertools.product((1, 2, 254), (1, 3, 33))))
+def test_any_number_of_classes_and_pixels_is_solved(classes, pixels):
+    """Rows are padded and pixels taken in blocks: the ends are where that goes wrong."""
+    features_DN = np.zeros((2, pixels), np.float32)
+    energy_KN = np.zeros((classes, pixels), np.float32)
+    prob_KN = solve(energy_KN, [Pairwise(features_DN=features_DN, compatibility=3.0)])
+    np.testing.assert_allclose(prob_KN, 1 / classes, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("features_DN", "message"),
+    [
+        (np.zeros((25, 4), np.float32), "1 to 24 features"),
+        (np.array([[0, 1e12]], np.float32), "span more than"),
+    ],
+)
+def test_what_the_lattice_cannot_address_is_refused(features_DN, message):
+    """It would write beyond its arrays, or wrap."""
+    energy_KN = np.zeros((2, features_DN.shape[1]), np.float32)
+    with pytest.raises(CrfError, match=message):
+        solve(energy_KN, [Pairwise(features_DN=features_DN, compatibility=1.0)])

@@ -1,0 +1,263 @@
+"""What ``refine`` will run: scores and image held against each other, tiles, engine, memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from pipeline.crf.engine import EngineName, pick_engine
+from pipeline.crf.params import CrfParams, ResolvedCrf
+from pipeline.domain import Grid, ImageInfo, Pass, Reach, SamplePass, Shape, TilePlan
+from pipeline.errors import PlanError
+from pipeline.models.input_spec import Legend
+from pipeline.ports import Source
+from pipeline.stitching.given_scores import check_scores
+from workflows.case import Case
+from workflows.config import RefineOptions
+from workflows.legend import read_legend
+from workflows.resolved import versions_here
+from workflows.run_dir import canonical_digest
+from workflows.same_grid import check_same_grid
+from workflows.sizing import DRIVER_BYTES, WORKER_BYTES, Team, crf_bytes, over_budget
+from workflows.workplace import usual_workers, workers, workplace
+
+TILE_PX = {2: 1024, 3: 128}
+"""Side of a tile where none is asked for, by number of axes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What is to be refined, and how."""
+
+    case: Case
+    scores: Source
+    scores_path: Path
+    crf: CrfParams
+
+    classes: Path | None
+    """A YAML file with a list of classes; None: names from the scores' bands, ids from 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fitted:
+    """A wish that can be met."""
+
+    crf: ResolvedCrf
+    legend: Legend
+
+    content: Mapping[str, Any]
+    """What the result depends on."""
+
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefineResolved:
+    """Values that ``auto`` became; kept in plan.json and used again on resume."""
+
+    tile: Shape
+    device: Literal["cpu", "cuda"]
+    threads: int
+    engine: EngineName
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefinePlan:
+    """Everything that is known before the first tile is read."""
+
+    tiles: TilePlan
+    resolved: RefineResolved
+    crf: ResolvedCrf
+    legend: Legend
+    request_digest: str
+    source_digest: str
+    scores_digest: str
+    workers: int
+    asked: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def sweep(self) -> Pass:
+        """The pass that writes the mask."""
+        return next(p for p in self.tiles.passes if isinstance(p, Pass))
+
+    @property
+    def samples(self) -> SamplePass:
+        """The pass that computes samples again, for the certificate."""
+        return next(p for p in self.tiles.passes if isinstance(p, SamplePass))
+
+    @property
+    def summary(self) -> str:
+        """One line for people, before the run."""
+        side = " x ".join(map(str, self.sweep.grid.tile))
+        return (
+            f"{len(self.sweep)} tiles of {side} px, {len(self.legend.classes)} classes, CRF by"
+            f" {self.resolved.engine} on {self.resolved.device} with a halo of"
+            f" {self.sweep.crf_halo.largest} px, work {self.sweep.read_ratio:.2f} times that of one"
+            " pass"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """What plan.json holds."""
+        return {
+            "fingerprint": self.tiles.fingerprint,
+            "request_digest": self.request_digest,
+            "source_digest": self.source_digest,
+            "scores_digest": self.scores_digest,
+            "resolved": asdict(self.resolved),
+            "case": self.sweep.case,
+            "shape": self.sweep.grid.shape,
+            "tile": self.sweep.grid.tile,
+            "tiles": len(self.sweep),
+            "crf_halo": self.sweep.crf_halo.before,
+            "halo_work_ratio": round(self.sweep.read_ratio, 4),
+            "workers": self.workers,
+            "peak_memory_bytes": self.tiles.peak_bytes,
+            "store_bytes": self.tiles.store_bytes,
+            "crf": asdict(self.crf),
+            "classes": [asdict(look) for look in self.legend.classes],
+            "samples": [asdict(sample) for sample in self.samples.samples],
+            "asked": self.asked,
+            "notes": self.notes,
+        }
+
+
+def make_refine_plan(
+    wish: Wish, options: RefineOptions, *, found: Mapping[str, Any] | None
+) -> RefinePlan:
+    """Decide everything before anything runs.
+
+    ``found`` is the plan.json of an earlier run in the same directory.
+
+    Raises SourceError, BundleError, CrfError or PlanError, one line each.
+    """
+    fitted, info = _fit(wish), wish.case.source.info
+    request = canonical_digest({**fitted.content, "tile": options.tile, "device": options.device})
+    before = found["resolved"] if found and found["request_digest"] == request else None
+    resolved = _resolve(fitted.crf, info, options) if before is None else _resolved_before(before)
+    crf = replace(fitted.crf, engine=resolved.engine)
+    crf.check_extent(info.shape)
+    sweep = _sweep(crf, info, resolved.tile, case=wish.case.name)
+    count = min(len(sweep), workers(options, device=resolved.device, threads=resolved.threads))
+    tiles = _tile_plan(wish, sweep, {**fitted.content, "resolved": asdict(resolved)}, workers=count)
+    notes = over_budget(
+        tiles.peak_bytes,
+        asked=options.memory_budget,
+        here=workplace(options).memory_bytes,
+        workers=count,
+        tile=resolved.tile,
+    )
+    return RefinePlan(
+        tiles=tiles,
+        resolved=resolved,
+        crf=crf,
+        legend=fitted.legend,
+        request_digest=request,
+        source_digest=wish.case.digest,
+        scores_digest=fitted.content["scores"],
+        workers=count,
+        asked=_asked(wish),
+        notes=fitted.notes + notes,
+    )
+
+
+def _fit(wish: Wish) -> _Fitted:
+    """Hold image, scores, classes and energy against one another."""
+    info, scores = wish.case.source.info, wish.scores.info
+    check_scores(scores, name=str(wish.scores_path))
+    names = f"{wish.case.path} and {wish.scores_path}"
+    notes = info.notes + check_same_grid(info, scores, names=names)
+    legend = read_legend(wish.classes, scores.channels)
+    crf = wish.crf.resolve(info.spacing, unit=info.unit, channels=info.channels)
+    crf.check_classes(len(legend.classes))
+    content = {
+        "source": wish.case.digest,
+        "scores": wish.scores.digest(),
+        "crf": asdict(crf),
+        "classes": asdict(legend),
+    }
+    return _Fitted(crf=crf, legend=legend, content=content, notes=notes)
+
+
+def _resolve(crf: ResolvedCrf, info: ImageInfo, options: RefineOptions) -> RefineResolved:
+    place = workplace(options)
+    device: Literal["cpu", "cuda"] = "cuda" if options.device == "cuda" else "cpu"
+    if options.device == "auto" and place.gpus:
+        device = "cuda"
+    if device == "cuda" and place.here and not torch.cuda.is_available():
+        raise PlanError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    side = options.tile or TILE_PX[info.ndim]
+    tile = tuple(min(side, n) for n in info.shape)
+    threads = -(-place.cores // 8) if device == "cpu" else min(4, place.cores)
+    usual = usual_workers(place, device=device, threads=threads)
+    team = Team(workers=usual, threads=threads, device=device, alone=True)
+    engine = pick_engine(crf.engine, device=device)
+    return RefineResolved(
+        tile=tile,
+        device=device,
+        threads=team.for_tiles(len(Grid(shape=info.shape, tile=tile, stride=1))).threads,
+        engine=engine,
+        versions=versions_here(engine),
+    )
+
+
+def _resolved_before(found: Mapping[str, Any]) -> RefineResolved:
+    """The values of an interrupted run, with today's versions: other ones are another run."""
+    try:
+        before = RefineResolved(**{**found, "tile": tuple(found["tile"])})
+    except (KeyError, TypeError) as error:
+        raise PlanError(
+            f"plan.json is damaged: 'resolved' holds {found!r}; start over with --fresh"
+        ) from error
+    pick_engine(before.engine, device=before.device)
+    return replace(before, versions=versions_here(before.engine))
+
+
+def _sweep(crf: ResolvedCrf, info: ImageInfo, tile: Shape, *, case: str) -> Pass:
+    """The pass that writes the mask; there is no network, so that the CRF's halo is all."""
+    none = replace(crf.halo_px, before=(0,) * info.ndim, after=(0,) * info.ndim)
+    return Pass(
+        case=case,
+        name="segment",
+        grid=Grid(shape=info.shape, tile=tile, stride=1),
+        reach=Reach(stride=1, halo=none),
+        crf_halo=crf.halo_px,
+    )
+
+
+def _tile_plan(wish: Wish, sweep: Pass, content: Mapping[str, Any], *, workers: int) -> TilePlan:
+    """The passes, their name, and what they take; ``content`` is all that decides the bytes."""
+    fingerprint = canonical_digest({**content, "sweep": asdict(sweep)})
+    samples = SamplePass.of(sweep, reach=sweep.reach, seed=fingerprint)
+    image, scores = wish.case.source.info, wish.scores.info
+    classes = len(scores.channels)
+    pixels = max(tile.read.size for tile, _ in sweep.kinds())
+    pixels = max([pixels, *(tile.read.size for tile in samples.tiles())])
+    guide = len(image.channels) * np.dtype(image.dtype).itemsize
+    # Scores as read, as floats, as energies, and refined.
+    given = classes * (np.dtype(scores.dtype).itemsize + 3 * 4)
+    tile = pixels * (guide + given) + crf_bytes(pixels, classes=classes)
+    mask_bytes = np.dtype(read_legend(wish.classes, scores.channels).dtype).itemsize
+    return TilePlan(
+        passes=(sweep, samples),
+        fingerprint=fingerprint,
+        peak_bytes=DRIVER_BYTES + workers * (WORKER_BYTES + tile),
+        store_bytes=math.prod(image.shape) * mask_bytes,
+    )
+
+
+def _asked(wish: Wish) -> Mapping[str, Any]:
+    return {
+        "source": str(wish.case.path),
+        "volume": wish.case.volume,
+        "series": wish.case.series,
+        "scores": str(wish.scores_path),
+        "classes": str(wish.classes) if wish.classes else None,
+    }

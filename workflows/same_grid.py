@@ -1,0 +1,54 @@
+"""Do two files lie on the same pixels?"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.domain import ImageInfo
+from pipeline.errors import SourceError
+
+GRID_SLACK = 0.01
+"""How far, in pixels, the corners of scores may lie from those of the image."""
+
+_IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+
+def check_same_grid(image: ImageInfo, scores: ImageInfo, *, names: str) -> tuple[str, ...]:
+    """Notes. Raises SourceError for scores that do not lie on the image's own pixels.
+
+    ``names``: of both files, for the message.
+    """
+    if image.shape != scores.shape:
+        raise SourceError(
+            f"{names} differ in shape: image {image.shape}, scores {scores.shape}; give scores on"
+            " the image's grid"
+        )
+    if scores.affine == _IDENTITY != image.affine and scores.crs is None:
+        return ("the scores have no georeferencing: taken pixel for pixel",)
+    if None not in (image.crs, scores.crs) and image.crs != scores.crs:
+        raise SourceError(f"{names} differ in CRS: give scores on the image's grid")
+    apart = np.abs(_corners(scores) - _corners(image)).max() / _shortest_side(image)
+    if apart > GRID_SLACK:
+        raise SourceError(
+            f"{names} lie {apart:.3g} px apart at a corner: give scores on the image's grid"
+        )
+    return ()
+
+
+def _matrix(info: ImageInfo) -> NDArray[np.float64]:
+    """Rows of the affine: from the file's pixel indices, and a last 1, to places."""
+    return np.array(info.affine).reshape(-1, info.ndim + 1)[: info.ndim]
+
+
+def _corners(info: ImageInfo) -> NDArray[np.float64]:
+    """Places (axis, corner) of a box of the image's size along the affine's own axes."""
+    ends = np.meshgrid(*((0, n) for n in info.shape[::-1]), indexing="ij")
+    matrix = _matrix(info)
+    places: NDArray[np.float64] = matrix[:, :-1] @ np.reshape(ends, (info.ndim, -1))
+    return places + matrix[:, -1:]
+
+
+def _shortest_side(info: ImageInfo) -> float:
+    """Of a pixel, in the unit of the affine."""
+    return float(np.linalg.norm(_matrix(info)[:, :-1], axis=0).min())
