@@ -144,7 +144,7 @@ def make_plan(
     )
     known = traced(bundle, options.context)
     # Of the layers, not as the options shorten it; pooling over a tile is held against a window's.
-    tile_pooled = options.context == "tile" and bundle.architecture.pools
+    tile_pooled = options.context == "tile" and bundle.architecture.windowed
     whole = traced(bundle, "window") if tile_pooled else known
     sizer = Sizer(
         bundle=bundle,
