@@ -5,6 +5,7 @@ Networks are as published but for what a test has no time for: fewer repeated bl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,16 @@ from pipeline.models.frame import Frame
 from pipeline.models.published import published
 from pipeline.models.receptive_field import reach_of
 from pipeline.models.stages import stages_of
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Narrow maps: threads would cost more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 CROP = (65, 65)
 """The window of image pooling, in px: smaller than the scenes."""
