@@ -237,6 +237,7 @@ class Sizer:
                 pixel_bytes=pixel_bytes,
                 shape=sweep.grid.padded_shape,
                 scores=self.scores,
+                passes=self.traced.passes,
             )
         return CostModel(
             chain=self.traced.body,
@@ -247,6 +248,7 @@ class Sizer:
             pixel_bytes=pixel_bytes,
             shape=sweep.grid.padded_shape,
             scores=self.scores,
+            passes=self.traced.passes,
         )
 
     def peak_bytes(self, costs: Costs, *, workers: int, device: Literal["cpu", "cuda"]) -> int:
