@@ -58,6 +58,10 @@ Context = Annotated[
     str,
     typer.Option(help="Image pooling over a window, the scene (two passes) or the tile (inexact)."),
 ]
+Averaging = Annotated[
+    str,
+    typer.Option("--average", help="none, or flip: and axes, such as flip:yx: mirror images."),
+]
 Windows = Annotated[
     str,
     typer.Option(help="rows, or canonical: with --crf off, the same bytes for any tile."),
@@ -99,6 +103,7 @@ def segment(
     tile: TileSide = None,
     halo: HaloAsked = "exact",
     context: Context = "window",
+    average: Averaging = "none",
     windows: Windows = "rows",
     backend: Annotated[str, typer.Option(help="ray, or serial (this process).")] = "ray",
     ray_address: Cluster = None,
@@ -146,6 +151,7 @@ def batch(
     tile: TileSide = None,
     halo: HaloAsked = "exact",
     context: Context = "window",
+    average: Averaging = "none",
     windows: Windows = "rows",
     backend: Annotated[str, typer.Option(help="ray, or serial (this process).")] = "ray",
     ray_address: Cluster = None,
@@ -191,6 +197,7 @@ def plan(
     tile: TileSide = None,
     halo: HaloAsked = "exact",
     context: Context = "window",
+    average: Averaging = "none",
     windows: Windows = "rows",
     workers: Workers = None,
     device: Device = "auto",

@@ -170,6 +170,11 @@ class Architecture:
         """Whether there is a mean that the context is about."""
         return self.image_pooling or self.squeezes
 
+    @property
+    def windowed(self) -> bool:
+        """Whether all its means can be over windows, so that tiles agree."""
+        return self.image_pooling and not self.squeezes
+
     def at_stride(self, stride: int) -> Architecture:
         """The same weights at another output stride: rates keep their reach in pixels.
 

@@ -8,7 +8,7 @@ import pytest
 from pipeline.crf.dense import refine
 from pipeline.crf.engine import engine_named, installed
 from pipeline.crf.params import CrfParams, ResolvedCrf
-from pipeline.crf.whole_scene import SceneTile, refine_scene
+from pipeline.crf.whole_scene import SceneCrf, SceneTile
 from pipeline.domain import Grid
 from pipeline.errors import CrfError
 from pipeline.ports import Block
@@ -54,9 +54,10 @@ def tiled(whole: SceneTile, tile: tuple[int, ...], *, threads: int = 2) -> np.nd
         block = Block(whole.block.image_CS[here], whole.block.valid_S[here[1:]])
         return SceneTile(prob_KS=whole.prob_KS[here], block=block, origin=core.start)
 
-    crf = params(len(shape))
-    for core, prob_KS in refine_scene(cores, load=load, shape=shape, params=crf, threads=threads):
-        result_KS[(slice(None), *map(slice, core.start, core.stop))] = prob_KS
+    crf = SceneCrf(shape=shape, params=params(len(shape)), threads=threads)
+    assert len(list(crf.gather(cores, load=load))) == crf.passes * len(cores)
+    for core in cores:
+        result_KS[(slice(None), *map(slice, core.start, core.stop))] = crf.finish(load(core))
     return result_KS
 
 
