@@ -111,7 +111,7 @@ class SegmentPlan:
             "windows": windows_json(self),
             "peak_memory_bytes": self.tiles.peak_bytes,
             "store_bytes": self.tiles.store_bytes,
-            "crf": asdict(self.crf) if self.crf else None,
+            "crf": self.crf.as_json() if self.crf else None,
             "channels": self.channels,
             "samples": [asdict(sample) for sample in self.samples.samples],
             "asked": self.asked,
@@ -146,7 +146,7 @@ def make_plan(
             "source": case.digest,
             "bundle": bundle.digest,
             "options": options.request(),
-            "crf": asdict(crf) if crf else None,
+            "crf": crf.as_json() if crf else None,
         }
     )
     average = average_asked(options, bundle)
@@ -223,7 +223,7 @@ def _tile_plan(
             "bundle": bundle.digest,
             "resolved": asdict(resolved),
             "sweep": asdict(sweep),
-            "crf": asdict(crf) if crf else None,
+            "crf": crf.as_json() if crf else None,
             "channels": channels,
             "scores": options.scores,
         }

@@ -13,6 +13,7 @@ import torch
 
 from pipeline.crf.engine import EngineName, pick_engine
 from pipeline.crf.params import CrfParams, ResolvedCrf
+from pipeline.crf.whole_scene import PASSES_BEFORE
 from pipeline.domain import Grid, ImageInfo, Pass, Reach, SamplePass, Shape, TilePlan
 from pipeline.errors import PlanError
 from pipeline.models.input_spec import Legend
@@ -20,6 +21,7 @@ from pipeline.ports import Source
 from pipeline.stitching.given_scores import check_scores
 from workflows.case import Case
 from workflows.config import RefineOptions
+from workflows.lattice_size import expected_lattice
 from workflows.legend import read_legend
 from workflows.resolved import versions_here
 from workflows.run_dir import canonical_digest
@@ -80,6 +82,10 @@ class RefinePlan:
     source_digest: str
     scores_digest: str
     workers: int
+
+    lattice_bytes: int
+    """Expected of the lattice under all tiles; 0 where each tile has its own."""
+
     asked: Mapping[str, Any]
     notes: tuple[str, ...]
 
@@ -97,9 +103,15 @@ class RefinePlan:
     def summary(self) -> str:
         """One line for people, before the run."""
         side = " x ".join(map(str, self.sweep.grid.tile))
+        tiles = f"{len(self.sweep)} tiles of {side} px, {len(self.legend.classes)} classes, CRF by"
+        if self.crf.scope == "scene":
+            return (
+                f"{tiles} one lattice under all of them, expected to take"
+                f" {self.lattice_bytes / 1e9:.1f} GB, {self.tiles.peak_bytes / 1e9:.1f} GB in all;"
+                f" each tile is visited {PASSES_BEFORE + self.crf.iterations + 1} times"
+            )
         return (
-            f"{len(self.sweep)} tiles of {side} px, {len(self.legend.classes)} classes, CRF by"
-            f" {self.resolved.engine} on {self.resolved.device} with a halo of"
+            f"{tiles} {self.resolved.engine} on {self.resolved.device} with a halo of"
             f" {self.sweep.crf_halo.largest} px, work {self.sweep.read_ratio:.2f} times that of one"
             " pass"
         )
@@ -120,13 +132,28 @@ class RefinePlan:
             "halo_work_ratio": round(self.sweep.read_ratio, 4),
             "workers": self.workers,
             "peak_memory_bytes": self.tiles.peak_bytes,
+            "lattice_bytes": self.lattice_bytes,
             "store_bytes": self.tiles.store_bytes,
-            "crf": asdict(self.crf),
+            "crf": self.crf.as_json(),
             "classes": [asdict(look) for look in self.legend.classes],
             "samples": [asdict(sample) for sample in self.samples.samples],
             "asked": self.asked,
             "notes": self.notes,
         }
+
+
+def in_one_process(options: RefineOptions) -> RefineOptions:
+    """Options of a CRF with one lattice under all tiles. Raises PlanError for those it lacks."""
+    several = options.workers not in (None, 1) and options.workers
+    asked = {"--workers": several, "--ray-address": options.ray_address}
+    asked["--device"] = options.device == "cuda" and "cuda"
+    for name, value in asked.items():
+        if value:
+            raise PlanError(
+                f"{name} {value} asked with crf.scope scene: one process of the CPU holds the"
+                f" lattice; leave out {name}"
+            )
+    return options.model_copy(update={"backend": "serial", "device": "cpu"})
 
 
 def make_refine_plan(
@@ -147,6 +174,10 @@ def make_refine_plan(
     sweep = _sweep(crf, info, resolved.tile, case=wish.case.name)
     count = min(len(sweep), workers(options, device=resolved.device, threads=resolved.threads))
     tiles = _tile_plan(wish, sweep, {**fitted.content, "resolved": asdict(resolved)}, workers=count)
+    lattice = 0
+    if crf.scope == "scene":
+        lattice = expected_lattice(wish.case.source, sweep, crf, classes=len(fitted.legend.classes))
+        tiles = replace(tiles, peak_bytes=tiles.peak_bytes + lattice)
     notes = over_budget(
         tiles.peak_bytes,
         asked=options.memory_budget,
@@ -163,6 +194,7 @@ def make_refine_plan(
         source_digest=wish.case.digest,
         scores_digest=fitted.content["scores"],
         workers=count,
+        lattice_bytes=lattice,
         asked=_asked(wish),
         notes=fitted.notes + notes,
     )
@@ -180,7 +212,7 @@ def _fit(wish: Wish) -> _Fitted:
     content = {
         "source": wish.case.digest,
         "scores": wish.scores.digest(),
-        "crf": asdict(crf),
+        "crf": crf.as_json(),
         "classes": asdict(legend),
     }
     return _Fitted(crf=crf, legend=legend, content=content, notes=notes)
@@ -196,6 +228,8 @@ def _resolve(crf: ResolvedCrf, info: ImageInfo, options: RefineOptions) -> Refin
     side = options.tile or TILE_PX[info.ndim]
     tile = tuple(min(side, n) for n in info.shape)
     threads = -(-place.cores // 8) if device == "cpu" else min(4, place.cores)
+    if crf.scope == "scene":
+        threads = place.cores
     usual = usual_workers(place, device=device, threads=threads)
     team = Team(workers=usual, threads=threads, device=device, alone=True)
     engine = pick_engine(crf.engine, device=device)
@@ -236,6 +270,8 @@ def _tile_plan(wish: Wish, sweep: Pass, content: Mapping[str, Any], *, workers: 
     """The passes, their name, and what they take; ``content`` is all that decides the bytes."""
     fingerprint = canonical_digest({**content, "sweep": asdict(sweep)})
     samples = SamplePass.of(sweep, reach=sweep.reach, seed=fingerprint)
+    if wish.crf.scope == "scene":  # more context than all of the scene there is none
+        samples = replace(samples, samples=())
     image, scores = wish.case.source.info, wish.scores.info
     classes = len(scores.channels)
     pixels = max(tile.read.size for tile, _ in sweep.kinds())

@@ -53,11 +53,28 @@ def refine(
     params.check_classes(len(prob_KS))
     if not valid_S.any():
         return refined_KS
+    energy_KN, kernels = to_engine(refined_KS, block=block, origin=origin, params=params)
+    refined_KS[:, valid_S] = engine.mean_field(energy_KN, kernels, iterations=params.iterations)
+    return refined_KS
+
+
+def to_engine(
+    prob_KS: NDArray[np.float32],
+    *,
+    block: Block,
+    origin: tuple[int, ...],
+    params: ResolvedCrf,
+) -> tuple[NDArray[np.float32], list[Pairwise]]:
+    """What an engine takes of these pixels: energies (K, N), and kernels over the valid ones.
+
+    Raises CrfError: a valid pixel is not finite, or lies beyond the engine's key range.
+    """
+    valid_S = block.valid_S
     position_SN = tuple(
         index + first for index, first in zip(np.nonzero(valid_S), origin, strict=True)
     )
     params.check_extent(tuple(int(axis.max()) + 1 for axis in position_SN))
-    energy_KN = -np.log(np.clip(refined_KS[:, valid_S], _LEAST_PROB, 1.0))
+    energy_KN = -np.log(np.clip(prob_KS[:, valid_S], _LEAST_PROB, 1.0))
     kernels = [
         Pairwise(
             features_DN=_checked(
@@ -67,10 +84,7 @@ def refine(
         )
         for kernel in params.kernels
     ]
-    refined_KS[:, valid_S] = engine.mean_field(
-        _checked(energy_KN, what="probability"), kernels, iterations=params.iterations
-    )
-    return refined_KS
+    return _checked(energy_KN, what="probability"), kernels
 
 
 def _cost(kernel: ResolvedKernel, params: ResolvedCrf) -> float | NDArray[np.float32]:

@@ -31,25 +31,27 @@ class NativeEngine:
         self, energy_KN: NDArray[np.float32], kernels: Sequence[Pairwise], *, iterations: int
     ) -> NDArray[np.float32]:
         """As ``Engine.mean_field``; up to 24 features and 257 classes."""
-        classes = len(energy_KN)
-        if classes > MOST_CLASSES:
-            raise CrfError(f"crf: {classes} classes, the native engine takes {MOST_CLASSES}")
-        apart = 1 - np.eye(classes, dtype=np.float32)
-        penalties = [
-            k.compatibility if isinstance(k.compatibility, np.ndarray) else k.compatibility * apart
-            for k in kernels
-        ]
         try:
             prob_KN: NDArray[np.float32] = self._module.mean_field(
                 energy_KN,
                 [kernel.features_DN for kernel in kernels],
-                [np.ascontiguousarray(p, dtype=np.float32) for p in penalties],
+                penalties(kernels, classes=len(energy_KN)),
                 iterations,
                 self._threads,
             )
         except (OverflowError, ValueError) as error:
             raise CrfError(f"crf: native engine: {error}") from error
         return prob_KN
+
+
+def penalties(kernels: Sequence[Pairwise], *, classes: int) -> list[NDArray[np.float32]]:
+    """Each kernel's (K, K) penalty of a pair of labels. Raises CrfError for too many classes."""
+    if classes > MOST_CLASSES:
+        raise CrfError(f"crf: {classes} classes, the native engine takes {MOST_CLASSES}")
+    apart_KK = 1 - np.eye(classes, dtype=np.float32)
+    given = [kernel.compatibility for kernel in kernels]
+    matrices = [c if isinstance(c, np.ndarray) else c * apart_KK for c in given]
+    return [np.ascontiguousarray(matrix, dtype=np.float32) for matrix in matrices]
 
 
 def module_for_this_processor() -> Any:

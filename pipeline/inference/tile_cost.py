@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pipeline.domain import Region, Shape, Tile
+from pipeline.inference.map_layout import stage_bytes
 from pipeline.inference.stage_plan import (
     Needs,
     feature_region,
     needs_of,
-    stage_bytes,
     stage_work,
 )
 from pipeline.models.chain import Chain

@@ -55,6 +55,11 @@ class CustomArchitecture:
             raise BundleError(f"halo has {len(self.halo.before)} axes, the network {self.dims}")
 
     @property
+    def squeezes(self) -> bool:
+        """Whether a layer is known by name to take means over all that is read: the probe finds."""
+        return False
+
+    @property
     def pools(self) -> bool:
         """Whether it pools as ASPP does, over a window that can be set: never."""
         return False

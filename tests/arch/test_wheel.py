@@ -54,6 +54,11 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+def beside(installed: Path) -> str:
+    """A path of the wheel and the libraries; -S keeps out the finder of an editable install."""
+    return os.pathsep.join([str(installed), *(path for path in sys.path if "-packages" in path)])
+
+
 def files_in(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
         return {name for name in archive.namelist() if not name.endswith("/")}
@@ -121,7 +126,7 @@ def test_beside_a_decoy_the_installed_packages_are_found_by_their_path(installed
         "import adapters, pipeline, pipeline.domain, workflows\n"
         "print(pipeline.__file__, adapters.__file__, workflows.__file__, sep='\\n')\n"
     )
-    shown = call(script, cwd=tmp_path, pythonpath=str(installed)).splitlines()
+    shown = call("-S", script, cwd=tmp_path, pythonpath=beside(installed)).splitlines()
     assert [Path(line).parent for line in shown] == [installed / package for package in PACKAGES]
 
 
@@ -131,5 +136,6 @@ def test_the_command_starts_beside_a_decoy(installed, tmp_path):
         pytest.skip("workflows/cli.py is not written yet")
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "__init__.py").write_text("raise SystemExit('the decoy')\n")
-    shown = call(installed / "bin" / "terravox", "--help", cwd=tmp_path, pythonpath=str(installed))
+    command = ("-S", installed / "bin" / "terravox", "--help")
+    shown = call(*command, cwd=tmp_path, pythonpath=beside(installed))
     assert "segment" in shown

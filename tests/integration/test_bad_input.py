@@ -104,8 +104,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "--allow-failed -1": ("--allow-failed", "0", "got -1"),
     "--volume -1": ("--volume", "0", "got -1"),
     "--volume 1": ("volume 1", "is no NIfTI", "leave it out"),
-    "--crf none.yaml": ("--crf none.yaml", "No such file", "auto, or off"),
-    "--crf .": ("--crf .", "Is a directory", "auto, or off"),
+    "--crf none.yaml": ("--crf none.yaml", "No such file", "with a crf part"),
+    "--crf .": ("--crf .", "Is a directory", "with a crf part"),
     "--bogus": ("--bogus", "terravox segment --help"),
 }
 

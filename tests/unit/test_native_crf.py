@@ -154,7 +154,7 @@ def test_neither_threads_nor_the_processor_change_a_byte(classes):
 
 @pytest.mark.parametrize("dims", [2, 5])
 def test_a_pixel_far_away_changes_nothing(dims):
-    """Keys that wrap, as int16 ones do, would lay it on top; 5 axes take more than 64 bits."""
+    """Keys that wrap, as int16 ones do, would lay it on the others; 5 axes take over 64 bits."""
     rng = np.random.default_rng(2)
     near_DN = rng.uniform(0, 9, (dims, 400)).astype(np.float32)
     energy_KN = rng.uniform(0, 3, (3, 401)).astype(np.float32)

@@ -1,10 +1,10 @@
 // Mean field of a fully connected CRF (Kraehenbuehl and Koltun, 2011) over planned kernels.
 //
-// Everything is relative to the last class: with K classes, V = K - 1 values are filtered, and
-//   z_k = base_k + sum over kernels of (T_m G_m q)_k,   q = softmax(z, 0),
-// where G is a kernel without compatibility and T_m(k, l) = -(mu(k, l) - mu(k, K) - mu(K, l) +
-// mu(K, K)); since G is linear, T is applied to the lattice's rows. A Potts weight w has
-// T = w (I + 1). What the last class would have added, T's constant part times G 1, lies in base.
+// Everything is relative to the last class: of K classes, V = K - 1 differences r_k = q_k - q_K are
+// filtered, and q = softmax(z, 0). A kernel G with the Potts weight w adds w G r_k to z_k, so classes
+// that are alike stay so to the bit. With a penalty matrix mu, a(k, l) = mu(k, l) - mu(K, l) and A_k
+// = sum over l of a(k, l), it adds sum over l of T(k, l) G r_l, with T = A_k / K - a(k, l), and c_k =
+// -A_k / K times G 1, its mass. Since G is linear, T is applied to the lattice's rows.
 #pragma once
 
 #include <cstring>
@@ -37,10 +37,17 @@ inline float exp_negative(float x) {
     return x < -64.0f ? 0.0f : value * power;
 }
 
+template <int STEP> struct ChunkOf {
+    typedef float type __attribute__((vector_size(STEP * sizeof(float)), aligned(sizeof(float))));
+};
+template <> struct ChunkOf<1> {
+    using type = float;
+};
+
 // Whole rows at a time. GCC's vector types say that lanes are apart, which it cannot see of pointers.
 template <int V> struct Lanes {
     static constexpr int STEP = V % 8 == 0 && V ? 8 : V % 4 == 0 && V ? 4 : 1;
-    typedef float Chunk __attribute__((vector_size(STEP * sizeof(float)), aligned(sizeof(float))));
+    using Chunk = typename ChunkOf<STEP>::type;
 
     template <class Each> static void each(int n, const Each &each) {
         if constexpr (V == 0)
@@ -59,7 +66,8 @@ template <int V> struct Lanes {
 struct Kernel {
     Plan plan;
     float potts = 0;             // the weight, where there is no matrix
-    std::vector<float> matrix;   // T, (width, width), or empty
+    std::vector<float> matrix;    // T, (width, width), and empty for a Potts kernel
+    std::vector<float> constant;  // c, per class but the last, and empty as well
     Large<float> values, sums;
 
     void widen(int width) {
@@ -73,35 +81,70 @@ template <int V> struct Rows {
     int width;
     int v() const { return V ? V : width; }
 
-    // sums -> values: mirrors added to their vertices, the blur, `finish(row)` for each, mirrors set.
-    template <class Finish> void blur(Kernel &kernel, Team &team, const Finish &finish) const {
+    // sums -> values, all of it: what pixels added becomes what they read.
+    template <class Finish> void filter(Kernel &kernel, Team &team, const Finish &finish) const {
+        gather(kernel, team);
+        blur(kernel, team, finish);
+        spread(kernel, team);
+    }
+
+    // Adds what lies in mirrors to their vertices.
+    void gather(Kernel &kernel, Team &team) const {
         const Plan &plan = kernel.plan;
-        const int n = v();
         team.each(plan.parts(), [&](int64_t p) {
             float *sums = kernel.sums.data();
             for (int64_t i = plan.owner_begin[p]; i < plan.owner_begin[p + 1]; ++i) {
                 const int64_t mirror = plan.by_owner[i];
-                float *__restrict to = sums + int64_t(plan.mirrored[mirror - 1 - plan.vertices]) * n;
-                for (int k = 0; k < n; ++k) to[k] += sums[mirror * n + k];
+                const int64_t vertex = plan.mirrored[mirror - 1 - plan.vertices];
+                add(sums + vertex * v(), sums + mirror * v(), 1.0f);
             }
         });
+    }
+
+    // Sets mirrors to the values of their vertices, and the sums to zero.
+    void spread(Kernel &kernel, Team &team) const {
+        const Plan &plan = kernel.plan;
+        team.ranges(int64_t(plan.mirrored.size()), 8192, [&](int64_t begin, int64_t end) {
+            float *values = kernel.values.data();
+            for (int64_t m = begin; m < end; ++m)
+                std::copy_n(values + int64_t(plan.mirrored[m]) * v(), v(),
+                            values + (1 + plan.vertices + m) * v());
+        });
+        team.ranges(int64_t(kernel.sums.size()), 1 << 16, [&](int64_t begin, int64_t end) {
+            std::fill(kernel.sums.begin() + begin, kernel.sums.begin() + end, 0.0f);
+        });
+    }
+
+    // Along each axis in turn; `finish(row)` for each vertex in the end.
+    template <class Finish> void blur(Kernel &kernel, Team &team, const Finish &finish) const {
+        const Plan &plan = kernel.plan;
         for (int j = 0; j <= plan.d; ++j) {
             const bool last = j == plan.d;
             team.ranges(plan.vertices, 8192, [&](int64_t begin, int64_t end) {
                 pass(kernel, j, begin, end);
                 if (!last) return;
-                for (int64_t i = begin; i < end; ++i) finish(&kernel.values[(1 + i) * n]);
+                for (int64_t i = begin; i < end; ++i) finish(&kernel.values[(1 + i) * v()]);
             });
             if (!last) std::swap(kernel.values, kernel.sums);
         }
-        team.ranges(int64_t(plan.mirrored.size()), 8192, [&](int64_t begin, int64_t end) {
-            float *values = kernel.values.data();
-            for (int64_t m = begin; m < end; ++m)
-                std::memcpy(values + (1 + plan.vertices + m) * n, values + int64_t(plan.mirrored[m]) * n,
-                            n * sizeof(float));
-        });
-        team.ranges(int64_t(kernel.sums.size()), 1 << 16, [&](int64_t begin, int64_t end) {
-            std::fill(kernel.sums.begin() + begin, kernel.sums.begin() + end, 0.0f);
+    }
+
+    // What a kernel says about labels, for each row after the blur.
+    template <class Use> void with_compatibility(const Kernel &kernel, const Use &use) const {
+        const int n = v();
+        const float gain = kernel.plan.gain();
+        if (kernel.matrix.empty()) {
+            const float weight = gain * kernel.potts;
+            use([n, weight](float *row) {
+                for (int k = 0; k < n; ++k) row[k] *= weight;
+            });
+            return;
+        }
+        use([&kernel, n, gain](float *row) {
+            float mixed[MOST_VALUES] = {};
+            for (int k = 0; k < n; ++k)
+                for (int l = 0; l < n; ++l) mixed[k] += gain * kernel.matrix[k * n + l] * row[l];
+            std::copy_n(mixed, n, row);
         });
     }
 
@@ -169,26 +212,32 @@ template <int V> struct Rows {
     }
 };
 
-// A kernel's filter of 1 with its current weights, per pixel.
-inline std::vector<float> filter_ones(Kernel &kernel, Team &team) {
-    const Rows<1> rows{1};
-    const int64_t pixels = kernel.plan.pixels;
-    const float one = 1.0f, gain = kernel.plan.gain();
-    std::vector<float> result(pixels, 0.0f);
-    kernel.widen(1);
-    team.ranges(pixels, PART, [&](int64_t begin, int64_t end) {
-        for (int64_t at = begin; at < end; ++at) rows.splat(kernel, at, &one);
+inline void splat_ones(Kernel &kernel, Team &team) {
+    const float one = 1.0f;
+    team.ranges(kernel.plan.pixels, PART, [&](int64_t begin, int64_t end) {
+        for (int64_t at = begin; at < end; ++at) Rows<1>{1}.splat(kernel, at, &one);
     });
-    rows.blur(kernel, team, [gain](float *row) { *row *= gain; });
-    team.ranges(pixels, PART, [&](int64_t begin, int64_t end) {
-        for (int64_t at = begin; at < end; ++at) rows.slice(kernel, at, &result[at]);
+}
+
+inline std::vector<float> slice_ones(const Kernel &kernel, Team &team) {
+    std::vector<float> result(kernel.plan.pixels, 0.0f);
+    team.ranges(kernel.plan.pixels, PART, [&](int64_t begin, int64_t end) {
+        for (int64_t at = begin; at < end; ++at) Rows<1>{1}.slice(kernel, at, &result[at]);
     });
     return result;
 }
 
-// Folds the symmetric normalisation into the weights.
-inline void normalise(Kernel &kernel, Team &team) {
-    const auto ones = filter_ones(kernel, team);
+// A kernel's filter of 1 with its current weights, per pixel.
+inline std::vector<float> filter_ones(Kernel &kernel, Team &team) {
+    const float gain = kernel.plan.gain();
+    kernel.widen(1);
+    splat_ones(kernel, team);
+    Rows<1>{1}.filter(kernel, team, [gain](float *row) { *row *= gain; });
+    return slice_ones(kernel, team);
+}
+
+// Folds the symmetric normalisation into the weights. ones: the filter of 1, per pixel.
+inline void normalise(Kernel &kernel, const std::vector<float> &ones, Team &team) {
     const int size = kernel.plan.d + 1;
     team.ranges(kernel.plan.pixels, PART, [&](int64_t begin, int64_t end) {
         for (int64_t at = begin; at < end; ++at) {
@@ -212,22 +261,23 @@ public:
         });
     }
 
-    // masses, constants: of each kernel, the filter of 1 per pixel, and what it adds per class.
-    void run(int iterations, const std::vector<std::vector<float>> &masses,
-             const std::vector<std::vector<float>> &constants, float *prob) {
+    // masses: of each kernel, the filter of 1 per pixel; empty for a Potts kernel.
+    void run(int iterations, const std::vector<std::vector<float>> &masses, float *prob) {
         for (auto &kernel : kernels_) kernel.widen(rows_.v());
         for (int i = 0; i < iterations; ++i) {
             update(i > 0, nullptr);  // the first softmax is of the unary energies alone
-            if (i == 0)
-                for (size_t m = 0; m < kernels_.size(); ++m) add_constant(masses[m], constants[m]);
-            for (auto &kernel : kernels_) finish(kernel);
+            for (size_t m = 0; m < masses.size() && i == 0; ++m)
+                add_constant(masses[m], kernels_[m].constant);
+            for (auto &kernel : kernels_)
+                rows_.with_compatibility(
+                    kernel, [&](auto finish) { rows_.filter(kernel, team_, finish); });
         }
         update(true, prob);
     }
 
-private:
     // constant: per class, what a pixel's kernel mass adds to z beside T.
     void add_constant(const std::vector<float> &mass, const std::vector<float> &constant) {
+        if (constant.empty()) return;
         team_.ranges(pixels_, PART, [&](int64_t begin, int64_t end) {
             for (int64_t at = begin; at < end; ++at)
                 for (int k = 0; k < classes_ - 1; ++k)
@@ -235,6 +285,7 @@ private:
         });
     }
 
+    // One softmax of what the kernels say, if `sliced`: splatted, or written to `prob`.
     void update(bool sliced, float *prob) {
         const int n = rows_.v();
         team_.ranges(pixels_, PART, [&](int64_t begin, int64_t end) {
@@ -253,12 +304,15 @@ private:
                 if (prob)
                     write(z.data(), last, count, prob + at);
                 else
-                    for (int i = 0; i < count; ++i)
+                    for (int i = 0; i < count; ++i) {
+                        for (int k = 0; k < n; ++k) z[i * n + k] -= last[i];
                         for (auto &kernel : kernels_) rows_.splat(kernel, at + i, &z[i * n]);
+                    }
             }
         });
     }
 
+private:
     void softmax(float *z, float *last, int count) const {
         const int n = rows_.v();
         for (int i = 0; i < count; ++i) {
@@ -282,26 +336,6 @@ private:
         for (int k = 0; k < classes_ - 1; ++k)
             for (int i = 0; i < count; ++i) prob[k * pixels_ + i] = q[i * rows_.v() + k];
         std::copy_n(last, count, prob + int64_t(classes_ - 1) * pixels_);
-    }
-
-    void finish(Kernel &kernel) {
-        const int n = rows_.v();
-        const float gain = kernel.plan.gain();
-        if (kernel.matrix.empty()) {
-            const float weight = gain * kernel.potts;
-            rows_.blur(kernel, team_, [n, weight](float *row) {
-                float sum = 0;
-                for (int k = 0; k < n; ++k) sum += row[k];
-                for (int k = 0; k < n; ++k) row[k] = weight * (row[k] + sum);
-            });
-            return;
-        }
-        rows_.blur(kernel, team_, [&kernel, n, gain](float *row) {
-            float mixed[MOST_VALUES] = {};
-            for (int k = 0; k < n; ++k)
-                for (int l = 0; l < n; ++l) mixed[k] += gain * kernel.matrix[k * n + l] * row[l];
-            std::copy_n(mixed, n, row);
-        });
     }
 
     Rows<V> rows_;

@@ -2,9 +2,10 @@
 // only a processor that has AVX2 may load.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
-#include "mean_field.hpp"
+#include "scene.hpp"
 
 namespace nb = nanobind;
 using namespace terravox;
@@ -14,26 +15,25 @@ using Result = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
 
 namespace {
 
-// Splits the (classes, classes) penalty into T and what the last class adds; see mean_field.hpp.
-std::vector<float> relative(Kernel &kernel, const float *penalty, int classes, int width) {
+// Sets what the kernel says about labels from their (classes, classes) penalty: see mean_field.hpp.
+void set_penalty(Kernel &kernel, const float *penalty, int classes, int width) {
     const int last = classes - 1;
     const auto mu = [&](int k, int l) { return penalty[k * classes + l]; };
-    std::vector<float> constant(last);
-    for (int k = 0; k < last; ++k) constant[k] = mu(last, last) - mu(k, last);
     // Potts: one value on the diagonal, one beside it.
     const float same = mu(0, 0), other = classes > 1 ? mu(0, 1) : same;
     bool potts = true;
     for (int k = 0; k < classes; ++k)
         for (int l = 0; l < classes; ++l) potts &= mu(k, l) == (k == l ? same : other);
-    if (potts) {
-        kernel.potts = other - same;
-        return constant;
-    }
+    kernel.potts = other - same;
+    if (potts) return;
     kernel.matrix.assign(width * width, 0.0f);
-    for (int k = 0; k < last; ++k)
+    for (int k = 0; k < last; ++k) {
+        float mean = 0;
+        for (int l = 0; l < classes; ++l) mean += (mu(k, l) - mu(last, l)) / float(classes);
+        kernel.constant.push_back(-mean);
         for (int l = 0; l < last; ++l)
-            kernel.matrix[k * width + l] = mu(k, last) + mu(last, l) - mu(k, l) - mu(last, last);
-    return constant;
+            kernel.matrix[k * width + l] = mean - (mu(k, l) - mu(last, l));
+    }
 }
 
 int rounded(int values) {
@@ -48,53 +48,88 @@ void solve(const float *energy, int classes, int width, const std::vector<const 
            int64_t pixels, int iterations, int threads, float *prob) {
     Team team(threads);
     std::vector<Kernel> kernels(features.size());
-    std::vector<std::vector<float>> constants, masses;
+    std::vector<std::vector<float>> masses(kernels.size());
     for (size_t m = 0; m < kernels.size(); ++m) {
         kernels[m].plan = Plan::of(features[m], dims[m], pixels, team);
-        constants.push_back(relative(kernels[m], penalties[m], classes, width));
-        normalise(kernels[m], team);
-        masses.push_back(filter_ones(kernels[m], team));
+        set_penalty(kernels[m], penalties[m], classes, width);
+        normalise(kernels[m], filter_ones(kernels[m], team), team);
+        if (!kernels[m].constant.empty()) masses[m] = filter_ones(kernels[m], team);
     }
     MeanField<V> field(energy, classes, width, kernels, team);
-    field.run(iterations, masses, constants, prob);
+    field.run(iterations, masses, prob);
+}
+
+// Calls use(integral_constant) with the width where rows of it are compiled in, else with 0.
+template <class Use> auto at_width(int width, const Use &use) {
+    switch (width) {
+        case 1: return use(std::integral_constant<int, 1>());
+        case 2: return use(std::integral_constant<int, 2>());
+        case 4: return use(std::integral_constant<int, 4>());
+        case 8: return use(std::integral_constant<int, 8>());
+        case 12: return use(std::integral_constant<int, 12>());
+        case 16: return use(std::integral_constant<int, 16>());
+        case 20: return use(std::integral_constant<int, 20>());
+        case 24: return use(std::integral_constant<int, 24>());
+        case 32: return use(std::integral_constant<int, 32>());
+        default: return use(std::integral_constant<int, 0>());
+    }
+}
+
+// What Python gets in the end; freed where something goes wrong before.
+struct Answer {
+    size_t classes, pixels;
+    std::unique_ptr<float[]> held;
+    float *prob;
+    Answer(size_t k, size_t n) : classes(k), pixels(n), held(new float[k * n]), prob(held.get()) {}
+
+    nb::object array() {
+        nb::capsule owner(held.release(), [](void *p) noexcept { delete[] static_cast<float *>(p); });
+        return nb::cast(Result(prob, {classes, pixels}, owner));
+    }
+};
+
+std::vector<const float *> pointers(const std::vector<Matrix> &arrays) {
+    std::vector<const float *> found;
+    for (const auto &array : arrays) found.push_back(array.data());
+    return found;
 }
 
 nb::object mean_field(Matrix energy, std::vector<Matrix> features, std::vector<Matrix> penalties,
                       int iterations, int threads) {
-    const int classes = int(energy.shape(0));
-    const auto pixels = int64_t(energy.shape(1));
-    auto *prob = new float[classes * pixels];
-    nb::capsule owner(prob, [](void *p) noexcept { delete[] static_cast<float *>(p); });
-    std::vector<const float *> feature, penalty;
+    Answer answer(energy.shape(0), energy.shape(1));
     std::vector<int> dims;
-    for (auto &f : features) feature.push_back(f.data()), dims.push_back(int(f.shape(0)));
-    for (auto &p : penalties) penalty.push_back(p.data());
+    for (const auto &f : features) dims.push_back(int(f.shape(0)));
     {
         nb::gil_scoped_release release;
-        const int width = rounded(classes - 1);
-        const auto call = [&](auto v) {
-            solve<decltype(v)::value>(energy.data(), classes, width, feature, dims, penalty, pixels,
-                                      iterations, threads, prob);
-        };
-        switch (width) {
-            case 1: call(std::integral_constant<int, 1>()); break;
-            case 2: call(std::integral_constant<int, 2>()); break;
-            case 4: call(std::integral_constant<int, 4>()); break;
-            case 8: call(std::integral_constant<int, 8>()); break;
-            case 12: call(std::integral_constant<int, 12>()); break;
-            case 16: call(std::integral_constant<int, 16>()); break;
-            case 20: call(std::integral_constant<int, 20>()); break;
-            case 24: call(std::integral_constant<int, 24>()); break;
-            case 32: call(std::integral_constant<int, 32>()); break;
-            default: call(std::integral_constant<int, 0>());
-        }
+        const int width = rounded(int(answer.classes) - 1);
+        at_width(width, [&](auto v) {
+            solve<decltype(v)::value>(energy.data(), int(answer.classes), width, pointers(features),
+                                      dims, pointers(penalties), int64_t(answer.pixels), iterations,
+                                      threads, answer.prob);
+        });
     }
-    return nb::cast(Result(prob, {size_t(classes), size_t(pixels)}, owner));
+    return answer.array();
+}
+
+std::unique_ptr<Scene> make_scene(std::vector<std::vector<float>> low,
+                                  std::vector<std::vector<float>> high,
+                                  std::vector<Matrix> penalties, int threads) {
+    const int classes = int(penalties.at(0).shape(0)), width = rounded(classes - 1);
+    auto scene = at_width(width, [&](auto v) -> std::unique_ptr<Scene> {
+        return std::make_unique<SceneOf<decltype(v)::value>>(classes, width, threads);
+    });
+    for (size_t m = 0; m < low.size(); ++m) {
+        auto shared = std::make_unique<Shared>(low[m], high[m]);
+        set_penalty(shared->kernel, penalties[m].data(), classes, width);
+        scene->shared.push_back(std::move(shared));
+    }
+    return scene;
 }
 
 }  // namespace
 
 NB_MODULE(TERRAVOX_MODULE, module) {
+    using Free = nb::call_guard<nb::gil_scoped_release>;
     module.def("has_avx2", [] {
 #ifdef __x86_64__
         return bool(__builtin_cpu_supports("avx2"));
@@ -104,4 +139,25 @@ NB_MODULE(TERRAVOX_MODULE, module) {
     });
     module.def("mean_field", &mean_field, nb::arg("energy"), nb::arg("features"),
                nb::arg("penalties"), nb::arg("iterations"), nb::arg("threads"));
+    module.def("scene", &make_scene, nb::arg("low"), nb::arg("high"), nb::arg("penalties"),
+               nb::arg("threads"));
+    nb::class_<Scene>(module, "Scene")
+        .def("visit", [](Scene &scene, Matrix energy, std::vector<Matrix> features) {
+            nb::gil_scoped_release release;
+            scene.visit(energy.data(), int64_t(energy.shape(1)), pointers(features), nullptr);
+        }, nb::arg("energy"), nb::arg("features"))
+        .def("finish", [](Scene &scene, Matrix energy, std::vector<Matrix> features) {
+            Answer answer(energy.shape(0), energy.shape(1));
+            {
+                nb::gil_scoped_release release;
+                scene.visit(energy.data(), int64_t(answer.pixels), pointers(features), answer.prob);
+            }
+            return answer.array();
+        }, nb::arg("energy"), nb::arg("features"))
+        .def("advance", &Scene::advance, Free())
+        .def_prop_ro("vertices", [](const Scene &scene) {
+            std::vector<int64_t> found;
+            for (const auto &one : scene.shared) found.push_back(int64_t(one->numbering.size()));
+            return found;
+        });
 }

@@ -28,15 +28,20 @@ struct Plan {
     int64_t rows() const { return 1 + vertices + int64_t(mirrored.size()); }
     float gain() const { return 1.0f / (1.0f + std::ldexp(1.0f, -d)); }
 
-    // features: (d, pixels), C-ordered.
+    // A plan with neighbours. features: (d, pixels), C-ordered.
     static Plan of(const float *features, int d, int64_t pixels, Team &team);
 
-private:
-    template <class Key> void build(const float *features, const Packing &packing, Team &team);
+    // Rows and weights of the pixels; the vertices' keys, in the order of their rows.
     template <class Key>
-    Numbering<Key> touch(const float *features, const Packing &packing, int64_t part);
+    Numbering<Key> place(const float *features, const Packing &packing, Team &team);
+
+    // The neighbours of `numbering`'s vertices.
     template <class Key>
     void link(const Numbering<Key> &numbering, const Packing &packing, Team &team);
+
+private:
+    template <class Key>
+    Numbering<Key> touch(const float *features, const Packing &packing, int64_t part);
 };
 
 inline Plan Plan::of(const float *features, int d, int64_t pixels, Team &team) {
@@ -44,26 +49,39 @@ inline Plan Plan::of(const float *features, int d, int64_t pixels, Team &team) {
     Plan plan;
     plan.d = d;
     plan.pixels = pixels;
-    plan.row.resize(pixels * (d + 1));
-    plan.weight.resize(pixels * (d + 1));
     std::vector<float> low(d), high(d);
     const auto scale = scales(d);
     team.each(d, [&](int64_t k) {
-        const auto [least, most] = std::minmax_element(features + k * pixels, features + (k + 1) * pixels);
-        low[k] = *least * scale[k];
-        high[k] = *most * scale[k];
+        const float *feature = features + k * pixels;
+        float least[LANES], most[LANES];  // side by side, as the compiler may not reorder one
+        std::fill_n(least, LANES, feature[0]);
+        std::fill_n(most, LANES, feature[0]);
+        const int64_t whole = pixels / LANES * LANES;
+        for (int64_t at = 0; at < whole; at += LANES)
+            for (int l = 0; l < LANES; ++l) {
+                least[l] = feature[at + l] < least[l] ? feature[at + l] : least[l];
+                most[l] = feature[at + l] > most[l] ? feature[at + l] : most[l];
+            }
+        for (int64_t at = whole; at < pixels; ++at) {
+            least[0] = std::min(least[0], feature[at]);
+            most[0] = std::max(most[0], feature[at]);
+        }
+        low[k] = *std::min_element(least, least + LANES) * scale[k];
+        high[k] = *std::max_element(most, most + LANES) * scale[k];
     });
     const auto packing = Packing::of(low, high);
     if (packing.bits <= 64)
-        plan.build<uint64_t>(features, packing, team);
+        plan.link(plan.place<uint64_t>(features, packing, team), packing, team);
     else
-        plan.build<Wide>(features, packing, team);
+        plan.link(plan.place<Wide>(features, packing, team), packing, team);
     return plan;
 }
 
 template <class Key>
-void Plan::build(const float *features, const Packing &packing, Team &team) {
+Numbering<Key> Plan::place(const float *features, const Packing &packing, Team &team) {
     const int64_t count = parts();
+    row.resize(pixels * (d + 1));
+    weight.resize(pixels * (d + 1));
     std::vector<Numbering<Key>> touched(count);
     team.each(count, [&](int64_t p) { touched[p] = touch<Key>(features, packing, p); });
 
@@ -104,7 +122,7 @@ void Plan::build(const float *features, const Packing &packing, Team &team) {
         by_owner.insert(by_owner.end(), group.begin(), group.end());
     }
     owner_begin.push_back(int64_t(by_owner.size()));
-    link(all, packing, team);
+    return all;
 }
 
 // Simplices of one part: weights, and in `row` the part's own numbers of the vertices.
@@ -126,18 +144,22 @@ Numbering<Key> Plan::touch(const float *features, const Packing &packing, int64_
             simplices.keys(l, packing, key[l]);
             for (int r = 0; r <= d; ++r) numbering.prefetch(key[l][r]);
         }
-        for (int l = 0; l < lanes; ++l)
-            for (int r = 0; r <= d; ++r) {
-                const int64_t place = (at + l) * (d + 1) + r;
-                weight[place] = simplices.weight[r][l];
-                row[place] = numbering.number(key[l][r]);
-            }
+        for (int l = 0; l < lanes; ++l) {
+            const int64_t place = (at + l) * (d + 1);
+            for (int r = 0; r <= d; ++r) weight[place + r] = simplices.weight[r][l];
+            // The pixel before often lies in the same simplex.
+            if (l > 0 && std::equal(key[l], key[l] + d + 1, key[l - 1]))
+                std::copy_n(&row[place - d - 1], d + 1, &row[place]);
+            else
+                for (int r = 0; r <= d; ++r) row[place + r] = numbering.number(key[l][r]);
+        }
     }
     return numbering;
 }
 
 template <class Key>
 void Plan::link(const Numbering<Key> &numbering, const Packing &packing, Team &team) {
+    vertices = int64_t(numbering.size());
     neighbour.assign(2 * (d + 1) * vertices, ZERO_ROW);
     const auto &keys = numbering.keys();
     team.ranges(vertices, 4096, [&](int64_t begin, int64_t end) {
