@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +46,7 @@ class SegmentOptions(RunOptions):
     halo: str = "exact"
     """exact, a number of pixels, or auto:TOL, the share of labels that may differ."""
     context: Literal["window", "scene", "tile"] = "window"
-    average: str = Field(default="none", pattern=r"^(none|flip:[zyx]+)$")
+    average: str = "none"
     """Mirror images that probabilities are averaged over: none, or flip: and letters of axes."""
     windows: Literal["rows", "canonical"] = "rows"
     """What is computed at once: rows of the tile, or windows of the scene, whatever the tile."""
@@ -59,6 +60,13 @@ class SegmentOptions(RunOptions):
     def _halo(cls, value: str) -> str:
         if value != "exact" and not value.isdecimal() and _tolerance(value) is None:
             raise ValueError("must be 'exact', a number of pixels, or 'auto:TOL' such as auto:1e-4")
+        return value
+
+    @field_validator("average")
+    @classmethod
+    def _average(cls, value: str) -> str:
+        if value != "none" and not re.fullmatch("flip:[zyx]+", value):
+            raise ValueError("must be 'none', or 'flip:' and letters of axes such as flip:yx")
         return value
 
     @property

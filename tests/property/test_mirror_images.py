@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ from torch import Tensor
 from pipeline.domain import Grid, Halo, Pass, Reach, Region
 from pipeline.errors import PlanError
 from pipeline.inference.average import Average, AveragedPredictor
+from pipeline.inference.precision import Precision
+from pipeline.inference.predictor import Predictor
 from pipeline.models.architecture import Architecture
 from pipeline.models.deeplab import DeepLab, build_network
 from pipeline.models.frame import Frame
-from pipeline.models.fresh import spread
+from pipeline.models.fresh import new_bundle, spread
 from pipeline.models.published import published
 from pipeline.models.receptive_field import reach_of
 
@@ -142,6 +145,35 @@ def test_a_halo_of_the_other_side_is_too_short() -> None:
     reach = average.reach(reach_of(network_of("strides")))
     short = replace(reach, halo=Halo.uniform(reach.halo.largest - reach.stride, ndim=2))
     assert worst("strides", average, short) > 1e-9
+
+
+def test_canonical_windows_give_mirrored_tiles_of_any_size_the_same_bits(tmp_path: Path) -> None:
+    """Windows would be anchored at the mirrored tile's corner instead of the mirrored scene's."""
+    bundle = new_bundle(tmp_path / "model", architecture=SLIM, bands=2, classes=3, seed=1)
+    average = Average.named("flip:yx", dims=2)
+    floats = Precision(name="fp32", channels_last=True, why="asked")
+    predictor = AveragedPredictor(
+        Predictor(
+            bundle, device="cpu", precision=floats, context="window", threads=1, canonical_px=64
+        ),
+        average,
+    )
+    reach, none = average.reach(reach_of(bundle.network())), Halo.uniform(0, ndim=2)
+    scenes = []
+    for side in (64, 128):
+        grid = Grid(shape=(75, 187), tile=(side, side), stride=reach.stride)
+        sweep = Pass(case="", name="", grid=grid, reach=reach, crf_halo=none)
+        scene_CS = scene_of(sweep).astype(np.float32)
+        whole = Region.whole(grid.padded_shape)
+        scene_KS = torch.full((3, *grid.shape), math.nan)
+        for tile in sweep.tiles():
+            part_CS = scene_CS[(slice(None), *tile.read.slices(within=whole))]
+            frame = Frame.of(tile.read, shape=whole.shape)
+            logits_KS = predictor.logits(part_CS, frame, scored=tile.core)
+            scene_KS[(slice(None), *tile.core.slices(within=whole))] = logits_KS
+        scenes.append(scene_KS)
+    assert torch.isfinite(scenes[0]).all()
+    assert torch.equal(scenes[0], scenes[1])
 
 
 def test_a_class_far_behind_has_a_finite_logit() -> None:
