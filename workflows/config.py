@@ -45,6 +45,8 @@ class SegmentOptions(RunOptions):
     halo: str = "exact"
     """exact, a number of pixels, or auto:TOL, the share of labels that may differ."""
     context: Literal["window", "scene", "tile"] = "window"
+    average: str = Field(default="none", pattern=r"^(none|flip:[zyx]+)$")
+    """Mirror images that probabilities are averaged over: none, or flip: and letters of axes."""
     windows: Literal["rows", "canonical"] = "rows"
     """What is computed at once: rows of the tile, or windows of the scene, whatever the tile."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -68,7 +70,7 @@ class SegmentOptions(RunOptions):
         """The options that decide the bytes of the result, as asked (``auto`` stays ``auto``)."""
         return self.model_dump(
             include={
-                "crf", "tile", "halo", "context", "windows", "device", "precision",
+                "crf", "tile", "halo", "context", "average", "windows", "device", "precision",
                 "memory_budget",
                 "any_resolution", "scores", "volume", "series",
             }
