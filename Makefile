@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 BENCHMARKS := bench-batch bench-crf bench-deep-memory bench-dispatch bench-equality bench-memory \
-	bench-networks bench-reads \
+	bench-networks bench-reads bench-scene-crf \
 	bench-seams bench-throughput bench-work
 
 .PHONY: setup demo demo-bundles test lint bench $(BENCHMARKS) stress clean

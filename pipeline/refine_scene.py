@@ -1,6 +1,7 @@
 """STORY 5, tiles under one lattice: gather it from all of them -> each as in story 4.
 
-There is no halo. Tiles are read once for each pass over them, by the process that holds the lattice.
+There is no halo. Tiles are read once for each pass over them, by the process that holds the
+lattice.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ from workflows.publish import open_tracker
 from workflows.refine_plan import Wish, in_one_process, make_refine_plan
 from workflows.refine_run import RefineProduct, RefineRun
 from workflows.run_dir import RunDir, file_digest, read_plan, write_json
+from workflows.run_scores import open_scores
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +61,11 @@ def refine(
         source: the image that guides: a raster, or a volume; a 4-D NIfTI's volumes are channels.
         output: the mask: ``.tif`` for rasters, ``.nii`` or ``.nii.gz`` for volumes.
         scores: probabilities on the same grid: a band, or a volume of a 4-D NIfTI, for each
-            class; floats from 0 to 1, or uint8 with 255 for 1.
+            class; floats from 0 to 1, or uint8 with 255 for 1. Or the run directory of
+            ``segment`` with ``--scores`` and without CRF.
         crf: a YAML file with a ``crf`` part, such as a bundle's model.yaml, or the parameters.
-        legend: a YAML file with a list ``classes``; names from the scores' bands otherwise.
+        legend: a YAML file with a list ``classes``; otherwise those of the run that wrote the
+            scores, or names from their bands.
         options: as ``terravox refine --help`` lists them.
         stop: asked between tiles; True drains the run.
 
@@ -75,12 +78,14 @@ def refine(
     asked, target = options or RefineOptions(), Path(output).absolute()
     run = RunDir((asked.run_dir or default_run_dir(target)).resolve())
     run.check_ours(batch=False)
+    case = _open_case(Path(source).absolute(), asked, run=run)
+    given, own_legend = open_scores(Path(scores).absolute(), case, scratch=run.scratch)
     wish = Wish(
-        case=_open_case(Path(source).absolute(), asked, run=run),
-        scores=open_channels(str(Path(scores).absolute()), scratch=run.scratch),
+        case=case,
+        scores=given,
         scores_path=Path(scores).absolute(),
         crf=crf if isinstance(crf, CrfParams) else read_crf(Path(crf)),
-        classes=None if legend is None else Path(legend),
+        classes=own_legend if legend is None else Path(legend),
     )
     if wish.crf.scope == "scene":
         asked = in_one_process(asked)

@@ -42,8 +42,15 @@ class Wish:
     scores_path: Path
     crf: CrfParams
 
-    classes: Path | None
-    """A YAML file with a list of classes; None: names from the scores' bands, ids from 0."""
+    classes: Path | Legend | None
+    """Or a YAML file with a list of them; None: names from the scores' bands, ids from 0."""
+
+    @property
+    def legend(self) -> Legend:
+        """The classes in the order of the scores' bands. Raises BundleError or PlanError."""
+        if isinstance(self.classes, Legend):
+            return self.classes
+        return read_legend(self.classes, self.scores.info.channels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,7 +213,7 @@ def _fit(wish: Wish) -> _Fitted:
     check_scores(scores, name=str(wish.scores_path))
     names = f"{wish.case.path} and {wish.scores_path}"
     notes = info.notes + check_same_grid(info, scores, names=names)
-    legend = read_legend(wish.classes, scores.channels)
+    legend = wish.legend
     crf = wish.crf.resolve(info.spacing, unit=info.unit, channels=info.channels)
     crf.check_classes(len(legend.classes))
     content = {
@@ -280,7 +287,7 @@ def _tile_plan(wish: Wish, sweep: Pass, content: Mapping[str, Any], *, workers: 
     # Scores as read, as floats, as energies, and refined.
     given = classes * (np.dtype(scores.dtype).itemsize + 3 * 4)
     tile = pixels * (guide + given) + crf_bytes(pixels, classes=classes)
-    mask_bytes = np.dtype(read_legend(wish.classes, scores.channels).dtype).itemsize
+    mask_bytes = np.dtype(wish.legend.dtype).itemsize
     return TilePlan(
         passes=(sweep, samples),
         fingerprint=fingerprint,
@@ -295,5 +302,5 @@ def _asked(wish: Wish) -> Mapping[str, Any]:
         "volume": wish.case.volume,
         "series": wish.case.series,
         "scores": str(wish.scores_path),
-        "classes": str(wish.classes) if wish.classes else None,
+        "classes": str(wish.classes) if isinstance(wish.classes, Path) else None,
     }

@@ -197,6 +197,34 @@ def test_a_scene_without_a_valid_pixel_is_nodata(terravox, made, tmp_path):
     assert (labels_of(tmp_path / "mask.tif") == 255).all()
 
 
+def test_scores_of_a_run_are_refined_from_its_directory(scene, slim, terravox, tmp_path):
+    """What ``segment`` says to do instead would be a dead end, or number the classes anew."""
+    crf = CRF | {"appearance": CRF["appearance"] | {"bands": ["1", "2", "3"]}}
+    (tmp_path / "crf.yaml").write_text(yaml.safe_dump(crf))
+    given = ("--model", slim, "--tile", 64, "--backend", "serial", "--tracking-uri", "none")
+    asked = terravox(
+        "segment", scene, "-o", tmp_path / "raw.tif", *given, "--crf", tmp_path / "crf.yaml"
+    )
+    asked.refuses("--crf off --scores float16")
+    raw = terravox(
+        "segment", scene, "-o", tmp_path / "raw.tif", *given, "--crf", "off",
+        "--scores", "float16", "--json",
+    )  # fmt: skip
+    assert raw.code == 0, raw.err
+    refined = ("--crf", tmp_path / "crf.yaml", "--tracking-uri", "none", "--json")
+    scores = ("--scores", tmp_path / "raw.tif.run")
+    answer = terravox("refine", scene, *scores, "-o", tmp_path / "mask.tif", *refined)
+    assert answer.code == 0, answer.err
+    names = [(row["id"], row["name"], row["color"]) for row in raw.manifest["classes"]]
+    assert names == [(row["id"], row["name"], row["color"]) for row in answer.manifest["classes"]]
+    before_YX, after_YX = labels_of(tmp_path / "raw.tif"), labels_of(tmp_path / "mask.tif")
+    np.testing.assert_array_equal(before_YX == 255, after_YX == 255)
+    assert 0.001 < (before_YX != after_YX).mean() < 0.5
+    other = write_raster(tmp_path / "other.tif", np.ones((3, 9, 9), np.uint16))
+    answer = terravox("refine", other, *scores, "-o", tmp_path / "no.tif", *refined)
+    answer.refuses("is another image")
+
+
 @pytest.mark.parametrize(
     ("change", "more", "words"),
     [

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -95,6 +98,43 @@ def test_a_scene_without_a_valid_pixel_comes_back_as_it_was():
     whole = scene((20, 20), classes=3)
     whole.block.valid_S[:] = False
     assert tiled(whole, (10, 20)).tobytes() == whole.prob_KS.tobytes()
+
+
+GROWTH = """
+import resource
+import numpy as np
+from pipeline.crf.params import CrfParams
+from pipeline.crf.whole_scene import SceneCrf, SceneTile
+from pipeline.ports import Block
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+def load(number):
+    image_CS = np.full((1, SIDE, SIDE), 90 + 60 * (number % 2), np.uint8)
+    prob_KS = np.random.default_rng(number).random((3, SIDE, SIDE), np.float32)
+    block = Block(image_CS, np.ones((SIDE, SIDE), bool))
+    return SceneTile(prob_KS=prob_KS / prob_KS.sum(0), block=block, origin=(0, SIDE * number))
+
+SIDE, TILES = 192, 40
+kernel = {"weight": 4, "position": 40, "value": 10, "bands": ["a"], "range": [0, 255]}
+params = CrfParams.from_mapping({"iterations": 2, "appearance": kernel})
+crf = params.resolve((1, 1), unit="px", channels=("a",))
+scene = SceneCrf(shape=(SIDE, SIDE * TILES), params=crf, threads=1)
+few = SceneCrf(shape=(SIDE, SIDE * 2), params=crf, threads=1)
+list(few.gather(range(2), load=load)), few.finish(load(0))
+before = peak()
+list(scene.gather(range(TILES), load=load)), [scene.finish(load(n)).shape for n in range(TILES)]
+print(peak() - before)
+"""
+
+
+def test_nothing_of_a_tile_is_kept_when_the_next_one_comes():
+    """What 40 tiles take would grow with the scene: here 5 MiB each, and the lattice under 1."""
+    found = subprocess.run(
+        [sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True
+    )
+    assert int(found.stdout) < 20
 
 
 def test_a_nan_at_a_valid_pixel_is_refused():
