@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -128,7 +129,7 @@ class Difference:
     def add(self, tile_KS: Tensor, whole_KS: Tensor) -> None:
         """Compare logits (K, *S) of the same places."""
         gap_KS = (tile_KS.double() - whole_KS.double()).abs() / self.deviation
-        self.greatest = max(self.greatest, float(gap_KS.max()))
+        self.greatest = max(self.greatest, float(gap_KS.nan_to_num(nan=math.inf).max()))
         other_S = tile_KS.argmax(dim=0) != whole_KS.argmax(dim=0)
         self.labels += int(other_S.sum())
         if self.tolerance is not None:
