@@ -113,7 +113,7 @@ class RefinePlan:
         tiles = f"{len(self.sweep)} tiles of {side} px, {len(self.legend.classes)} classes, CRF by"
         if self.crf.scope == "scene":
             return (
-                f"{tiles} one lattice under all of them, expected to take"
+                f"{tiles} one lattice under all of them, in this process, expected to take"
                 f" {self.lattice_bytes / 1e9:.1f} GB, {self.tiles.peak_bytes / 1e9:.1f} GB in all;"
                 f" each tile is visited {PASSES_BEFORE + self.crf.iterations + 1} times"
             )
