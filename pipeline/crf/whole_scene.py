@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipeline.crf.dense import to_engine
 from pipeline.crf.engine import Pairwise
 from pipeline.crf.native_engine import module_for_this_processor, penalties
-from pipeline.crf.params import GUIDE_MAX, ResolvedCrf, ResolvedKernel
+from pipeline.crf.params import ResolvedCrf
 from pipeline.domain import Shape
 from pipeline.ports import Block
 
@@ -98,16 +98,7 @@ def _empty(
     threads: int,
 ) -> Any:
     """A scene without vertices: its keys have room for all that its shape and guides allow."""
-    tops = [_greatest(kernel, shape) for kernel in params.kernels]
+    tops = [kernel.greatest(shape) for kernel in params.kernels]
     return module_for_this_processor().scene(
         [[0.0] * len(top) for top in tops], tops, penalties(kernels, classes=classes), threads
     )
-
-
-def _greatest(kernel: ResolvedKernel, shape: Shape) -> list[float]:
-    """The greatest value of each feature; the least is 0."""
-    places = zip(shape[::-1], kernel.position_px[::-1], strict=True)
-    top = [side / deviation for side, deviation in places]
-    if kernel.guide is not None:
-        top += [GUIDE_MAX / value for value in kernel.guide.value]
-    return top
