@@ -23,18 +23,17 @@ def resolve_crf(asked: str, bundle: Bundle, info: ImageInfo) -> ResolvedCrf | No
         return None
     bands = bundle.input.bands
     names = tuple(str(i + 1) for i in range(bands)) if isinstance(bands, int) else bands
-    crf = params.resolve(info.spacing, unit=info.unit, channels=names)
-    crf.check_classes(len(bundle.classes))
-    return crf
+    return params.resolve(info.spacing, unit=info.unit, channels=names)
 
 
 def with_engine(
-    crf: ResolvedCrf | None, engine: EngineName | None, *, shape: Shape
+    crf: ResolvedCrf | None, engine: EngineName | None, *, shape: Shape, classes: int
 ) -> ResolvedCrf | None:
-    """The same CRF, computed by that engine. Raises CrfError where ``shape`` is beyond it."""
+    """The same CRF, computed by that engine. Raises CrfError for what is beyond one of both."""
     if crf is None or engine is None:
         return None
     chosen = replace(crf, engine=engine)
+    chosen.check_classes(classes)
     chosen.check_extent(shape)
     return chosen
 

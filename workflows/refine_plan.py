@@ -177,6 +177,7 @@ def make_refine_plan(
     before = found["resolved"] if found and found["request_digest"] == request else None
     resolved = _resolve(fitted.crf, info, options) if before is None else _resolved_before(before)
     crf = replace(fitted.crf, engine=resolved.engine)
+    crf.check_classes(len(fitted.legend.classes))
     crf.check_extent(info.shape)
     sweep = _sweep(crf, info, resolved.tile, case=wish.case.name)
     count = min(len(sweep), workers(options, device=resolved.device, threads=resolved.threads))
@@ -215,7 +216,6 @@ def _fit(wish: Wish) -> _Fitted:
     notes = info.notes + check_same_grid(info, scores, names=names)
     legend = wish.legend
     crf = wish.crf.resolve(info.spacing, unit=info.unit, channels=info.channels)
-    crf.check_classes(len(legend.classes))
     content = {
         "source": wish.case.digest,
         "scores": wish.scores.digest(),

@@ -8,6 +8,9 @@ from typing import Any
 
 from pipeline.errors import CrfError
 
+MOST = 1e12
+"""Of weights, costs and deviations: a weight times a cost times all pixels stays in float32."""
+
 
 def mapping(value: object, *, where: str) -> Mapping[str, Any]:
     """``value`` if it is a mapping. Raises CrfError."""
@@ -42,9 +45,17 @@ def number(value: object, *, where: str) -> float:
     return float(value)
 
 
-def positive(value: object, *, where: str) -> float:
-    """A number above 0. Raises CrfError."""
+def moderate(value: object, *, where: str) -> float:
+    """A number of at most ``MOST`` in size. Raises CrfError."""
     found = number(value, where=where)
+    if abs(found) > MOST:
+        raise CrfError(f"{where}: a number of at most {MOST:g} in size is needed, found {value!r}")
+    return found
+
+
+def positive(value: object, *, where: str) -> float:
+    """A moderate number above 0. Raises CrfError."""
+    found = moderate(value, where=where)
     if found <= 0:
         raise CrfError(f"{where}: a number above 0 is needed, found {value!r}")
     return found

@@ -31,11 +31,12 @@ class NativeEngine:
         self, energy_KN: NDArray[np.float32], kernels: Sequence[Pairwise], *, iterations: int
     ) -> NDArray[np.float32]:
         """As ``Engine.mean_field``; up to 24 features and 257 classes."""
+        costs = penalties(kernels, classes=len(energy_KN))
         try:
             prob_KN: NDArray[np.float32] = self._module.mean_field(
                 energy_KN,
                 [kernel.features_DN for kernel in kernels],
-                penalties(kernels, classes=len(energy_KN)),
+                costs,
                 iterations,
                 self._threads,
             )

@@ -8,8 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast, get_args
 
-from pipeline.crf.checked import check_keys, integer, mapping, number, positive, sequence
+from pipeline.crf.checked import (
+    check_keys,
+    integer,
+    mapping,
+    moderate,
+    number,
+    positive,
+    sequence,
+)
 from pipeline.crf.engine import EngineName
+from pipeline.crf.native_engine import MOST_CLASSES
 from pipeline.crf.presets import OTHERS, without_preset
 from pipeline.domain import Halo, Shape
 from pipeline.errors import CrfError
@@ -24,6 +33,12 @@ GUIDE_MAX = 255.0
 
 ITERATIONS = 10
 """As in all of the papers, where nothing else is asked."""
+
+_PLACED = 2**20
+"""Deviations from the scene's first pixel, or from a guide's least value, that engines can place.
+
+Features are float32: further away they are rounded to more than an eighth of a deviation.
+"""
 
 _KEY_MAX = 32767
 """pydensecrf holds the coordinates of a lattice vertex as int16."""
@@ -97,14 +112,22 @@ class ResolvedKernel:
         and the last one is not stored. Rounding to the simplex, its vertices and their neighbours
         add the rest. Features start at 0, so the bound needs their greatest value only.
         """
-        greatest = [(n - 1) / s for n, s in zip(shape, self.position_px, strict=True)][::-1]
-        if self.guide is not None:
-            greatest += [GUIDE_MAX / value for value in self.guide.value]
+        greatest = self.greatest(shape)
         d = len(greatest)
         unit = math.sqrt(2 / 3) * (d + 1)
         scaled = [top * unit / math.sqrt(k * (k + 1)) for k, top in enumerate(greatest, start=1)]
         negative = max(k * c for k, c in enumerate(scaled[: d - 1], start=1))
         return max(sum(scaled), negative) + 1.5 * (d + 1) + 2 * d
+
+    def greatest(self, shape: Shape) -> list[float]:
+        """Of each feature on a scene of ``shape``, in deviations: x, y(, z), then guide bands.
+
+        The least is 0.
+        """
+        greatest = [(n - 1) / s for n, s in zip(shape, self.position_px, strict=True)][::-1]
+        if self.guide is not None:
+            greatest += [GUIDE_MAX / value for value in self.guide.value]
+        return greatest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +156,15 @@ class ResolvedCrf:
         return values
 
     def check_classes(self, count: int) -> None:
-        """Refuse a compatibility matrix of another number of classes. Raises CrfError."""
+        """Refuse a matrix of another number of classes, or more than the engine takes.
+
+        Raises CrfError.
+        """
+        if self.engine == "native" and count > MOST_CLASSES:
+            raise CrfError(
+                f"crf: {count} classes, the native engine takes {MOST_CLASSES}: ask for the engine"
+                " torch or pydensecrf"
+            )
         if self.compatibility is not None and len(self.compatibility) != count:
             raise CrfError(
                 f"crf.compatibility: {len(self.compatibility)} rows, there are {count} classes;"
@@ -146,6 +177,13 @@ class ResolvedCrf:
         Raises:
             CrfError: naming the longest side that this CRF reaches.
         """
+        for kernel in self.kernels:
+            if (span := max(kernel.greatest(shape))) > _PLACED:
+                raise CrfError(
+                    f"crf: a scene of {' x '.join(map(str, shape))} px, or a guide's range, spans"
+                    f" {span:.2g} deviations, 2^20 can be told apart: give larger"
+                    " deviations"
+                )
         if self.engine != "pydensecrf":
             return
         for kernel in self.kernels:
@@ -354,7 +392,7 @@ def _compatibility(value: object) -> tuple[tuple[float, ...], ...]:
         sequence(row, where=where, what="a list of rows")
         for row in sequence(value, where=where, what="a list of rows")
     ]
-    matrix = tuple(tuple(number(cost, where=where) for cost in row) for row in rows)
+    matrix = tuple(tuple(moderate(cost, where=where) for cost in row) for row in rows)
     if any(len(row) != len(matrix) for row in matrix) or matrix != tuple(zip(*matrix, strict=True)):
         raise CrfError(
             f"{where}: as many columns as rows, and symmetric, is needed; found {value!r}"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipeline.crf.dense import to_engine
 from pipeline.crf.engine import Pairwise
 from pipeline.crf.native_engine import module_for_this_processor, penalties
-from pipeline.crf.params import GUIDE_MAX, ResolvedCrf, ResolvedKernel
+from pipeline.crf.params import ResolvedCrf
 from pipeline.domain import Shape
 from pipeline.errors import CrfError
 from pipeline.ports import Block
@@ -113,16 +113,7 @@ class SceneCrf:
 
     def _empty(self, kernels: Sequence[Pairwise], *, classes: int) -> Any:
         """Keys have room for all that the scene's shape and guides allow."""
-        tops = [_greatest(kernel, self._shape) for kernel in self._params.kernels]
+        tops = [kernel.greatest(self._shape) for kernel in self._params.kernels]
         lows = [[0.0] * len(top) for top in tops]
         module = module_for_this_processor()
         return module.scene(lows, tops, penalties(kernels, classes=classes), self._threads)
-
-
-def _greatest(kernel: ResolvedKernel, shape: Shape) -> list[float]:
-    """The greatest value of each feature; the least is 0."""
-    places = zip(shape[::-1], kernel.position_px[::-1], strict=True)
-    top = [side / deviation for side, deviation in places]
-    if kernel.guide is not None:
-        top += [GUIDE_MAX / value for value in kernel.guide.value]
-    return top

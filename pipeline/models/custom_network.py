@@ -95,9 +95,10 @@ def network_of_entry_point(entry_point: str, arguments: Mapping[str, Any]) -> nn
     try:
         with torch.random.fork_rng(devices=()):
             return factory(**arguments)
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
-        problem = " ".join(str(error).split())[:300]
-        raise BundleError(f"{entry_point} with the arguments {arguments}: {problem}") from error
+    except Exception as error:
+        raise BundleError(
+            f"{entry_point} with the arguments {arguments}: {problem_of(error)}"
+        ) from error
 
 
 def network_of_program(data: bytes, *, dims: int) -> nn.Module:
@@ -117,6 +118,11 @@ def network_of_program(data: bytes, *, dims: int) -> nn.Module:
     return torch.export.unflatten(program)
 
 
+def problem_of(error: Exception) -> str:
+    """What somebody's code complained of, in one line; the kind of error where it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def _factory(entry_point: str) -> Callable[..., nn.Module]:
     """What an entry point names, if it makes networks: nothing else is called.
 
@@ -127,9 +133,10 @@ def _factory(entry_point: str) -> Callable[..., nn.Module]:
         found: Any = importlib.import_module(name)
         for attribute in attributes.split("."):
             found = getattr(found, attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         raise BundleError(
-            f"entry point {entry_point}: {error}; install what has it, wherever tiles are computed"
+            f"entry point {entry_point}: {problem_of(error)}; install what has it, wherever tiles"
+            " are computed"
         ) from error
     made = found if inspect.isclass(found) else _returned(found)
     if not (inspect.isclass(made) and issubclass(made, nn.Module)):
@@ -203,15 +210,15 @@ def _tried(network: CustomNetwork, size: Shape) -> Tensor:
     try:
         with torch.inference_mode():
             found: object = network.module(image_BCS)
-    except (RuntimeError, ValueError, TypeError) as error:
-        problem = " ".join(str(error).split())[:300]
+    except Exception as error:
         raise BundleError(
-            f"the network does not take an image of {network.bands} bands and {size} px: {problem}"
+            f"the network does not take an image of {network.bands} bands and {size} px:"
+            f" {problem_of(error)}"
         ) from error
-    if not isinstance(found, Tensor) or found.ndim != image_BCS.ndim:
+    if not isinstance(found, Tensor) or found.ndim != image_BCS.ndim or len(found) != 1:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise BundleError(
-            f"the network must give one tensor of {image_BCS.ndim} axes, found {shape}: wrap it so"
-            " that it does"
+            f"the network must give one tensor of {image_BCS.ndim} axes for one image, found"
+            f" {shape}: wrap it so that it does"
         )
     return found

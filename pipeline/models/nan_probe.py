@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.domain import Halo, Shape
 from pipeline.errors import BundleError
-from pipeline.models.custom_network import CustomNetwork
+from pipeline.models.custom_network import CustomNetwork, problem_of
 from pipeline.models.deeplab import DeepLab
 from pipeline.models.frame import Frame
 from pipeline.models.nan_watch import NanWatch
@@ -319,8 +319,8 @@ def _run(module: Callable[[Tensor], Tensor], image_BCS: Tensor) -> Tensor:
     try:
         with torch.inference_mode(), _plain_algorithms():
             output_BKS: object = module(image_BCS)
-    except RuntimeError as error:
-        problem = " ".join(str(error).split())[:300]
+    except Exception as error:
+        problem = problem_of(error)
         raise BundleError(f"the network does not take a strip of {size} px: {problem}") from error
     if not isinstance(output_BKS, Tensor) or output_BKS.ndim != image_BCS.ndim:
         found = tuple(output_BKS.shape) if isinstance(output_BKS, Tensor) else type(output_BKS)

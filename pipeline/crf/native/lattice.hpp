@@ -28,6 +28,8 @@ constexpr int LANES = 16;           // pixels that are embedded side by side
 constexpr int64_t PART = 1 << 15;   // pixels that one job takes; fixed, since it orders the sums
 constexpr int32_t ZERO_ROW = 0;     // the row of a vertex that does not exist: always zero
 
+constexpr double ROUNDED = 1 << 22; // float32 below it are rounded by an addition
+
 using Wide = unsigned __int128;
 
 // Memory in huge pages where the system grants them: rows are read in no order, and with pages of
@@ -67,14 +69,17 @@ struct Packing {
         Packing packing;
         packing.d = int(low.size());
         const int d = packing.d;
-        for (int i = 0; i < d; ++i) {
+        for (int i = 0; i <= d; ++i) {
             // Coordinate i is the sum of the features from i on, less i times the one before.
             double least = 0, most = 0;
             for (int k = i; k < d; ++k) least += low[k], most += high[k];
             if (i > 0) least -= double(i) * high[i - 1], most -= double(i) * low[i - 1];
             // A simplex reaches d + 1 from its pixel's rounding, a neighbour d further.
             const double margin = 4.0 * (d + 1);
-            if (!(most - least < 4e9)) throw std::overflow_error("features span more than 2^32");
+            // Beyond, embed() no longer rounds to the nearest, and ranks leave their range.
+            if (!(std::max(-least, most) + margin < ROUNDED * (d + 1)))
+                throw std::overflow_error("features lie beyond what float32 can place");
+            if (i == d) break;  // follows from the others
             packing.least[i] = int64_t(std::floor(least - margin));
             const auto span = uint64_t(int64_t(std::ceil(most + margin)) - packing.least[i]);
             packing.shift[i] = packing.bits;

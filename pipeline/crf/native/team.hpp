@@ -5,9 +5,11 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace terravox {
@@ -27,7 +29,8 @@ public:
         for (auto &helper : helpers_) helper.join();
     }
 
-    // Calls job(0) .. job(count - 1), each once, and returns when all are done.
+    // Calls job(0) .. job(count - 1), each once, and returns when all are done. What a job throws is
+    // thrown here once no thread is at work any more; jobs that have not begun are then left out.
     void each(int64_t count, const std::function<void(int64_t)> &job) {
         if (helpers_.empty() || count < 2) {
             for (int64_t i = 0; i < count; ++i) job(i);
@@ -45,6 +48,7 @@ public:
         take(job, count);
         std::unique_lock<std::mutex> hold(lock_);
         done_.wait(hold, [this] { return busy_ == 0; });
+        if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
     }
 
     // The same over [0, size) in pieces of `grain`: job(begin, end).
@@ -56,7 +60,13 @@ public:
 
 private:
     void take(const std::function<void(int64_t)> &job, int64_t count) {
-        for (int64_t i; (i = next_.fetch_add(1)) < count;) job(i);
+        try {
+            for (int64_t i; (i = next_.fetch_add(1)) < count;) job(i);
+        } catch (...) {
+            next_ = count;
+            std::lock_guard<std::mutex> hold(lock_);
+            failure_ = std::current_exception();
+        }
     }
 
     void help() {
@@ -83,6 +93,7 @@ private:
     size_t busy_ = 0;
     uint64_t round_ = 0;
     bool ended_ = false;
+    std::exception_ptr failure_;
     std::vector<std::thread> helpers_;
 };
 
