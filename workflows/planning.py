@@ -164,9 +164,7 @@ def make_plan(
         trial = try_halos(case, options, sizer, channels)
         asked = replace(sizer, reach=reach_asked(known.reach, options, trial))
         resolved = resolve(options, asked, halo=trial, alone=alone)
-    crf = with_engine(
-        crf, resolved.crf_engine, shape=info.shape, classes=len(bundle.classes)
-    )
+    crf = with_engine(crf, resolved.crf_engine, shape=info.shape, classes=len(bundle.classes))
     sizer = replace(sizer, crf=crf, reach=reach_asked(known.reach, options, resolved.halo))
     sweep = sizer.sweep(resolved.tile, case=case.name)
     plan = SegmentPlan(

@@ -301,8 +301,11 @@ class Sizer:
 
 
 def crf_bytes(pixels: int, *, classes: int) -> int:
-    """What an engine takes on top of its inputs: the native one on noise, whose lattice is the
-    largest, 530 and 740 bytes a pixel at 2 and 21 classes."""
+    """What an engine takes on top of its inputs.
+
+    Of the native one on noise, whose lattice is the largest: 530 and 740 bytes a pixel at 2 and 21
+    classes.
+    """
     return pixels * (450 + 50 * classes)
 
 
