@@ -17,6 +17,7 @@ from pipeline.crf.dense import refine
 from pipeline.crf.engine import engine_named
 from pipeline.crf.params import ResolvedCrf
 from pipeline.domain import Shape, Tile
+from pipeline.inference.average import Average
 from pipeline.inference.normalise import normalise
 from pipeline.inference.precision import Precision, resolve_precision
 from pipeline.inference.reference import ReferenceNetwork
@@ -36,19 +37,25 @@ class ReferenceModel:
     bundle: Bundle
     device: Literal["cpu", "cuda"]
     precision: Precision
+    average: Average
     threads: int
 
     @property
     def key(self) -> str:
         """All that decides what is loaded."""
         floats = f"{self.precision.name}-{'last' if self.precision.channels_last else 'first'}"
-        return f"whole {self.bundle.digest} {self.device} {floats} {self.threads}"
+        average = f"{self.average.axes}"
+        return f"whole {self.bundle.digest} {self.device} {floats} {average} {self.threads}"
 
     def load(self) -> ReferenceNetwork:
         """Load the network. Raises BundleError, or PlanError where it would be emulated."""
         resolve_precision(self.precision.name, device=self.device)
         return ReferenceNetwork(
-            self.bundle, device=self.device, precision=self.precision, threads=self.threads
+            self.bundle,
+            device=self.device,
+            precision=self.precision,
+            passes=self.average.passes,
+            threads=self.threads,
         )
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.domain import Shape, Tile
+from pipeline.inference.average import Logits
 from pipeline.inference.normalise import normalise
 from pipeline.inference.padding import read_padded
-from pipeline.inference.predictor import Predictor
 from pipeline.inference.scene_context import SceneSums, core_features
 from pipeline.models.frame import Frame
 from pipeline.models.scene_mean import block_sums
@@ -45,7 +45,7 @@ class ContextTiles:
         block = read_padded(self.source, tile.read)
         return Block(block.image_CS[list(self.channels)], block.valid_S)
 
-    def compute(self, model: Predictor, tile: Tile, data: Block) -> NDArray[np.float64]:
+    def compute(self, model: Logits, tile: Tile, data: Block) -> NDArray[np.float64]:
         """(C + 1, *blocks) sums of the core's features, and how many count.
 
         The network is not asked where none does.

@@ -16,6 +16,7 @@ from pipeline.crf.engine import engine_named
 from pipeline.crf.params import ResolvedCrf
 from pipeline.domain import Shape, Tile
 from pipeline.errors import BundleError
+from pipeline.inference.average import Average, Logits, averaged
 from pipeline.inference.normalise import normalise
 from pipeline.inference.padding import read_padded
 from pipeline.inference.precision import Precision, resolve_precision
@@ -39,6 +40,9 @@ class SegmentModel:
     precision: Precision
     context: Context
 
+    average: Average
+    """Mirror images that probabilities are averaged over."""
+
     threads: int
     """Threads of a worker, fixed by the plan whatever the number of workers."""
 
@@ -49,13 +53,13 @@ class SegmentModel:
     def key(self) -> str:
         """All that decides what is loaded: two cases with equal keys share the network."""
         floats = f"{self.precision.name}-{'last' if self.precision.channels_last else 'first'}"
-        windows = f"{self.context} {self.canonical_px}"
+        windows = f"{self.context} {self.canonical_px} {self.average.axes}"
         return f"{self.bundle.digest} {self.device} {floats} {windows} {self.threads}"
 
-    def load(self) -> Predictor:
+    def load(self) -> Logits:
         """Load the network. Raises BundleError, or PlanError where it would be emulated."""
         resolve_precision(self.precision.name, device=self.device)
-        return Predictor(
+        predictor = Predictor(
             self.bundle,
             device=self.device,
             precision=self.precision,
@@ -63,6 +67,7 @@ class SegmentModel:
             threads=self.threads,
             canonical_px=self.canonical_px,
         )
+        return averaged(predictor, self.average)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -146,7 +151,7 @@ class SegmentTiles:
         block = read_padded(self.source, tile.read)
         return Block(block.image_CS[list(self.channels)], block.valid_S)
 
-    def compute(self, model: Predictor, tile: Tile, data: Block) -> TileLogits:
+    def compute(self, model: Logits, tile: Tile, data: Block) -> TileLogits:
         """Logits on the host; the network is not asked where no pixel of the core is valid."""
         if not keep_core(data.valid_S, core=tile.core, within=tile.read).any():
             return TileLogits.of(tile, data, None, guided=False)

@@ -21,12 +21,12 @@ from pipeline.errors import (
     SourceError,
 )
 from workflows.crf_cli import crf_app, refine
+from workflows.model_cli import model_app
 from workflows.schedule_cli import schedule_app
 from workflows.telling import (
     EXIT_INTERRUPTED,
     EXIT_PARTIAL,
     exit_code,
-    list_values,
     tell_cases,
     tell_manifest,
     tell_values,
@@ -43,7 +43,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-model_app = typer.Typer(help="Model bundles.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(model_app, name="model")
 app.add_typer(schedule_app, name="schedule")
 app.add_typer(crf_app, name="crf")
@@ -58,6 +57,10 @@ HaloAsked = Annotated[
 Context = Annotated[
     str,
     typer.Option(help="Image pooling over a window, the scene (two passes) or the tile (inexact)."),
+]
+Averaging = Annotated[
+    str,
+    typer.Option("--average", help="none, or flip: and axes, such as flip:yx: mirror images."),
 ]
 Windows = Annotated[
     str,
@@ -100,6 +103,7 @@ def segment(
     tile: TileSide = None,
     halo: HaloAsked = "exact",
     context: Context = "window",
+    average: Averaging = "none",
     windows: Windows = "rows",
     backend: Annotated[str, typer.Option(help="ray, or serial (this process).")] = "ray",
     ray_address: Cluster = None,
@@ -147,6 +151,7 @@ def batch(
     tile: TileSide = None,
     halo: HaloAsked = "exact",
     context: Context = "window",
+    average: Averaging = "none",
     windows: Windows = "rows",
     backend: Annotated[str, typer.Option(help="ray, or serial (this process).")] = "ray",
     ray_address: Cluster = None,
@@ -192,6 +197,7 @@ def plan(
     tile: TileSide = None,
     halo: HaloAsked = "exact",
     context: Context = "window",
+    average: Averaging = "none",
     windows: Windows = "rows",
     workers: Workers = None,
     device: Device = "auto",
@@ -262,55 +268,6 @@ def demo(
         print(json.dumps(results))
     if stop():
         raise typer.Exit(EXIT_INTERRUPTED)
-
-
-@model_app.command("show")
-def model_show(bundle: Path, as_json: Json = False) -> None:
-    """Say what a bundle holds."""
-    from workflows.model import describe
-
-    values = describe(bundle)
-    tell_values(values, as_json=as_json)
-
-
-@model_app.command("probe")
-def model_probe(bundle: Path, as_json: Json = False) -> None:
-    """Say how far a network reaches: by arithmetic, and as NaN in its input shows it."""
-    from workflows.model import probe_bundle
-
-    values = probe_bundle(bundle)
-    problem = values.pop("problem")
-    if as_json:
-        print(json.dumps(values))
-    else:
-        list_values({key: value or "none" for key, value in values.items()})
-    if problem:
-        raise PipelineError(problem)
-
-
-@model_app.command("new")
-def model_new(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the bundle.")],
-    family: str = "v3",
-    backbone: str = "slim",
-    dims: int = 2,
-    bands: int = 3,
-    classes: int = 2,
-    output_stride: Annotated[
-        int | None, typer.Option(help="The backbone's finest if absent.")
-    ] = None,
-    seed: int = 0,
-    as_json: Json = False,
-) -> None:
-    """Write an untrained bundle: for tests, benchmarks, and trying out a machine."""
-    asked = {k: v for k, v in locals().items() if k != "as_json"}
-    from workflows.model import create, describe
-
-    create(**asked)
-    if as_json:
-        print(json.dumps(describe(output)))
-    else:
-        print(output)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,6 +46,8 @@ class SegmentOptions(RunOptions):
     halo: str = "exact"
     """exact, a number of pixels, or auto:TOL, the share of labels that may differ."""
     context: Literal["window", "scene", "tile"] = "window"
+    average: str = "none"
+    """Mirror images that probabilities are averaged over: none, or flip: and letters of axes."""
     windows: Literal["rows", "canonical"] = "rows"
     """What is computed at once: rows of the tile, or windows of the scene, whatever the tile."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -59,6 +62,13 @@ class SegmentOptions(RunOptions):
             raise ValueError("must be 'exact', a number of pixels, or 'auto:TOL' such as auto:1e-4")
         return value
 
+    @field_validator("average")
+    @classmethod
+    def _average(cls, value: str) -> str:
+        if value != "none" and not re.fullmatch("flip:[zyx]+", value):
+            raise ValueError("must be 'none', or 'flip:' and letters of axes such as flip:yx")
+        return value
+
     @property
     def halo_tolerance(self) -> float | None:
         """Of ``auto:TOL``; None where the halo is asked for otherwise."""
@@ -68,7 +78,7 @@ class SegmentOptions(RunOptions):
         """The options that decide the bytes of the result, as asked (``auto`` stays ``auto``)."""
         return self.model_dump(
             include={
-                "crf", "tile", "halo", "context", "windows", "device", "precision",
+                "crf", "tile", "halo", "context", "average", "windows", "device", "precision",
                 "memory_budget",
                 "any_resolution", "scores", "volume", "series",
             }

@@ -39,10 +39,19 @@ def with_engine(
 
 
 def crf_params(asked: str, bundle: Bundle) -> CrfParams | None:
-    """What is asked of the CRF, whatever the image; None for none. Raises CrfError."""
+    """What is asked of the CRF beside a network, whatever the image; None for none.
+
+    Raises CrfError.
+    """
     if asked == "off" or (asked == "auto" and bundle.crf is None):
         return None
-    return read_crf(Path(asked)) if asked != "auto" else CrfParams.from_mapping(bundle.crf or {})
+    params = read_crf(Path(asked)) if asked != "auto" else CrfParams.from_mapping(bundle.crf or {})
+    if params.scope == "scene":
+        raise CrfError(
+            "crf.scope: scene asked, a network's tiles are refined one by one: write the scores"
+            " (--crf off --scores float16) and run `terravox refine`"
+        )
+    return params
 
 
 def read_crf(path: Path) -> CrfParams:

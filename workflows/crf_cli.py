@@ -16,7 +16,11 @@ crf_app = typer.Typer(help="The dense CRF.", no_args_is_help=True, rich_markup_m
 def refine(
     source: Annotated[Path, typer.Argument(help="The image that guides: a raster or a volume.")],
     scores: Annotated[
-        Path, typer.Option(help="Probabilities: a band (4-D NIfTI: a volume) for each class.")
+        Path,
+        typer.Option(
+            help="Probabilities: a band (4-D NIfTI: a volume) for each class; or the run directory"
+            " of segment --scores."
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The mask to write.")],
     crf: Annotated[Path, typer.Option(help="YAML file with a crf part; a bundle's is one.")],

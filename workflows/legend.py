@@ -20,13 +20,21 @@ def read_legend(path: Path | None, channels: tuple[str, ...]) -> Legend:
                 for n, name in enumerate(channels)
             )
         )
-    document = read_yaml(path)
-    listed = document.get("classes") if isinstance(document, Mapping) else document
-    if not isinstance(listed, list) or len(listed) != len(channels):
+    classes = read_classes(path)
+    if len(classes) != len(channels):
         raise PlanError(
             f"--classes {path}: a list of {len(channels)} classes (id, name, color) is needed, one"
-            f" for each band of the scores, in their order; found {listed!r}"
+            f" for each band of the scores, in their order; found {len(classes)}"
         )
-    return Legend(
-        tuple(from_document(ClassInfo, row, at=f"classes[{n}]") for n, row in enumerate(listed))
-    )
+    return Legend(classes)
+
+
+def read_classes(path: Path) -> tuple[ClassInfo, ...]:
+    """The classes that a file lists. Raises BundleError or PlanError."""
+    document = read_yaml(path)
+    listed = document.get("classes") if isinstance(document, Mapping) else document
+    if not isinstance(listed, list):
+        raise PlanError(
+            f"--classes {path}: a list of classes (id, name, color) is needed; found {listed!r}"
+        )
+    return tuple(from_document(ClassInfo, row, at=f"classes[{n}]") for n, row in enumerate(listed))

@@ -56,6 +56,7 @@ def manifest(
         "halo_work_ratio": round(plan.costs.halo_work_ratio, 4),
         "windows": windows_json(plan),
         "context": plan.resolved.context if _mixes(plan, bundle) else "none",
+        "average": plan.resolved.average,
         "scene_mean": None,
         "crf": _crf(plan),
         "precision": plan.resolved.precision.name,

@@ -69,7 +69,9 @@ def probe_bundle(path: Path) -> dict[str, Any]:
     network = load_bundle(path).network()
     if isinstance(network, CustomNetwork):
         return _probed(network)
-    reach = reach_of(network)
+    squeezes = network.architecture.squeezes
+    # Of squeezes no end is claimed: all but they are followed, and the probe shall find them.
+    reach = reach_of(network, context="tile" if squeezes else "window")
     interval, halo = _interval(stages_of(network), reach), reach.halo_with_window
     # Half a window is in the halo; near the strip's ends windows are shifted by up to the rest.
     window = max(reach.window.size, default=0) if reach.window else 0
@@ -82,9 +84,9 @@ def probe_bundle(path: Path) -> dict[str, Any]:
         "probe_after": found.after,
         "verdict": "LOCAL" if found.halo else "GLOBAL",
         "layers_at_fault": found.layers,
-        "halo_before": halo.before,
-        "halo_after": halo.after,
-        "problem": _problem(found, interval),
+        "halo_before": None if squeezes else halo.before,
+        "halo_after": None if squeezes else halo.after,
+        "problem": None if squeezes else _problem(found, interval),
     }
 
 
@@ -115,9 +117,9 @@ def _understated(found: Probe, stated: Halo | None) -> str | None:
 
 
 def _reach(network: DeepLab | CustomNetwork) -> Reach | None:
-    """As it is tiled; None for somebody's own that is GLOBAL."""
+    """As it is tiled; None for one that is GLOBAL."""
     if not isinstance(network, CustomNetwork):
-        return reach_of(network, context="tile" if network.architecture.squeezes else "window")
+        return None if network.architecture.squeezes else reach_of(network)
     halo = known_probe(network).halo
     return Reach(stride=network.stride, halo=halo.round_up(network.stride)) if halo else None
 

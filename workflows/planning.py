@@ -15,7 +15,13 @@ from workflows.case import Case
 from workflows.config import SegmentOptions
 from workflows.crf_asked import resolve_crf, with_engine
 from workflows.fitting import check_modality, check_spacing, match_channels
-from workflows.halo_asked import halo_notes, is_exact, reach_asked, try_halos
+from workflows.halo_asked import (
+    average_asked,
+    halo_notes,
+    is_exact,
+    reach_asked,
+    try_halos,
+)
 from workflows.plan_json import halo_json, windows_json, windows_words
 from workflows.resolved import Resolved, resolve, resolved_before
 from workflows.run_dir import canonical_digest
@@ -77,6 +83,7 @@ class SegmentPlan:
             f"{len(sweep)} tiles of {side} px, halo {sweep.reach.halo_with_window.largest} px,"
             f" work {self.costs.halo_work_ratio:.2f} times that of one pass, {windows_words(self)},"
             f" {resolved.precision.name} on {resolved.device} ({resolved.precision.why}),"
+            f"{f' mean of {resolved.average},' if resolved.average != 'none' else ''}"
             f" CRF {f'by {self.crf.engine}' if self.crf else 'off'}"
         )
 
@@ -104,7 +111,7 @@ class SegmentPlan:
             "windows": windows_json(self),
             "peak_memory_bytes": self.tiles.peak_bytes,
             "store_bytes": self.tiles.store_bytes,
-            "crf": asdict(self.crf) if self.crf else None,
+            "crf": self.crf.as_json() if self.crf else None,
             "channels": self.channels,
             "samples": [asdict(sample) for sample in self.samples.samples],
             "asked": self.asked,
@@ -139,15 +146,14 @@ def make_plan(
             "source": case.digest,
             "bundle": bundle.digest,
             "options": options.request(),
-            "crf": asdict(crf) if crf else None,
+            "crf": crf.as_json() if crf else None,
         }
     )
-    known = traced(bundle, options.context)
+    average = average_asked(options, bundle)
+    known = traced(bundle, options.context).averaged(average)
     # Of the layers, not as the options shorten it; pooling over a tile is held against a window's.
-    # Where the trunk squeezes no reach is exact; its halo is wider than a window.
-    tile_pooled = options.context == "tile" and bundle.architecture.pools
-    windowed = tile_pooled and not bundle.architecture.squeezes
-    whole = traced(bundle, "window") if windowed else known
+    tile_pooled = options.context == "tile" and bundle.architecture.windowed
+    whole = traced(bundle, "window").averaged(average) if tile_pooled else known
     sizer = Sizer(
         bundle=bundle,
         info=info,
@@ -217,7 +223,7 @@ def _tile_plan(
             "bundle": bundle.digest,
             "resolved": asdict(resolved),
             "sweep": asdict(sweep),
-            "crf": asdict(crf) if crf else None,
+            "crf": crf.as_json() if crf else None,
             "channels": channels,
             "scores": options.scores,
         }

@@ -17,6 +17,7 @@ from pipeline.crf.params import CrfParams
 from pipeline.errors import SourceError
 from pipeline.execution.feed import FairFeed
 from pipeline.ports import Guard
+from pipeline.refine_scene import RefineScene
 from pipeline.segment_image import segment_images
 from workflows.backend import make_backend
 from workflows.case import Case, stem
@@ -36,9 +37,10 @@ from workflows.manifest import (
 )
 from workflows.progress import RunProgress, stderr_console
 from workflows.publish import open_tracker
-from workflows.refine_plan import Wish, make_refine_plan
+from workflows.refine_plan import Wish, in_one_process, make_refine_plan
 from workflows.refine_run import RefineProduct, RefineRun
 from workflows.run_dir import RunDir, file_digest, read_plan, write_json
+from workflows.run_scores import open_scores
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +61,11 @@ def refine(
         source: the image that guides: a raster, or a volume; a 4-D NIfTI's volumes are channels.
         output: the mask: ``.tif`` for rasters, ``.nii`` or ``.nii.gz`` for volumes.
         scores: probabilities on the same grid: a band, or a volume of a 4-D NIfTI, for each
-            class; floats from 0 to 1, or uint8 with 255 for 1.
+            class; floats from 0 to 1, or uint8 with 255 for 1. Or the run directory of
+            ``segment`` with ``--scores`` and without CRF.
         crf: a YAML file with a ``crf`` part, such as a bundle's model.yaml, or the parameters.
-        legend: a YAML file with a list ``classes``; names from the scores' bands otherwise.
+        legend: a YAML file with a list ``classes``; otherwise those of the run that wrote the
+            scores, or names from their bands.
         options: as ``terravox refine --help`` lists them.
         stop: asked between tiles; True drains the run.
 
@@ -74,13 +78,17 @@ def refine(
     asked, target = options or RefineOptions(), Path(output).absolute()
     run = RunDir((asked.run_dir or default_run_dir(target)).resolve())
     run.check_ours(batch=False)
+    case = _open_case(Path(source).absolute(), asked, run=run)
+    given, own_legend = open_scores(Path(scores).absolute(), case, scratch=run.scratch)
     wish = Wish(
-        case=_open_case(Path(source).absolute(), asked, run=run),
-        scores=open_channels(str(Path(scores).absolute()), scratch=run.scratch),
+        case=case,
+        scores=given,
         scores_path=Path(scores).absolute(),
         crf=crf if isinstance(crf, CrfParams) else read_crf(Path(crf)),
-        classes=None if legend is None else Path(legend),
+        classes=own_legend if legend is None else Path(legend),
     )
+    if wish.crf.scope == "scene":
+        asked = in_one_process(asked)
     check_output(target, source=wish.case.path, info=wish.case.source.info, run=run)
     if target.exists() and target.samefile(wish.scores_path):
         raise SourceError(f"output {target} is the scores themselves; choose another output")
@@ -148,6 +156,8 @@ def _tiles(image: RefineRun, *, stop: Callable[[], bool]) -> None:
     console.print(plan.summary)
     for note in plan.notes:
         log.warning("%s", note)
+    if image.scene is not None and not _gathered(image, image.scene, stop=stop):
+        return
     done = len(image.tiles.outcome.records)
     progress = RunProgress(
         "tiles", total=len(plan.tiles), done=done, file=image.run.progress, console=console
@@ -171,6 +181,24 @@ def _tiles(image: RefineRun, *, stop: Callable[[], bool]) -> None:
             )
             images = {plan.sweep.case: image.tiles}
             segment_images(feed, images, backend=backend, ended=lambda _: None, stop=stop)
+
+
+def _gathered(image: RefineRun, scene: RefineScene, *, stop: Callable[[], bool]) -> bool:
+    """Whether the lattice has seen all tiles, where any is left to write; False if told to stop."""
+    if not image.tiles.outcome.interrupted:
+        return True
+    sweep, passes, console = image.plan.sweep, scene.model.crf.passes, stderr_console()
+    total, began = passes * len(sweep), 0
+    visits = RunProgress("visits", total=total, done=0, file=image.run.progress, console=console)
+    with visits:
+        for number in scene.gather(sweep):
+            if number != began:
+                began = number
+                console.print(f"lattice: pass {number} of {passes}")
+            visits.add()
+            if stop():
+                return False
+    return True
 
 
 def _finish(image: RefineRun, tracker: MlflowTracker | NoTracker) -> dict[str, Any]:
@@ -221,9 +249,10 @@ def _manifest(image: RefineRun, *, seam: Mapping[str, Any] | None) -> dict[str, 
         "halo_work_ratio": round(plan.sweep.read_ratio, 4),
         "crf": {
             "engine": plan.resolved.engine,
-            "scope": "tile",
+            "scope": plan.crf.scope,
             "iterations": plan.crf.iterations,
             "halo": plan.sweep.crf_halo.before,
+            "vertices": image.scene.model.crf.vertices if image.scene else None,
         },
         "device": plan.resolved.device,
         "classes": classes(mask, info, plan.legend),

@@ -13,6 +13,7 @@ import torch
 
 from pipeline.crf.engine import EngineName, pick_engine
 from pipeline.crf.params import CrfParams, ResolvedCrf
+from pipeline.crf.whole_scene import PASSES_BEFORE
 from pipeline.domain import Grid, ImageInfo, Pass, Reach, SamplePass, Shape, TilePlan
 from pipeline.errors import PlanError
 from pipeline.models.input_spec import Legend
@@ -20,6 +21,7 @@ from pipeline.ports import Source
 from pipeline.stitching.given_scores import check_scores
 from workflows.case import Case
 from workflows.config import RefineOptions
+from workflows.lattice_size import expected_lattice
 from workflows.legend import read_legend
 from workflows.resolved import versions_here
 from workflows.run_dir import canonical_digest
@@ -40,8 +42,15 @@ class Wish:
     scores_path: Path
     crf: CrfParams
 
-    classes: Path | None
-    """A YAML file with a list of classes; None: names from the scores' bands, ids from 0."""
+    classes: Path | Legend | None
+    """Or a YAML file with a list of them; None: names from the scores' bands, ids from 0."""
+
+    @property
+    def legend(self) -> Legend:
+        """The classes in the order of the scores' bands. Raises BundleError or PlanError."""
+        if isinstance(self.classes, Legend):
+            return self.classes
+        return read_legend(self.classes, self.scores.info.channels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +89,10 @@ class RefinePlan:
     source_digest: str
     scores_digest: str
     workers: int
+
+    lattice_bytes: int
+    """Expected of the lattice under all tiles; 0 where each tile has its own."""
+
     asked: Mapping[str, Any]
     notes: tuple[str, ...]
 
@@ -97,9 +110,15 @@ class RefinePlan:
     def summary(self) -> str:
         """One line for people, before the run."""
         side = " x ".join(map(str, self.sweep.grid.tile))
+        tiles = f"{len(self.sweep)} tiles of {side} px, {len(self.legend.classes)} classes, CRF by"
+        if self.crf.scope == "scene":
+            return (
+                f"{tiles} one lattice under all of them, in this process, expected to take"
+                f" {self.lattice_bytes / 1e9:.1f} GB, {self.tiles.peak_bytes / 1e9:.1f} GB in all;"
+                f" each tile is visited {PASSES_BEFORE + self.crf.iterations + 1} times"
+            )
         return (
-            f"{len(self.sweep)} tiles of {side} px, {len(self.legend.classes)} classes, CRF by"
-            f" {self.resolved.engine} on {self.resolved.device} with a halo of"
+            f"{tiles} {self.resolved.engine} on {self.resolved.device} with a halo of"
             f" {self.sweep.crf_halo.largest} px, work {self.sweep.read_ratio:.2f} times that of one"
             " pass"
         )
@@ -120,13 +139,28 @@ class RefinePlan:
             "halo_work_ratio": round(self.sweep.read_ratio, 4),
             "workers": self.workers,
             "peak_memory_bytes": self.tiles.peak_bytes,
+            "lattice_bytes": self.lattice_bytes,
             "store_bytes": self.tiles.store_bytes,
-            "crf": asdict(self.crf),
+            "crf": self.crf.as_json(),
             "classes": [asdict(look) for look in self.legend.classes],
             "samples": [asdict(sample) for sample in self.samples.samples],
             "asked": self.asked,
             "notes": self.notes,
         }
+
+
+def in_one_process(options: RefineOptions) -> RefineOptions:
+    """Options of a CRF with one lattice under all tiles. Raises PlanError for those it lacks."""
+    several = options.workers not in (None, 1) and options.workers
+    asked = {"--workers": several, "--ray-address": options.ray_address}
+    asked["--device"] = options.device == "cuda" and "cuda"
+    for name, value in asked.items():
+        if value:
+            raise PlanError(
+                f"{name} {value} asked with crf.scope scene: one process of the CPU holds the"
+                f" lattice; leave out {name}"
+            )
+    return options.model_copy(update={"backend": "serial", "device": "cpu"})
 
 
 def make_refine_plan(
@@ -148,6 +182,10 @@ def make_refine_plan(
     sweep = _sweep(crf, info, resolved.tile, case=wish.case.name)
     count = min(len(sweep), workers(options, device=resolved.device, threads=resolved.threads))
     tiles = _tile_plan(wish, sweep, {**fitted.content, "resolved": asdict(resolved)}, workers=count)
+    lattice = 0
+    if crf.scope == "scene":
+        lattice = expected_lattice(wish.case.source, sweep, crf, classes=len(fitted.legend.classes))
+        tiles = replace(tiles, peak_bytes=tiles.peak_bytes + lattice)
     notes = over_budget(
         tiles.peak_bytes,
         asked=options.memory_budget,
@@ -164,6 +202,7 @@ def make_refine_plan(
         source_digest=wish.case.digest,
         scores_digest=fitted.content["scores"],
         workers=count,
+        lattice_bytes=lattice,
         asked=_asked(wish),
         notes=fitted.notes + notes,
     )
@@ -175,12 +214,12 @@ def _fit(wish: Wish) -> _Fitted:
     check_scores(scores, name=str(wish.scores_path))
     names = f"{wish.case.path} and {wish.scores_path}"
     notes = info.notes + check_same_grid(info, scores, names=names)
-    legend = read_legend(wish.classes, scores.channels)
+    legend = wish.legend
     crf = wish.crf.resolve(info.spacing, unit=info.unit, channels=info.channels)
     content = {
         "source": wish.case.digest,
         "scores": wish.scores.digest(),
-        "crf": asdict(crf),
+        "crf": crf.as_json(),
         "classes": asdict(legend),
     }
     return _Fitted(crf=crf, legend=legend, content=content, notes=notes)
@@ -196,6 +235,8 @@ def _resolve(crf: ResolvedCrf, info: ImageInfo, options: RefineOptions) -> Refin
     side = options.tile or TILE_PX[info.ndim]
     tile = tuple(min(side, n) for n in info.shape)
     threads = -(-place.cores // 8) if device == "cpu" else min(4, place.cores)
+    if crf.scope == "scene":
+        threads = place.cores
     usual = usual_workers(place, device=device, threads=threads)
     team = Team(workers=usual, threads=threads, device=device, alone=True)
     engine = pick_engine(crf.engine, device=device)
@@ -236,6 +277,8 @@ def _tile_plan(wish: Wish, sweep: Pass, content: Mapping[str, Any], *, workers: 
     """The passes, their name, and what they take; ``content`` is all that decides the bytes."""
     fingerprint = canonical_digest({**content, "sweep": asdict(sweep)})
     samples = SamplePass.of(sweep, reach=sweep.reach, seed=fingerprint)
+    if wish.crf.scope == "scene":  # more context than all of the scene there is none
+        samples = replace(samples, samples=())
     image, scores = wish.case.source.info, wish.scores.info
     classes = len(scores.channels)
     pixels = max(tile.read.size for tile, _ in sweep.kinds())
@@ -244,7 +287,7 @@ def _tile_plan(wish: Wish, sweep: Pass, content: Mapping[str, Any], *, workers: 
     # Scores as read, as floats, as energies, and refined.
     given = classes * (np.dtype(scores.dtype).itemsize + 3 * 4)
     tile = pixels * (guide + given) + crf_bytes(pixels, classes=classes)
-    mask_bytes = np.dtype(read_legend(wish.classes, scores.channels).dtype).itemsize
+    mask_bytes = np.dtype(wish.legend.dtype).itemsize
     return TilePlan(
         passes=(sweep, samples),
         fingerprint=fingerprint,
@@ -259,5 +302,5 @@ def _asked(wish: Wish) -> Mapping[str, Any]:
         "volume": wish.case.volume,
         "series": wish.case.series,
         "scores": str(wish.scores_path),
-        "classes": str(wish.classes) if wish.classes else None,
+        "classes": str(wish.classes) if isinstance(wish.classes, Path) else None,
     }

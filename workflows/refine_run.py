@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 from adapters.ledger_file import LedgerFile
 from adapters.piece_files import PieceFiles
 from adapters.zarr_store import ZarrStore
+from pipeline.crf.whole_scene import SceneCrf
 from pipeline.errors import PlanError
 from pipeline.ports import Guard, Record, Work
+from pipeline.refine_scene import RefineScene, SceneLattice
 from pipeline.refine_tile import CrfModel, RefineSamples, RefineTiles
 from pipeline.segment_image import ImageTiles
 from pipeline.stitching.certificate import Disagreement
@@ -58,6 +60,7 @@ class RefineRun:
         self._ledger = LedgerFile(self.run.ledger, owner=f"pid{time.time_ns()}")
         self._distrust()
         self.run.manifest.unlink(missing_ok=True)  # its presence means that the product exists
+        self.scene = self._scene() if self.plan.crf.scope == "scene" else None
         self.tiles = ImageTiles(
             self.plan.tiles, self._works(), ledger=self._ledger, observers=[self.new.append]
         )
@@ -93,7 +96,8 @@ class RefineRun:
         seam = {
             **values["seam"],
             "interior": values["interior"],
-            "exact": len(self.plan.sweep) == 1,
+            "exact": len(self.plan.sweep) == 1 or self.scene is not None,
+            "reason": "one lattice under all tiles leaves no seam" if self.scene else None,
         }
         write_json(self.run.certificate, seam)
         return seam
@@ -137,8 +141,24 @@ class RefineRun:
 
     def _works(self) -> dict[str, Work]:
         """What is done in each pass."""
+        if self.scene is not None:
+            return {self.plan.sweep.name: self.scene}
+        tiles, samples = self._each(), self.plan.samples
+        key = f"{tiles.key} {samples.name}"
+        again = RefineSamples(key=key, tiles=tiles, labels=self._labels)
+        return {self.plan.sweep.name: tiles, samples.name: again}
+
+    def _scene(self) -> RefineScene:
+        """The tiles under one lattice, which is empty as yet."""
+        plan = self.plan
+        shape, threads = plan.sweep.grid.shape, plan.resolved.threads
+        crf = SceneCrf(shape=shape, params=plan.crf, threads=threads)
+        model = SceneLattice(key=plan.tiles.fingerprint, crf=crf)
+        return RefineScene(tiles=self._each(), model=model)
+
+    def _each(self) -> RefineTiles:
         plan, wish = self.plan, self.product.wish
-        tiles = RefineTiles(
+        return RefineTiles(
             key=plan.tiles.fingerprint,
             model=CrfModel(
                 engine=plan.resolved.engine,
@@ -152,9 +172,6 @@ class RefineRun:
             mask=self.mask,
             guard=self.guard,
         )
-        key = f"{plan.tiles.fingerprint} {plan.samples.name}"
-        samples = RefineSamples(key=key, tiles=tiles, labels=self._labels)
-        return {plan.sweep.name: tiles, plan.samples.name: samples}
 
     def _write_raster(self, seam: Mapping[str, Any]) -> None:
         from adapters.cog import CogSpec, write_cog
@@ -167,6 +184,7 @@ class RefineRun:
             "TERRAVOX_SCORES_DIGEST": plan.scores_digest,
             "TERRAVOX_TILE": " ".join(map(str, plan.sweep.grid.tile)),
             "TERRAVOX_CRF": f"{plan.resolved.engine}, {plan.crf.iterations} iterations",
+            "TERRAVOX_CRF_SCOPE": plan.crf.scope,
         }
         if share is not None:
             tags["TERRAVOX_SEAM_LABEL_DISAGREEMENT"] = f"{share:.3g}"

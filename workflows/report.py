@@ -300,6 +300,7 @@ def _plan(manifest: Mapping[str, Any]) -> dict[str, Any]:
         else None,
         "windows": manifest.get("windows"),
         "context": manifest.get("context"),
+        "mean of": manifest.get("average"),
         "CRF": "off" if crf is None else crf,
         "device": manifest.get("device"),
         "precision": manifest.get("precision"),

@@ -36,6 +36,9 @@ class Resolved:
     threads: int
     context: Context
 
+    average: str
+    """As asked: none, or the axes of mirror images."""
+
     halo: HaloTrial | None
     """The one that ``auto:TOL`` became; None for the exact halo, and for one that was given."""
 
@@ -109,6 +112,7 @@ def resolve(
         precision=floats.precision,
         threads=team.threads,
         context=options.context,
+        average=options.average,
         halo=halo,
         canonical_px=sizer.canonical_px,
         crf_engine=engine,

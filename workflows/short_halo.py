@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from pipeline.domain import Halo, Pass, Reach, Region
 from pipeline.errors import PlanError
+from pipeline.inference.average import Logits
 from pipeline.inference.normalise import normalise
 from pipeline.inference.padding import read_padded
-from pipeline.inference.predictor import Predictor
 from pipeline.models.frame import Frame
 from pipeline.models.input_spec import Scaling
 from pipeline.ports import Block, Source
@@ -75,7 +75,7 @@ class Sampler:
     source: Source
     channels: Sequence[int]
     scaling: Scaling
-    predictor: Predictor
+    predictor: Logits
 
     sweep: Pass
     """With the exact reach, without the CRF's halo."""

@@ -33,7 +33,7 @@ THREAD_GAIN = 0.9
 """Two threads of a worker do the work of 2 to this power."""
 
 DRIVER_BYTES = 850 * 2**20
-WORKER_BYTES = 650 * 2**20
+WORKER_BYTES = 720 * 2**20
 """What the processes hold beside their tiles: torch, GDAL, Ray, MLflow (measured, PSS)."""
 
 
@@ -237,6 +237,7 @@ class Sizer:
                 pixel_bytes=pixel_bytes,
                 shape=sweep.grid.padded_shape,
                 scores=self.scores,
+                passes=self.traced.passes,
             )
         return CostModel(
             chain=self.traced.body,
@@ -247,6 +248,7 @@ class Sizer:
             pixel_bytes=pixel_bytes,
             shape=sweep.grid.padded_shape,
             scores=self.scores,
+            passes=self.traced.passes,
         )
 
     def peak_bytes(self, costs: Costs, *, workers: int, device: Literal["cpu", "cuda"]) -> int:
@@ -303,7 +305,7 @@ class Sizer:
 def crf_bytes(pixels: int, *, classes: int) -> int:
     """What an engine takes on top of its inputs.
 
-    Of the native one on noise, whose lattice is the largest: 530 and 740 bytes a pixel at 2 and 21
+    The native one on noise, whose lattice is the largest: 530 and 740 bytes a pixel at 2 and 21
     classes.
     """
     return pixels * (450 + 50 * classes)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from pipeline.domain import Reach, Shape
+from pipeline.inference.average import Average
 from pipeline.inference.whole_cost import Trial, trial_of
 from pipeline.models.bundle import Bundle
 from pipeline.models.chain import Chain
@@ -43,6 +44,13 @@ class Traced:
 
     weight_bytes: int
     """Of all weights, in float32."""
+
+    passes: int = 1
+    """Times that the network sees a tile."""
+
+    def averaged(self, average: Average) -> Traced:
+        """The same, over mirror images."""
+        return replace(self, reach=average.reach(self.reach), passes=len(average.passes))
 
 
 def traced(bundle: Bundle, context: Context) -> Traced:

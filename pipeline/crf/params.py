@@ -5,8 +5,8 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast, get_args
 
 from pipeline.crf.checked import (
     check_keys,
@@ -24,6 +24,9 @@ from pipeline.domain import Halo, Shape
 from pipeline.errors import CrfError
 
 Unit = Literal["px", "m", "mm"]
+
+Scope = Literal["tile", "scene"]
+"""``tile``: a lattice for each tile and its halo. ``scene``: one under all tiles."""
 
 GUIDE_MAX = 255.0
 """Guide bands are scaled from their stated range to [0, GUIDE_MAX] before anything else."""
@@ -143,6 +146,15 @@ class ResolvedCrf:
     compatibility: tuple[tuple[float, ...], ...] | None
     """Cost of each pair of classes, times a kernel's weight; None: 1 where they differ (Potts)."""
 
+    scope: Scope = "tile"
+
+    def as_json(self) -> dict[str, Any]:
+        """All that decides the result; the scope only where it is not the tile."""
+        values = asdict(self)
+        if self.scope == "tile":
+            del values["scope"]
+        return values
+
     def check_classes(self, count: int) -> None:
         """Refuse a matrix of another number of classes, or more than the engine takes.
 
@@ -198,10 +210,13 @@ class CrfParams:
     kernels: tuple[Kernel, ...]
 
     halo: int | None
-    """Pixels of context per side; None for twice the largest position deviation."""
+    """Pixels of context per side; None for twice the largest position deviation, or for none
+    where the scope is the scene."""
 
     compatibility: tuple[tuple[float, ...], ...] | None = None
     """Cost of each pair of classes, symmetric, in the classes' order; None for Potts."""
+
+    scope: Scope = "tile"
 
     @classmethod
     def from_mapping(cls, crf: Mapping[str, Any]) -> CrfParams:
@@ -217,14 +232,16 @@ class CrfParams:
         named = {"kernels"} if "kernels" in spelt else {"smoothness", "appearance"}
         check_keys(spelt, where="crf", required=set(), optional=named | OTHERS)
         halo, matrix = spelt.get("halo"), spelt.get("compatibility")
+        scope = _scope(spelt)
         return cls(
-            engine=_engine(spelt.get("engine", "auto")),
+            engine="native" if scope == "scene" else _engine(spelt.get("engine", "auto")),
             iterations=integer(
                 spelt.get("iterations", ITERATIONS), where="crf.iterations", least=1
             ),
             kernels=_kernels(spelt),
             halo=None if halo is None else integer(halo, where="crf.halo", least=0),
             compatibility=None if matrix is None else _compatibility(matrix),
+            scope=scope,
         )
 
     def resolve(
@@ -250,13 +267,15 @@ class CrfParams:
             for kernel in self.kernels
         )
         widest = [max(axis) for axis in zip(*(k.position_px for k in kernels), strict=True)]
-        widths = tuple(math.ceil(2 * w) if self.halo is None else self.halo for w in widest)
+        usual = [0 if self.scope == "scene" else math.ceil(2 * w) for w in widest]
+        widths = tuple(width if self.halo is None else self.halo for width in usual)
         return ResolvedCrf(
             engine=self.engine,
             iterations=self.iterations,
             kernels=kernels,
             halo_px=Halo(widths, widths),
             compatibility=self.compatibility,
+            scope=self.scope,
         )
 
 
@@ -265,6 +284,20 @@ def _engine(value: object) -> Any:
     if value not in known:
         raise CrfError(f"crf.engine: one of {', '.join(known)} is needed, found {value!r}")
     return value
+
+
+def _scope(crf: Mapping[str, Any]) -> Scope:
+    """One lattice under the scene has no halo, and one engine alone keeps it."""
+    scope = crf.get("scope", "tile")
+    if scope not in get_args(Scope):
+        raise CrfError(f"crf.scope: one of {', '.join(get_args(Scope))} is needed, found {scope!r}")
+    for key, meant in (("engine", ("auto", "native")), ("halo", (None,))):
+        if scope == "scene" and key in crf and crf[key] not in meant:
+            raise CrfError(
+                f"crf.{key}: {crf[key]!r} asked with scope scene: one lattice of the native engine"
+                f" lies under all tiles, without a halo; leave {key} out"
+            )
+    return cast(Scope, scope)
 
 
 def _channels(guide: Guide | None, channels: Sequence[str]) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ PRESETS = MappingProxyType(
     }
 )
 
-OTHERS = {"engine", "iterations", "halo", "compatibility"}
+OTHERS = {"engine", "iterations", "halo", "compatibility", "scope"}
 """What a ``crf`` part may say beside its kernels."""
 
 

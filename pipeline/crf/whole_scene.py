@@ -7,7 +7,7 @@ each iteration, and one that hands out what came of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from pipeline.crf.engine import Pairwise
 from pipeline.crf.native_engine import module_for_this_processor, penalties
 from pipeline.crf.params import ResolvedCrf
 from pipeline.domain import Shape
+from pipeline.errors import CrfError
 from pipeline.ports import Block
 
 PASSES_BEFORE = 3
@@ -41,64 +42,78 @@ class SceneTile:
     """Scene coordinates of the first pixel, per axis."""
 
 
-def refine_scene(
-    tiles: Sequence[T],
-    *,
-    load: Callable[[T], SceneTile],
-    shape: Shape,
-    params: ResolvedCrf,
-    threads: int,
-) -> Iterator[tuple[T, NDArray[np.float32]]]:
-    """Yield each tile with its refined probabilities, (K, *S) float32, as ``dense.refine``.
+class SceneCrf:
+    """The mean field of a scene: gathered from all tiles, then asked for each of them."""
 
-    Args:
-        tiles: in a fixed order, which decides that of the sums.
-        load: gives a tile, the same each time that it is asked.
-        shape: of the scene, in pixels.
-        params: the CRF on this image's grid.
-        threads: those that may be used; the result does not depend on them.
+    def __init__(self, *, shape: Shape, params: ResolvedCrf, threads: int) -> None:
+        """Begin without a vertex.
 
-    Raises:
-        CrfError: a valid pixel is not finite, or the lattice cannot address the scene.
-        ImportError: the native engine was not built here.
-    """
-    scene: Any = None
-    for _ in range(PASSES_BEFORE + params.iterations):
-        for tile in tiles:
-            found = load(tile)
-            if not found.block.valid_S.any():
-                continue
-            energy_KN, kernels = _to_engine(found, params)
-            if scene is None:
-                scene = _empty(kernels, len(energy_KN), shape=shape, params=params, threads=threads)
-            scene.visit(energy_KN, [kernel.features_DN for kernel in kernels])
-        if scene is not None:
-            scene.advance()
-    for tile in tiles:
-        found = load(tile)
+        Args:
+            shape: of the scene, in pixels.
+            params: the CRF on this image's grid.
+            threads: those that may be used; the result does not depend on them.
+        """
+        self._shape, self._params, self._threads = shape, params, threads
+        self._scene: Any = None
+
+    @property
+    def passes(self) -> int:
+        """How often ``gather`` visits each tile."""
+        return PASSES_BEFORE + self._params.iterations
+
+    @property
+    def vertices(self) -> tuple[int, ...]:
+        """Of each kernel's lattice, so far."""
+        return () if self._scene is None else tuple(self._scene.vertices)
+
+    def gather(self, tiles: Collection[T], *, load: Callable[[T], SceneTile]) -> Iterator[int]:
+        """Run all passes, once; yield the number of the pass, from 1, after each visit.
+
+        What comes of it holds only when it has been run to its end.
+
+        Args:
+            tiles: in a fixed order, which decides that of the sums.
+            load: gives a tile, the same each time that it is asked.
+
+        Raises:
+            CrfError: a valid pixel is not finite, or the lattice cannot address the scene.
+            ImportError: the native engine was not built here.
+        """
+        for number in range(1, self.passes + 1):
+            for tile in tiles:
+                self.visit(load(tile))
+                yield number
+            if self._scene is not None:
+                self._scene.advance()
+
+    def visit(self, found: SceneTile) -> None:
+        """Take what the pass under way takes of a tile. Raises as ``gather``."""
+        if not found.block.valid_S.any():
+            return
+        energy_KN, kernels = self._to_engine(found)
+        try:
+            if self._scene is None:
+                self._scene = self._empty(kernels, classes=len(energy_KN))
+            self._scene.visit(energy_KN, [kernel.features_DN for kernel in kernels])
+        except (OverflowError, ValueError) as error:
+            raise CrfError(f"crf: native engine: {error}") from error
+
+    def finish(self, found: SceneTile) -> NDArray[np.float32]:
+        """The tile's refined probabilities, (K, *S) float32, as ``dense.refine``; a new array."""
         refined_KS = found.prob_KS.astype(np.float32, order="C")
         valid_S = found.block.valid_S
         if valid_S.any():
-            energy_KN, kernels = _to_engine(found, params)
+            energy_KN, kernels = self._to_engine(found)
             features = [kernel.features_DN for kernel in kernels]
-            refined_KS[:, valid_S] = scene.finish(energy_KN, features)
-        yield tile, refined_KS
+            refined_KS[:, valid_S] = self._scene.finish(energy_KN, features)
+        return refined_KS
 
+    def _to_engine(self, found: SceneTile) -> tuple[NDArray[np.float32], list[Pairwise]]:
+        return to_engine(found.prob_KS, block=found.block, origin=found.origin, params=self._params)
 
-def _to_engine(found: SceneTile, params: ResolvedCrf) -> tuple[NDArray[np.float32], list[Pairwise]]:
-    return to_engine(found.prob_KS, block=found.block, origin=found.origin, params=params)
-
-
-def _empty(
-    kernels: Sequence[Pairwise],
-    classes: int,
-    *,
-    shape: Shape,
-    params: ResolvedCrf,
-    threads: int,
-) -> Any:
-    """A scene without vertices: its keys have room for all that its shape and guides allow."""
-    tops = [kernel.greatest(shape) for kernel in params.kernels]
-    return module_for_this_processor().scene(
-        [[0.0] * len(top) for top in tops], tops, penalties(kernels, classes=classes), threads
-    )
+    def _empty(self, kernels: Sequence[Pairwise], *, classes: int) -> Any:
+        """Keys have room for all that the scene's shape and guides allow."""
+        tops = [kernel.greatest(self._shape) for kernel in self._params.kernels]
+        lows = [[0.0] * len(top) for top in tops]
+        module = module_for_this_processor()
+        return module.scene(lows, tops, penalties(kernels, classes=classes), self._threads)

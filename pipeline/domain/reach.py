@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.domain.region import Halo, Region, Shape
 from pipeline.errors import RegionError
@@ -84,6 +84,24 @@ class Reach:
             tuple(a // stride * stride for a in local.start),
             tuple(-(-(b - end) // stride) * stride + end for b in local.stop),
         )
+
+    def both_ways(self) -> Reach:
+        """What is needed of the scene and of its mirror image, along whichever axes.
+
+        Where corners are aligned, a region that ends on the stride starts beside it when mirrored:
+        it needs a stride more.
+        """
+        beyond = Halo.uniform(self.endpoint * self.stride, ndim=len(self.halo.before))
+
+        def joined(halo: Halo, beyond: Halo) -> Halo:
+            return halo | (Halo(halo.after, halo.before) + beyond)
+
+        window = self.window and replace(
+            self.window,
+            inner=joined(self.window.inner, beyond),
+            outer=joined(self.window.outer, beyond),
+        )
+        return replace(self, halo=joined(self.halo, beyond), window=window)
 
     @property
     def halo_with_window(self) -> Halo:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import RegionError
@@ -125,6 +125,19 @@ class Region:
             tuple(a + n for a, n in zip(self.start, by, strict=True)),
             tuple(b + n for b, n in zip(self.stop, by, strict=True)),
         )
+
+    def mirrored(self, axes: Sequence[int], *, shape: Shape) -> Region:
+        """The box in the mirror image, along ``axes``, of an image of this shape.
+
+        >>> Region((0, 2), (4, 3)).mirrored((1,), shape=(8, 8))
+        Region(start=(0, 5), stop=(4, 6))
+        """
+        ends = [
+            (n - b, n - a) if axis in axes else (a, b)
+            for axis, (a, b, n) in enumerate(zip(self.start, self.stop, shape, strict=True))
+        ]
+        start, stop = zip(*ends, strict=True)
+        return Region(start, stop)
 
     def align(self, stride: int | Shape) -> Region:
         """The smallest box with sides at multiples of ``stride`` that contains this one."""

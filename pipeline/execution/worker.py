@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 STAGES = ("read", "compute", "refine", "write")
 
-_M_MMAP_THRESHOLD = -3  # from malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
 KEPT_CASES = 256
 """Cases whose files a worker keeps open: more than take turns, or each turn would open them."""
@@ -39,7 +39,7 @@ class TileWorker:
     """
 
     def __init__(self) -> None:
-        _give_back_large_blocks()
+        _keep_small_blocks()
         _ask_for_huge_pages()
         self._line = Line(*STAGES)
         self._models: dict[str, Any] = {}
@@ -143,15 +143,17 @@ def _device_lost(error: Exception) -> bool:
     return type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
 
 
-def _give_back_large_blocks() -> None:
-    """Have glibc return every block of 4 MiB or more when it is freed.
+def _keep_small_blocks() -> None:
+    """Have glibc keep what windows use again and again, and return larger blocks when freed.
 
-    Left alone it raises that bound to 32 MiB, keeps tile-sized blocks in heaps that fragment, and
-    a worker grows with the number of tiles: 1.2 GB against 0.7 after 64 tiles (measured).
+    A window of a deep network takes blocks of 4 to 32 MiB. Returned each time, they come back as
+    pages that must be cleared: ResNet-50 at 2048 px, two threads, 15.1 s, 4.2 s of them the
+    kernel's, against 13.5 and 2.3 (measured). The heaps that keep them hold a worker 6 % larger.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 4 * 2**20)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)
 
 
 def _ask_for_huge_pages() -> None:

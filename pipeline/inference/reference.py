@@ -5,6 +5,8 @@ Axes in array names: B batch, C channel, K class, S space, (y, x) or (z, y, x).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -34,11 +36,23 @@ class _Given(nn.Module):
 class ReferenceNetwork:
     """A bundle's network with nothing taken apart, pooling over its training crop or as told."""
 
-    def __init__(self, bundle: Bundle, *, device: str, precision: Precision, threads: int) -> None:
-        """Load it in the floats, memory format and threads of the tiles. Raises BundleError."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str,
+        precision: Precision,
+        passes: Sequence[tuple[int, ...]],
+        threads: int,
+    ) -> None:
+        """Load it in the floats, memory format and threads of the tiles. Raises BundleError.
+
+        ``passes``: axes that each of the passes mirrors, which are averaged where there are more.
+        """
         fix_kernels()
         dims = bundle.architecture.dims
         self._device, self._dtype, self._threads = torch.device(device), precision.dtype, threads
+        self._passes = passes
         self._format = _FORMAT[dims] if precision.channels_last else torch.contiguous_format
         network = bundle.network().to(device=self._device, dtype=self._dtype)
         self._network = network.to(memory_format=self._format)
@@ -49,8 +63,34 @@ class ReferenceNetwork:
     ) -> NDArray[np.float32]:
         """Predict all of an input that lies at ``frame``; (K, *S) float32, a new array.
 
-        ``mean`` stands for image pooling where that is over the whole scene.
+        ``mean`` stands for image pooling where that is over the whole scene. Of several passes
+        it is the logarithm of the mean of their probabilities.
         """
+        if len(self._passes) == 1:
+            return self._pass(image_CS, frame, mean=mean)
+        logs = [self._log_probabilities(image_CS, frame, axes=axes) for axes in self._passes]
+        total_KS: NDArray[np.float64] = np.logaddexp.reduce(logs)
+        mean_KS: NDArray[np.float32] = (total_KS - np.log(len(logs))).astype(np.float32)
+        return mean_KS
+
+    def _log_probabilities(
+        self, image_CS: NDArray[np.float32], frame: Frame, *, axes: tuple[int, ...]
+    ) -> NDArray[np.float64]:
+        """(K, *S): of the image mirrored along ``axes`` of S, and mirrored back."""
+        flipped = tuple(1 + axis for axis in axes)
+        rows = zip(frame.origin, image_CS.shape[1:], frame.shape, strict=True)
+        origin = tuple(
+            side - a - n if axis in axes else a for axis, (a, n, side) in enumerate(rows)
+        )
+        mirror_CS = np.ascontiguousarray(np.flip(image_CS, flipped))
+        logits_KS = self._pass(mirror_CS, Frame(origin, frame.shape), mean=None)
+        logits_KS = np.flip(logits_KS, flipped).astype(np.float64)
+        return np.asarray(logits_KS - np.logaddexp.reduce(logits_KS, axis=0))
+
+    def _pass(
+        self, image_CS: NDArray[np.float32], frame: Frame, *, mean: GivenMean | None
+    ) -> NDArray[np.float32]:
+        """As ``logits``, of one pass."""
         if mean is not None and self._network.pool is not None:
             self._network.pool[0] = _Given(mean)
         torch.set_num_threads(self._threads)

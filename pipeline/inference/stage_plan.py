@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from pipeline.domain import Region, Shape
-from pipeline.models.chain import Chain, Convolution, Gate, Stage, Step
+from pipeline.models.chain import Chain, Gate, Step
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.frame import Frame
 from pipeline.models.geometry import Scale
@@ -44,7 +44,7 @@ class Needs:
         regions = {chain.logits: coarse}
         for stage in reversed(chain.stages):
             for step, name in stage.reads():
-                part = _reads(step, regions[stage.name], shapes[name], frame)
+                part = needed_of(step, regions[stage.name], shapes[name], frame)
                 regions[name] = part | regions.get(name, part)
         return cls(frame=frame, shapes=shapes, regions=regions)
 
@@ -129,64 +129,6 @@ def stage_work(chain: Chain, needs: Needs) -> int:
     return sum(stage.work * needs.computed(stage.name).size for stage in chain.stages)
 
 
-def stage_bytes(chain: Chain, needs: Needs, *, window: int, itemsize: int) -> int:
-    """Peak bytes of the maps held at once, with the scratch of one window; logits left out.
-
-    Args:
-        chain: the network's stages.
-        needs: of the tile.
-        window: side of a window, in features, where windows are runs of rows.
-        itemsize: bytes of a number in the maps.
-    """
-    image = needs.regions[chain.image].size * chain.bands
-    held = {chain.image: image}
-    peak = 0
-    for stage in chain.stages:
-        if stage.overwrites is None:
-            held[stage.name] = needs.regions[stage.name].size * stage.channels
-        else:  # the memory keeps the size it had
-            held[stage.name] = held.pop(stage.overwrites)
-        scratch = _scratch(stage, needs, channels=chain.channels, window=window)
-        peak = max(peak, sum(held.values()) + scratch)
-        for name in set(stage.frees) - {stage.overwrites}:
-            del held[name]
-    return peak * itemsize
-
-
-def _scratch(stage: Stage, needs: Needs, *, channels: Mapping[str, int], window: int) -> int:
-    """Numbers that one window takes beside the maps."""
-    block = Region.whole(_block(stage, needs, window=window))
-    made = sum(step.channels for step in stage.steps if not step.scratch) * block.size
-    # A part of a map that is padded, or narrower than the map, is copied, and all that a canonical
-    # window reads; weights are reordered.
-    copies = [
-        _copied(step, block, needs.shapes[name]) * channels[name]
-        for step, name in stage.reads()
-        if step.geometry is not None or needs.sides is not None
-    ]
-    weights = [s.layer.weight.numel() for s in stage.steps if isinstance(s.layer, Convolution)]
-    return made + sum(copies) + max(weights, default=0)
-
-
-def _block(stage: Stage, needs: Needs, *, window: int) -> Shape:
-    """The largest box of a stage that is computed at once."""
-    region = needs.computed(stage.name)
-    if needs.sides is not None:
-        pairs = zip(needs.sides[stage.name], region.shape, strict=True)
-        return tuple(min(side, length) for side, length in pairs)
-    return row_block(region.shape, region.size if stage.whole else window**region.ndim)
-
-
-def _copied(step: Step, block: Region, shape: Shape) -> int:
-    """Places of a map of ``shape`` that the step reads for ``block``."""
-    if isinstance(step.layer, WindowMean):
-        spans = step.layer.window or shape
-        return math.prod(
-            min(side, span + n) for side, span, n in zip(shape, spans, block.shape, strict=True)
-        )
-    return step.geometry.reads(block).size if step.geometry else block.size
-
-
 def row_block(shape: Shape, most: int) -> Shape:
     """The box of at most ``most`` places that cuts ``shape`` into runs of whole rows or planes.
 
@@ -198,7 +140,7 @@ def row_block(shape: Shape, most: int) -> Shape:
     )
 
 
-def _reads(step: Step, region: Region, shape: Shape, frame: Frame) -> Region:
+def needed_of(step: Step, region: Region, shape: Shape, frame: Frame) -> Region:
     """What the step needs of a map of ``shape`` for ``region`` of its output."""
     if isinstance(step.layer, WindowMean):
         return step.layer.windows(region, size=shape, frame=frame).reads

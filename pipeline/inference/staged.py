@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from pipeline.domain import Region, Shape
 from pipeline.inference.convolution import convolve
+from pipeline.inference.map_layout import Layout
 from pipeline.inference.stage_plan import Needs, row_block
 from pipeline.models.chain import Chain, Convolution, Gate, Norm, Pool, Stage, Step
 from pipeline.models.context_pool import WindowMean
@@ -55,9 +56,10 @@ class FeatureMap:
     region: Region
 
     @classmethod
-    def empty(cls, region: Region, channels: int, *, like: Tensor) -> FeatureMap:
-        """A new map of ``region``, not filled."""
-        return cls(like.new_empty((1, *region.shape, channels)), region)
+    def laid(cls, memory: Tensor, region: Region, channels: int) -> FeatureMap:
+        """A map of ``region``, not filled, at the front of a line of memory."""
+        front = memory[: region.size * channels]
+        return cls(front.view(1, *region.shape, channels), region)
 
     def reused(self, region: Region) -> FeatureMap:
         """A map of ``region``, inside this one, in this one's memory, packed to its front.
@@ -65,9 +67,7 @@ class FeatureMap:
         In row-major order a place is never written before it has been read: the smaller map's
         offset of a place is nowhere greater than this one's.
         """
-        channels = self.array_BSC.shape[-1]
-        front = self.array_BSC.flatten()[: region.size * channels]
-        return FeatureMap(front.view(1, *region.shape, channels), region)
+        return self.laid(self.array_BSC.flatten(), region, self.array_BSC.shape[-1])
 
     def view(self, region: Region) -> Tensor:
         """``region``, which lies inside, as (1, C, *S)."""
@@ -129,27 +129,37 @@ def run(chain: Chain, maps: dict[str, FeatureMap], needs: Needs, *, windows: Win
 
     ``maps`` holds the image alone; each map is taken out of it after its last reader.
     """
+    layout, image = Layout.of(chain, needs), maps[chain.image]
+    kind, like = type(image), image.array_BSC.new_empty(0)
+    del image
+    block = like.new_empty(layout.size)
     for stage in chain.stages:
-        maps[stage.name] = _run_stage(stage, maps, needs, windows(stage, needs))
+        region = needs.regions[stage.name]
+        if stage.overwrites is not None:
+            result = maps[stage.overwrites].reused(region)
+        elif stage.name in layout.starts:
+            result = kind.laid(block[layout.starts[stage.name] :], region, stage.channels)
+        else:
+            result = kind.laid(like.new_empty(region.size * stage.channels), region, stage.channels)
+        _fill(result, stage, maps, needs, windows(stage, needs))
+        maps[stage.name] = result
         for name in stage.frees:
             del maps[name]
     return maps[chain.logits]
 
 
-def _run_stage(
-    stage: Stage, maps: Mapping[str, FeatureMap], needs: Needs, windows: Iterable[Region]
-) -> FeatureMap:
-    region = needs.regions[stage.name]
-    if stage.overwrites is None:
-        _, first = next(stage.reads())
-        result = maps[first].empty(region, stage.channels, like=maps[first].array_BSC)
-    else:
-        result = maps[stage.overwrites].reused(region)
+def _fill(
+    result: FeatureMap,
+    stage: Stage,
+    maps: Mapping[str, FeatureMap],
+    needs: Needs,
+    windows: Iterable[Region],
+) -> None:
     for window in windows:
         values: dict[str, Tensor] = {}
         for step in stage.steps[:-1]:
             values[step.name] = _apply(step, window, values=values, maps=maps, needs=needs)
-        last, kept = stage.steps[-1], window & region
+        last, kept = stage.steps[-1], window & result.region
         target_BCS = result.view(kept)
         index: tuple[Any, ...] = (..., *kept.slices(within=window))
         if last.layer == "relu" and last.scratch:  # with the copy, in one
@@ -157,7 +167,6 @@ def _run_stage(
         else:
             value_BCS = _apply(last, window, values=values, maps=maps, needs=needs)
             target_BCS.copy_(value_BCS[index])
-    return result
 
 
 def _apply(

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pipeline.domain import Region, Shape, Tile
+from pipeline.inference.map_layout import stage_bytes
 from pipeline.inference.stage_plan import (
     Needs,
     feature_region,
     needs_of,
-    stage_bytes,
     stage_work,
 )
 from pipeline.models.chain import Chain
@@ -72,6 +72,9 @@ class CostModel:
     scores: bool
     """Whether probabilities are written as well."""
 
+    passes: int
+    """Times that the network sees a tile."""
+
     def of(self, tile: Tile) -> TileCost:
         """Cost of one tile. Raises RegionError where its input holds no window of pooling."""
         chain = self.chain
@@ -87,9 +90,10 @@ class CostModel:
         fine = chain.upsample.gives(needs.regions[chain.logits]).size
         upsampled = fine * self.classes * _FLOAT32
         kept = kept_bytes(tile, classes=self.classes, scores=self.scores)
+        mean = mean_bytes(tile.scored, classes=self.classes, passes=self.passes)
         return TileCost(
-            work=stage_work(chain, needs),
-            device_bytes=max(maps, image + upsampled),
+            work=self.passes * stage_work(chain, needs),
+            device_bytes=max(maps, image + upsampled) + mean,
             host_bytes=self._read_bytes(tile) + kept,
         )
 
@@ -123,9 +127,11 @@ class CostModel:
         frame = Frame.of(tile.read, shape=self.shape)
         coarse = Region.whole(shapes[chain.logits])
         fine = 2 * whole.size * self.classes * _FLOAT32
+        work = stage_work(chain, Needs.of(chain, size, frame=frame, coarse=coarse))
+        mean = 2 * mean_bytes(whole, classes=self.classes, passes=self.passes)  # in float64
         return TileCost(
-            work=stage_work(chain, Needs.of(chain, size, frame=frame, coarse=coarse)),
-            device_bytes=int(max(_HELD * widest * self.itemsize, fine)),
+            work=self.passes * work,
+            device_bytes=int(max(_HELD * widest * self.itemsize, fine)) + mean,
             host_bytes=self._read_bytes(tile),
         )
 
@@ -134,22 +140,31 @@ class CostModel:
         return replace(self, chain=pooled_by(self.chain, GivenMean(np.empty(0))))
 
     def _read_bytes(self, tile: Tile) -> int:
-        return read_bytes(tile, bands=self.chain.bands, pixel_bytes=self.pixel_bytes)
+        return read_bytes(
+            tile, bands=self.chain.bands, pixel_bytes=self.pixel_bytes, passes=self.passes
+        )
 
     @property
     def scene_work(self) -> int:
         """Multiply-adds of one pass over the padded scene, which halo work is measured against."""
         whole = Region.whole(self.shape)
-        return stage_work(self.chain, needs_of(self.chain, whole, scored=whole, shape=self.shape))
+        needs = needs_of(self.chain, whole, scored=whole, shape=self.shape)
+        return self.passes * stage_work(self.chain, needs)
 
 
-def read_bytes(tile: Tile, *, bands: int, pixel_bytes: int) -> int:
+def read_bytes(tile: Tile, *, bands: int, pixel_bytes: int, passes: int) -> int:
     """Bytes of what is read, in the host's memory.
 
     Of three tiles: on the device, being refined, and being read, of which the bands are picked in
-    a copy.
+    a copy. The image is kept for further passes.
     """
-    return tile.read.size * (4 * (pixel_bytes + 1) + (bands + 2) * _FLOAT32)
+    images = 1 + (passes > 1)
+    return tile.read.size * (4 * (pixel_bytes + 1) + (images * bands + 2) * _FLOAT32)
+
+
+def mean_bytes(region: Region, *, classes: int, passes: int) -> int:
+    """Bytes of the mean of several passes and of what is made to add one to it; 0 for one."""
+    return 3 * (passes > 1) * region.size * classes * _FLOAT32
 
 
 def kept_bytes(tile: Tile, *, classes: int, scores: bool) -> int:

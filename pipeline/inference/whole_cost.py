@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.domain import Region, Shape, Tile
-from pipeline.inference.tile_cost import TileCost, kept_bytes, read_bytes
+from pipeline.inference.tile_cost import TileCost, kept_bytes, mean_bytes, read_bytes
 from pipeline.models.custom_network import CustomNetwork
 
 _FLOAT32 = 4
@@ -113,6 +113,9 @@ class WholeCostModel:
     scores: bool
     """Whether probabilities are written as well."""
 
+    passes: int
+    """Times that the network sees a tile."""
+
     def of(self, tile: Tile) -> TileCost:
         """Cost of one tile: of all that it reads."""
         cost = self.of_sample(tile)
@@ -128,10 +131,13 @@ class WholeCostModel:
         read, trial = tile.read, self.trial
         logits = 2 * read.size * self.classes * _FLOAT32
         values = _SCRATCH * trial.bytes_px * read.size * self.itemsize / _FLOAT32
+        mean = 2 * mean_bytes(read, classes=self.classes, passes=self.passes)  # in float64
         return TileCost(
             work=self._work(read),
-            device_bytes=int(values + logits),
-            host_bytes=read_bytes(tile, bands=trial.bands, pixel_bytes=self.pixel_bytes),
+            device_bytes=int(values + logits) + mean,
+            host_bytes=read_bytes(
+                tile, bands=trial.bands, pixel_bytes=self.pixel_bytes, passes=self.passes
+            ),
         )
 
     @property
@@ -140,4 +146,4 @@ class WholeCostModel:
         return self._work(Region.whole(self.shape))
 
     def _work(self, region: Region) -> int:
-        return max(1, math.ceil(self.trial.work_px * region.size))
+        return max(1, math.ceil(self.passes * self.trial.work_px * region.size))

@@ -25,6 +25,10 @@ STRIDES = MappingProxyType(
         ("xception71", 2): (8, 16),
         ("mobilenetv3-large", 2): (16,),
         ("vgg16", 2): (8,),
+        ("medicalnet10", 3): (8,),
+        ("medicalnet18", 3): (8,),
+        ("medicalnet34", 3): (8,),
+        ("medicalnet50", 3): (8,),
         ("slim", 2): (4, 8),
         ("slim", 3): (2, 4),
     }
@@ -59,7 +63,8 @@ class Architecture:
     """A DeepLab network, but for its bands and classes."""
 
     family: str
-    """``v1``, ``v2``, ``v3`` or ``v3plus``."""
+    """``v1``, ``v2``, ``v3`` or ``v3plus``; ``fcn`` is torchvision's baseline, one 3x3 convolution
+    on its dilated trunks (after Long et al. 2015)."""
 
     backbone: str
     """The trunk, one of ``STRIDES``.
@@ -118,6 +123,11 @@ class Architecture:
     """``features``: v1 with the scores of the image and the first pools added (its MSc).
     ``inputs``: v2 on the image at scales 1, 3/4 and 1/2, of which the greatest score counts."""
 
+    slice_stride: int | None = None
+    """Voxels between neighbouring features along z, for thick slices: 2 where they are 5 mm, and
+    voxels 1 mm along y and x, brings features 10 mm and 8 mm apart, so that one rate serves all
+    axes. None: the output stride. MedicalNet's trunks alone have it."""
+
     def __post_init__(self) -> None:
         check = _FAMILIES.get(self.family)
         if check is None:
@@ -134,6 +144,14 @@ class Architecture:
                 f" it has {' and '.join(map(str, strides))}"
             )
         check(self)
+        if self.slice_stride is not None:
+            _check_slices(self)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Pixels between neighbouring features of the encoder, per axis."""
+        sides = (self.output_stride,) * self.dims
+        return sides if self.slice_stride is None else (self.slice_stride, *sides[1:])
 
     @property
     def smooth(self) -> bool:
@@ -151,6 +169,11 @@ class Architecture:
     def pools(self) -> bool:
         """Whether there is a mean that the context is about."""
         return self.image_pooling or self.squeezes
+
+    @property
+    def windowed(self) -> bool:
+        """Whether all its means can be over windows, so that tiles agree."""
+        return self.image_pooling and not self.squeezes
 
     def at_stride(self, stride: int) -> Architecture:
         """The same weights at another output stride: rates keep their reach in pixels.
@@ -188,6 +211,9 @@ def _check_v1(asked: Architecture) -> None:
 def _check_v2(asked: Architecture) -> None:
     _check_summed(asked, backbones=("vgg16", "resnet101"), multi_scale="inputs")
 
+
+_TRUNK = {"family", "backbone", "dims", "output_stride"}
+"""What may vary in an FCN."""
 
 _SUMMED = {"family", "backbone", "dims", "rates", "multi_scale"}
 """What may vary in v1 and v2."""
@@ -237,7 +263,7 @@ def _check_head(asked: Architecture) -> None:
             f"family {asked.family} has neither backbone vgg16 nor multi_scale: they are of v1 and"
             f" v2; got {asked.backbone} and {asked.multi_scale}"
         )
-    units = _UNITS.get(asked.backbone, 3)
+    units = 0 if _is_medicalnet(asked) else _UNITS.get(asked.backbone, 3)
     if asked.multi_grid and (len(asked.multi_grid) != units or min(asked.multi_grid) < 1):
         raise BundleError(
             f"multi_grid of {asked.backbone} takes {units} positive factors,"
@@ -260,7 +286,28 @@ def _check_head(asked: Architecture) -> None:
         )
 
 
+def _check_fcn(asked: Architecture) -> None:
+    if asked.backbone not in TORCHVISION or asked.squeezes:
+        raise BundleError(f"family fcn has torchvision's ResNets, got {asked.backbone}")
+    fixed = {f.name: f.default for f in fields(Architecture) if f.name not in _TRUNK}
+    for name, value in (fixed | {"rates": (), "image_pooling": False}).items():
+        if getattr(asked, name) != value:
+            raise BundleError(f"family fcn has {name} {value}, got {getattr(asked, name)}")
+
+
+def _is_medicalnet(asked: Architecture) -> bool:
+    return asked.backbone.startswith("medicalnet")
+
+
+def _check_slices(asked: Architecture) -> None:
+    if not _is_medicalnet(asked) or asked.slice_stride not in (1, 2, 4, 8) or asked.decoder:
+        raise BundleError(
+            f"slice_stride {asked.slice_stride} asked of {asked.backbone}: the medicalnet trunks"
+            " have it, without a decoder, 1, 2, 4 or 8"
+        )
+
+
 _FAMILIES: MappingProxyType[str, Callable[[Architecture], None]] = MappingProxyType(
-    {"v1": _check_v1, "v2": _check_v2, "v3": _check_v3, "v3plus": _check_v3plus}
+    {"v1": _check_v1, "v2": _check_v2, "v3": _check_v3, "v3plus": _check_v3plus, "fcn": _check_fcn}
 )
 """The families, each with what it asks of its fields."""

@@ -29,9 +29,7 @@ class Aspp(nn.Module):
         ]
         if architecture.image_pooling:
             pointwise = conv(dims, inputs, width, kernel=1)
-            branches.append(
-                ContextPool(pointwise, norm(dims, width), stride=architecture.output_stride)
-            )
+            branches.append(ContextPool(pointwise, norm(dims, width), stride=architecture.steps))
         self.convs = nn.ModuleList(branches)
         joined = conv_norm_relu(dims, len(branches) * width, width, kernel=architecture.projection)
         self.project = nn.Sequential(*joined, nn.Dropout(dropout))

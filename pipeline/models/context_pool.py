@@ -130,9 +130,9 @@ class ContextPool(nn.Sequential):
         return pooled_BCS if pooled_BCS.shape[2:] == size[2:] else pooled_BCS.expand(size)
 
 
-def window_features(crop: Sequence[int], *, stride: int) -> tuple[int, ...]:
+def window_features(crop: Sequence[int], *, steps: Sequence[int]) -> tuple[int, ...]:
     """Side of the window that stands for a training crop of ``crop`` px, in features, odd."""
-    return tuple(side // stride | 1 for side in crop)
+    return tuple(side // step | 1 for side, step in zip(crop, steps, strict=True))
 
 
 def _window_starts(first: int, count: int, *, side: int, window: int) -> Tensor:

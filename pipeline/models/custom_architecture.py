@@ -64,6 +64,11 @@ class CustomArchitecture:
         """Whether it pools as ASPP does, over a window that can be set: never."""
         return False
 
+    @property
+    def windowed(self) -> bool:
+        """As ``pools``."""
+        return False
+
 
 def _is_entry_point(text: str) -> bool:
     """Whether it names a module and something in it.

@@ -10,7 +10,7 @@ from pipeline.domain import Halo, Reach
 from pipeline.errors import BundleError
 from pipeline.models.context_pool import Context
 from pipeline.models.custom_network import CustomNetwork
-from pipeline.models.nan_probe import Probe, probe_network
+from pipeline.models.nan_probe import Probe, probe_halves, probe_network
 
 _FIRST_PX = MappingProxyType({2: 1024, 3: 192})
 _MOST_PX = MappingProxyType({2: 8192, 3: 768})
@@ -19,18 +19,24 @@ _MOST_PX = MappingProxyType({2: 8192, 3: 768})
 What fills the longest is GLOBAL.
 """
 
+_NAMED = 3
+"""Layers that are named to a person; ``model probe`` lists them all."""
+
 _ROOM = 4
 """Strips are so many times as long as what is found: a lone tap further out is not overlooked."""
 
 
 def probe_custom(network: CustomNetwork) -> Probe:
-    """The probe over strips as long as it takes; layers by their own names. Raises BundleError."""
+    """The probe, in whole strides, over strips as long as it takes.
+
+    Layers have the names that they have in the module. Raises BundleError.
+    """
     dims, stride = network.architecture.dims, network.stride
     length = -(-_FIRST_PX[dims] // (4 * stride)) * 4 * stride
-    found = probe_network(network, most_px=length)
+    found = probe_network(network, most_px=length, by=probe_halves)
     while _cramped(found, length) and 2 * length <= _MOST_PX[dims]:
         length *= 2
-        found = probe_network(network, most_px=length)
+        found = probe_network(network, most_px=length, by=probe_halves)
     return replace(found, layers=tuple(name.removeprefix("module.") for name in found.layers))
 
 
@@ -55,7 +61,8 @@ def custom_reach(
     """
     halo = found.halo
     if halo is None and context != "tile":
-        layers = ", ".join(found.layers) or "no single layer"
+        more = [f"{len(found.layers) - _NAMED} more"] if len(found.layers) > _NAMED else []
+        layers = ", ".join([*found.layers[:_NAMED], *more]) or "no single layer"
         raise BundleError(
             f"the network is GLOBAL, {layers} at fault: every output depends on all of the input,"
             " so that no halo makes its tiles agree; --context tile runs it, not exactly"

@@ -31,7 +31,7 @@ __all__ = ["DecoderHead", "DeepLab", "DeepLabV3", "Head", "aspp_width", "build_n
 
 
 class Head(nn.Sequential):
-    """ASPP, unless a cascade stands in its place, and what follows at the output stride."""
+    """ASPP, unless a cascade or an FCN's layer stands in its place, and what follows there."""
 
     def forward(self, features_BCS: Tensor, frame: Frame) -> Tensor:  # type: ignore[override]
         """Return (B, C, *S) features of the last layer: logits, where that is a classifier."""
@@ -84,7 +84,7 @@ def aspp_width(architecture: Architecture) -> int:
 
 
 class DeepLabV3(DeepLab):
-    """DeepLab v3, and with a decoder v3+."""
+    """DeepLab v3, with a decoder v3+, and with neither ASPP nor decoder an FCN."""
 
     def __init__(self, architecture: Architecture, *, bands: int, classes: int) -> None:
         super().__init__(architecture, bands=bands, classes=classes)
@@ -95,13 +95,13 @@ class DeepLabV3(DeepLab):
         self.classifier: Head | DecoderHead
         if architecture.decoder is None:
             self.classifier = head.append(classify(dims, width, classes))
-            factor = self.stride
+            steps = architecture.steps
         else:
             self.classifier = DecoderHead(
                 architecture, encoder=head, trunk=self.backbone, classes=classes
             )
-            factor = self.backbone.low_stride
-        self.upsample = Resize.by(factor, dims, align_corners=self.align_corners)
+            steps = (self.backbone.low_stride,) * dims
+        self.upsample = Resize(steps, (1,) * dims, align_corners=self.align_corners)
 
     def coarse_logits(self, image_BCS: Tensor, frame: Frame) -> Tensor:
         """Return (B, K, *S) logits at the output stride, or at that of the decoder."""
@@ -126,15 +126,19 @@ class DeepLabV3(DeepLab):
     def pool_over(self, crop: Sequence[int] | None) -> Self:
         """Pool over windows of the training crop, in px; over all that is read where None."""
         if self.pool is not None:
-            window = None if crop is None else window_features(crop, stride=self.stride)
+            window = None if crop is None else window_features(crop, steps=self.architecture.steps)
             self.pool.mean.window = window
         return self
 
 
 def _encoder(architecture: Architecture, *, inputs: int) -> tuple[Head, int]:
-    """ASPP and what smooths it, and the channels that it gives."""
+    """ASPP and what smooths it, or what stands in its place, and the channels that it gives."""
     if architecture.cascade:
         return Head(), inputs
+    if architecture.family == "fcn":  # torchvision's FCNHead, but for its last layer
+        fewer = inputs // 4
+        layers = conv_norm_relu(architecture.dims, inputs, fewer, kernel=3)
+        return Head(*layers, nn.Dropout(0.1)), fewer
     width = aspp_width(architecture)
     dropout = 0.5 if architecture.smooth else 0.1  # torchvision, and the papers
     head = Head(Aspp(architecture, inputs=inputs, width=width, dropout=dropout))
@@ -144,7 +148,7 @@ def _encoder(architecture: Architecture, *, inputs: int) -> tuple[Head, int]:
 
 
 _FAMILIES: MappingProxyType[str, type[DeepLab]] = MappingProxyType(
-    {"v1": DeepLabV1, "v2": DeepLabV2, "v3": DeepLabV3, "v3plus": DeepLabV3}
+    {"v1": DeepLabV1, "v2": DeepLabV2, "v3": DeepLabV3, "v3plus": DeepLabV3, "fcn": DeepLabV3}
 )
 
 

@@ -9,7 +9,7 @@ Axes in array names: B batch, C channel, S space, (y, x) or (z, y, x).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -82,34 +82,37 @@ def probe(
         BundleError: a module that is in training mode, does not take a strip, gives another size
             or NaN of itself, swallows NaN, or repeats at another stride.
     """
-    if isinstance(module, nn.Module) and any(part.training for part in module.modules()):
-        raise BundleError("the network is in training mode, where batches mix: call eval() first")
-    length = most_px // (2 * stride) * 2 * stride  # so that the middle starts a stride
-    if length < 4 * stride:
-        raise BundleError(
-            f"strips of {most_px} px are too short for an output stride of {stride} px: allow"
-            f" {4 * stride} px at least"
-        )
-    bench = _Bench(
-        module=module, dims=dims, bands=bands, stride=stride, length=length, endpoint=endpoint
+    bench = _Bench.of(
+        module, dims=dims, bands=bands, stride=stride, most_px=most_px, endpoint=endpoint
     )
-    bench.check_clean()
-    found = [bench.reach(axis) for axis in range(dims)]
-    if None not in found:
-        bench.check_passed_on()
-    layers: tuple[str, ...] = ()
-    for axis in (axis for axis, sides in enumerate(found) if sides is None):
-        layers = bench.layers_at_fault(axis, known=layers)
-    return Probe(
-        stride=stride,
-        before=tuple(None if side is None else side[0] for side in found),
-        after=tuple(None if side is None else side[1] for side in found),
-        layers=layers,
-    )
+    phases = [bench.watched // 2 + phase for phase in range(stride)]
+    return bench.probe(bench.reach, watched=phases)  # a strided 1x1 layer leaves most places out
 
 
-def probe_network(network: DeepLab | CustomNetwork, *, most_px: int) -> Probe:
-    """``probe`` of a bundle's network: each strip is a scene of its own."""
+def probe_halves(
+    module: Callable[[Tensor], Tensor],
+    *,
+    dims: int,
+    bands: int,
+    stride: int,
+    most_px: int,
+    endpoint: int = 0,
+) -> Probe:
+    """``probe``, rounded up to whole strides: half of a strip at once becomes NaN, then the other.
+
+    A few runs, where ``probe`` takes as many as a stride has pixels; for networks of great strides.
+    A lone tap is seen wherever it meets the strip.
+    """
+    bench = _Bench.of(
+        module, dims=dims, bands=bands, stride=stride, most_px=most_px, endpoint=endpoint
+    )
+    return bench.probe(bench.reach_in_strides, watched=[slice(bench.watched // 2, None)])
+
+
+def probe_network(
+    network: DeepLab | CustomNetwork, *, most_px: int, by: Callable[..., Probe] = probe
+) -> Probe:
+    """``probe`` of a bundle's network, or ``probe_halves``: each strip is a scene of its own."""
     dims = network.architecture.dims
 
     def place(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor, Frame]:
@@ -117,7 +120,7 @@ def probe_network(network: DeepLab | CustomNetwork, *, most_px: int) -> Probe:
 
     handle = network.register_forward_pre_hook(place)
     try:
-        return probe(
+        return by(
             network,
             dims=dims,
             bands=network.bands,
@@ -130,7 +133,7 @@ def probe_network(network: DeepLab | CustomNetwork, *, most_px: int) -> Probe:
 
 
 def touched(
-    module: Callable[[Tensor], Tensor], image_BCS: Tensor, *, axis: int, place: int
+    module: Callable[[Tensor], Tensor], image_BCS: Tensor, *, axis: int, place: int | slice
 ) -> range:
     """Pixels along a spatial axis, first to last, whose outputs turn NaN when one line does.
 
@@ -138,12 +141,12 @@ def touched(
         module: as in ``probe``.
         image_BCS: (1, C, *S) without NaN; written to.
         axis: the spatial axis, from 0.
-        place: pixel along it; all channels there become NaN, across the other axes.
+        place: pixel or pixels along it; all channels there become NaN, across the other axes.
 
     Raises:
         BundleError: the module does not take the image, or gives another size.
     """
-    image_BCS.select(2 + axis, place).fill_(math.nan)
+    image_BCS.movedim(2 + axis, 0)[place] = math.nan
     nan_BKS = _run(module, image_BCS).isnan()
     others = tuple(other for other in range(nan_BKS.ndim) if other != 2 + axis)
     hit = nan_BKS.any(dim=others).nonzero().flatten()
@@ -166,6 +169,61 @@ class _Bench:
     endpoint: int
     """Pixels of a strip's sides beyond that: 1 where the network aligns corners."""
 
+    @classmethod
+    def of(
+        cls,
+        module: Callable[[Tensor], Tensor],
+        *,
+        dims: int,
+        bands: int,
+        stride: int,
+        most_px: int,
+        endpoint: int,
+    ) -> _Bench:
+        """Strips of at most ``most_px``. Raises BundleError where they are too short."""
+        if isinstance(module, nn.Module) and any(part.training for part in module.modules()):
+            raise BundleError(
+                "the network is in training mode, where batches mix: call eval() first"
+            )
+        length = most_px // (2 * stride) * 2 * stride  # so that the middle starts a stride
+        if length < 4 * stride:
+            raise BundleError(
+                f"strips of {most_px} px are too short for an output stride of {stride} px: allow"
+                f" {4 * stride} px at least"
+            )
+        return cls(
+            module=module, dims=dims, bands=bands, stride=stride, length=length, endpoint=endpoint
+        )
+
+    @property
+    def watched(self) -> int:
+        """Length of the strips on which all layers are watched."""
+        return min(_WATCHED * self.stride, self.length)
+
+    def probe(
+        self,
+        reach: Callable[[int], tuple[int, int] | None],
+        *,
+        watched: Sequence[int | slice],
+    ) -> Probe:
+        """What ``reach`` finds along each axis, once nothing hides NaN at the ``watched`` places.
+
+        Raises BundleError.
+        """
+        self.check_clean()
+        found = [reach(axis) for axis in range(self.dims)]
+        if None not in found:
+            self.check_passed_on(watched)
+        layers: tuple[str, ...] = ()
+        for axis in (axis for axis, sides in enumerate(found) if sides is None):
+            layers = self.layers_at_fault(axis, known=layers)
+        return Probe(
+            stride=self.stride,
+            before=tuple(None if side is None else side[0] for side in found),
+            after=tuple(None if side is None else side[1] for side in found),
+            layers=layers,
+        )
+
     def check_clean(self) -> None:
         """Raise BundleError where NaN comes out though none went in."""
         if _run(self.module, self._strip(0, self.length)).isnan().any():
@@ -174,12 +232,11 @@ class _Bench:
                 " division of it fails on a plain ramp from 1 to 2"
             )
 
-    def check_passed_on(self) -> None:
+    def check_passed_on(self, places: Sequence[int | slice]) -> None:
         """Raise BundleError for a layer that hides NaN: what passes through it is not seen."""
-        length = min(_WATCHED * self.stride, self.length)
         with NanWatch(self.module) as watch:
-            for phase in range(self.stride):  # a strided 1x1 convolution leaves most places out
-                touched(self.module, self._strip(0, length), axis=0, place=length // 2 + phase)
+            for place in places:
+                touched(self.module, self._strip(0, self.watched), axis=0, place=place)
         if watch.swallowed:
             raise BundleError(
                 f"NaN goes into layer {watch.swallowed[0]} and never comes out, so that its reach"
@@ -209,19 +266,38 @@ class _Bench:
             if span:  # its last region needs pixels before it, its first needs some after it
                 before = max(before, span.stop - self.stride - (middle + phase))
                 after = max(after, middle + phase - (span.start + self.stride - 1))
+        self._check_seen(spans)
+        self._check_moved(spans[0], spans[-1], axis=axis)
+        return before, after
+
+    def reach_in_strides(self, axis: int) -> tuple[int, int] | None:
+        """As ``reach``, rounded up: what the nearest of each half reaches in the other."""
+        found = []
+        for first in (self.length // 2, self.length // 2 + self.stride):
+            early = self._touched(axis, slice(None, first))
+            late = self._touched(axis, slice(first, None))
+            self._check_seen([early, late])
+            if late.start == 0 or early.stop >= self.length:
+                return None
+            found.append(range(late.start, early.stop))
+        self._check_moved(*found, axis=axis)
+        return early.stop - first, first - late.start
+
+    def _check_seen(self, spans: Sequence[range]) -> None:
         if not any(spans):
             raise BundleError(
                 "no output turns NaN when the input does: the network ignores it, or hides NaN"
                 " (nan_to_num, masks); take that out of the network"
             )
-        if spans[-1] != range(spans[0].start + self.stride, spans[0].stop + self.stride):
+
+    def _check_moved(self, span: range, later: range, *, axis: int) -> None:
+        if later != range(span.start + self.stride, span.stop + self.stride):
             raise BundleError(
                 f"the input moved by the output stride of {self.stride} px does not move the output"
                 f" by as much along axis {axis}: state the stride at which the network repeats"
             )
-        return before, after
 
-    def _touched(self, axis: int, place: int) -> range:
+    def _touched(self, axis: int, place: int | slice) -> range:
         """As ``touched`` on a strip, widened to whole strides."""
         span = touched(self.module, self._strip(axis, self.length), axis=axis, place=place)
         down, up = span.start // self.stride, -(-span.stop // self.stride)

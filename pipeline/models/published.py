@@ -17,8 +17,8 @@ def published(
     """The architecture that goes with a trunk; ``output_stride`` None: the trunk's finest.
 
     torchvision's trunks come with its v3, those ending in ``c`` with OpenMMLab's heads, all others
-    with their authors'. The slim trunk has rates that keep its halo small. v1 is LargeFOV, v2 has
-    the wider of its two pyramids, ASPP-L.
+    with their authors'. An FCN has nothing but its trunk to choose. The slim trunk has rates that
+    keep its halo small. v1 is LargeFOV, v2 has the wider of its two pyramids, ASPP-L.
 
     Raises:
         BundleError: there is no such family or trunk, or it has no such output stride.
@@ -42,7 +42,9 @@ def published(
         rates=(12, 24, 36),
         image_pooling=True,
     )
-    if backbone == "slim":
+    if backbone.startswith("medicalnet"):  # rates for crops of about 100 voxels
+        made = replace(made, rates=(2, 4, 6))
+    elif backbone == "slim":
         stride = output_stride or finest
         rates = (2, 4, 6) if stride == finest else (1, 2)
         made = replace(made, output_stride=stride, rates=rates, image_pooling=False)
@@ -52,6 +54,14 @@ def published(
         made = replace(made, multi_grid=(1, 2, 4), align_corners=True)
     elif backbone.startswith("xception"):
         made = replace(made, separable="normed", align_corners=True)
+    if family == "fcn":
+        return replace(
+            made,
+            family=family,
+            output_stride=output_stride or finest,
+            rates=(),
+            image_pooling=False,
+        )
     if family != "v3":
         made = _with_decoder(made, family)
     return made.at_stride(output_stride or finest)
@@ -62,7 +72,7 @@ def _with_decoder(encoder: Architecture, family: str) -> Architecture:
     if encoder.backbone == "slim":
         return replace(encoder, family=family, decoder=Decoder(low=16, widths=(32,)))
     width = encoder.width or 256
-    plain = encoder.smooth  # torchvision's trunks
+    plain = encoder.smooth or encoder.dims == 3  # torchvision's trunks, and volumes
     return replace(
         encoder,
         family=family,

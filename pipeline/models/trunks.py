@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pipeline.models.architecture import Architecture
+from pipeline.models.medicalnet import MEDICALNETS, MedicalNetTrunk
 from pipeline.models.mobilenet import MobileNetTrunk
 from pipeline.models.resnet import RESNETS, ResNetTrunk
 from pipeline.models.slim import SlimTrunk
 from pipeline.models.xception import XCEPTIONS, XceptionTrunk
 
-Trunk = MobileNetTrunk | ResNetTrunk | SlimTrunk | XceptionTrunk
+Trunk = MedicalNetTrunk | MobileNetTrunk | ResNetTrunk | SlimTrunk | XceptionTrunk
 """Each gives ``channels`` features, and from ``taps`` with them ``low_channels`` low-level ones, at
 ``low_stride`` px, for a decoder."""
 
@@ -20,6 +21,8 @@ def build_trunk(architecture: Architecture, *, bands: int) -> Trunk:
         return SlimTrunk(architecture.dims, bands=bands, output_stride=stride)
     if name == "mobilenetv3-large":
         return MobileNetTrunk(bands=bands)
+    if name in MEDICALNETS:
+        return MedicalNetTrunk(architecture, bands=bands)
     if name in XCEPTIONS:
         return XceptionTrunk(
             XCEPTIONS[name],

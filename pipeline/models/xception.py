@@ -98,8 +98,9 @@ class XceptionUnit(nn.Module):
         )
         self.stack = nn.Sequential()
         for number, (width, rate) in enumerate(zip(unit.widths, rates, strict=True), start=1):
-            # The first is given what the shortcut is given, and must not write over it.
-            self.stack.add_module(f"act{number}", nn.ReLU(inplace=number > 1))
+            # The first is given what the shortcut is given, the third what a decoder taps: they
+            # must not write over it.
+            self.stack.add_module(f"act{number}", nn.ReLU(inplace=number == 2))
             step = stride if number == 3 else 1
             made = SeparableConv(inputs, width, stride=step, dilation=rate, relu=False)
             self.stack.add_module(f"conv{number}", made)

@@ -5,15 +5,38 @@ Axes in array names: K class, S space, (y, x) or (z, y, x).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.domain import ImageInfo
+from pipeline.domain import ImageInfo, Region
 from pipeline.errors import SourceError, SourceReadError
-from pipeline.ports import Block
+from pipeline.ports import ArrayStore, Block
 
 FLOAT_SLACK = 0.01
 """How far the probabilities of a pixel may be from a sum of 1: what float16 does to many."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredScores:
+    """The scores that a run over tiles kept in its store, as a source."""
+
+    store: ArrayStore
+
+    info: ImageInfo
+    """As of the image that was segmented, with a channel for each class."""
+
+    name: str
+    """All that decides their bytes."""
+
+    def read(self, region: Region) -> Block:
+        """Return ``region``, (K, *S) in the store's dtype. Raises StoreError."""
+        return Block(self.store.read(region), np.ones(region.shape, bool))
+
+    def digest(self) -> str:
+        """Identity of the content."""
+        return self.name
 
 
 def check_scores(info: ImageInfo, *, name: str) -> None:

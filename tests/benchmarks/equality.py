@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from scenes import fresh, texture
 from torch import Tensor
 
 from adapters.memory import MemorySource
-from pipeline.domain import Grid, Halo, Pass, Region, Tile
+from pipeline.domain import Grid, Halo, Pass, Reach, Region, Tile
 from pipeline.inference.padding import read_padded
 from pipeline.inference.precision import Precision
 from pipeline.inference.predictor import WINDOW, Predictor
@@ -73,14 +74,16 @@ class Scene:
     shape: tuple[int, ...]
     """Of the scene before padding."""
 
+    reach: Reach
+    """That makes tiles exact."""
+
     @classmethod
     def of(cls, bundle: Bundle, image_CS: NDArray[np.float32]) -> Scene:
         """Pad a normalised image as a run does."""
-        shape = image_CS.shape[1:]
-        stride = bundle.architecture.output_stride
-        padded = Grid(shape=shape, tile=(stride,) * len(shape), stride=stride).padded_shape
+        shape, reach = image_CS.shape[1:], reach_of(bundle.network())
+        padded = _grid(shape, reach.stride, reach).padded_shape
         block = read_padded(MemorySource(image_CS), Region.whole(padded))
-        return cls(bundle=bundle, image_CS=block.image_CS, shape=shape)
+        return cls(bundle=bundle, image_CS=block.image_CS, shape=shape, reach=reach)
 
     @property
     def frame(self) -> Frame:
@@ -89,15 +92,19 @@ class Scene:
 
     def tiles(self, side: int) -> Iterator[Tile]:
         """The tiles of a run that the halo makes exact."""
-        stride, ndim = self.bundle.architecture.output_stride, len(self.shape)
-        grid = Grid(shape=self.shape, tile=(side,) * ndim, stride=stride)
-        reach, none = reach_of(self.bundle.network()), Halo.uniform(0, ndim=ndim)
-        return Pass(case="", name="", grid=grid, reach=reach, crf_halo=none).tiles()
+        grid, none = _grid(self.shape, side, self.reach), Halo.uniform(0, ndim=len(self.shape))
+        return Pass(case="", name="", grid=grid, reach=self.reach, crf_halo=none).tiles()
 
     def part(self, tile: Tile) -> NDArray[np.float32]:
         """What a tile reads; a view."""
         box = tile.read.slices(within=Region.whole(self.frame.shape))
         return self.image_CS[(slice(None), *box)]
+
+
+def _grid(shape: tuple[int, ...], side: int, reach: Reach) -> Grid:
+    return Grid(
+        shape=shape, tile=(side,) * len(shape), stride=reach.stride, endpoint=reach.endpoint
+    )
 
 
 @dataclass(slots=True, eq=False)
@@ -122,7 +129,7 @@ class Difference:
     def add(self, tile_KS: Tensor, whole_KS: Tensor) -> None:
         """Compare logits (K, *S) of the same places."""
         gap_KS = (tile_KS.double() - whole_KS.double()).abs() / self.deviation
-        self.greatest = max(self.greatest, float(gap_KS.max()))
+        self.greatest = max(self.greatest, float(gap_KS.nan_to_num(nan=math.inf).max()))
         other_S = tile_KS.argmax(dim=0) != whole_KS.argmax(dim=0)
         self.labels += int(other_S.sum())
         if self.tolerance is not None:

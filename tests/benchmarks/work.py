@@ -44,7 +44,8 @@ CASES = (
 
 def work_ratio(network: DeepLab, scene: int, tiles: Iterable[Tile]) -> float:
     """Work of the tiles over that of one pass, by the share of the scene that they are."""
-    chain, shape = stages_of(network), (scene, scene)
+    chain = stages_of(network)
+    shape = (scene,) * network.architecture.dims
     whole, work, scored = Region.whole(shape), 0, 0
     for tile in tiles:
         needs = needs_of(chain, tile.read, scored=tile.scored, shape=shape)

@@ -20,7 +20,7 @@ from workflows.config import SegmentOptions
 from workflows.run_dir import file_digest
 
 pytestmark = pytest.mark.chaos
-CASES = 6
+CASES = 12
 
 
 def records(run: Path) -> list[Record]:

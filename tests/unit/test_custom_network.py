@@ -197,7 +197,7 @@ def test_the_halo_is_what_the_probe_finds_with_the_upsampling() -> None:
     """Two convolutions of 3 reach 3 px before and 1 px after; interpolation adds a place."""
     network = wrapped(Coarse(3, 4), stride=4)
     found = probe_custom(network)
-    assert found.halo == Halo((7, 7), (4, 4))
+    assert found.halo == Halo((8, 8), (4, 4))
     reach = custom_reach(network, found, crop=(64, 64), context="window")
     assert reach == Reach(stride=4, halo=Halo((8, 8), (4, 4)))
 
@@ -265,23 +265,23 @@ def test_a_bundle_is_saved_with_the_halo_that_was_found(tmp_path: Path) -> None:
     draft = by_entry_point(tmp_path / "b", "own_networks:Hourglass", **SIZES)
     saved = save_custom(tmp_path / "c", draft, Hourglass(3, 4).state_dict())
     assert isinstance(saved.architecture, CustomArchitecture)
-    assert saved.architecture.halo == Halo((18, 18), (17, 17))
+    assert saved.architecture.halo == Halo((20, 20), (20, 20))
     assert probe_bundle(saved.path)["problem"] is None
     network = saved.network()
     assert isinstance(network, CustomNetwork)
-    assert known_probe(network).halo == Halo((18, 18), (17, 17))
+    assert known_probe(network).halo == Halo((20, 20), (20, 20))
 
 
 def test_a_halo_that_a_bundle_states_too_short_is_told(tmp_path: Path) -> None:
     """Its tiles would be called exact with seams between them."""
     draft = by_entry_point(tmp_path / "b", "own_networks:Hourglass", **SIZES)
     assert isinstance(draft.architecture, CustomArchitecture)
-    short = replace(draft.architecture, halo=Halo((18, 18), (16, 17)))
+    short = replace(draft.architecture, halo=Halo((20, 20), (16, 20)))
     weights = Hourglass(3, 4).state_dict()
     wrong = save_bundle(tmp_path / "c", replace(draft, architecture=short), weights)
     problem = probe_bundle(wrong.path)["problem"]
-    assert "(17, 17) px after a region" in problem
-    assert "(16, 17)" in problem
+    assert "(20, 20) px after a region" in problem
+    assert "(16, 20)" in problem
 
 
 def test_nothing_is_written_of_a_network_that_does_not_run(tmp_path: Path) -> None:

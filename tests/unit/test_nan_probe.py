@@ -18,7 +18,7 @@ from pipeline.errors import BundleError
 from pipeline.models.architecture import Architecture
 from pipeline.models.deeplab import DeepLab, build_network
 from pipeline.models.geometry import Slide
-from pipeline.models.nan_probe import Probe, probe, probe_network, touched
+from pipeline.models.nan_probe import Probe, probe, probe_halves, probe_network, touched
 from pipeline.models.receptive_field import local_halo, reach_of
 from pipeline.models.stages import stages_of
 
@@ -114,6 +114,8 @@ def test_the_reach_of_a_layer_is_found_to_the_pixel(
     found = seen(module, stride=stride, dims=len(before))
     assert (found.before, found.after, found.layers) == (before, after, ())
     assert found.halo == Halo(before, after)
+    halves = probe_halves(module, dims=len(before), bands=4, stride=stride, most_px=64)
+    assert halves.halo == found.halo.round_up(stride)
 
 
 @pytest.mark.parametrize("seed", range(6))

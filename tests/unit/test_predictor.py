@@ -209,7 +209,7 @@ def test_the_input_is_freed_when_the_first_layers_have_read_it(
     )
     kept: list[weakref.ref[NDArray[np.float32]]] = []
     lives: list[bool] = []
-    run_stage = staged_module._run_stage
+    fill = staged_module._fill
 
     def made() -> NDArray[np.float32]:
         block = Block(image_of(), np.ones((96, 128), np.bool_))
@@ -217,15 +217,17 @@ def test_the_input_is_freed_when_the_first_layers_have_read_it(
         kept.append(weakref.ref(image_CS))
         return image_CS
 
-    def watched(stage: Stage, maps: Mapping[str, FeatureMap], *rest: Any) -> FeatureMap:
+    def watched(
+        result: FeatureMap, stage: Stage, maps: Mapping[str, FeatureMap], *rest: Any
+    ) -> None:
         if (image_CS := kept[0]()) is not None:
             (image,) = maps.values()
             assert image.array_BSC.data_ptr() == image_CS.ctypes.data
         lives.append(image_CS is not None)
         del image_CS
-        return run_stage(stage, maps, *rest)
+        fill(result, stage, maps, *rest)
 
-    monkeypatch.setattr(staged_module, "_run_stage", watched)
+    monkeypatch.setattr(staged_module, "_fill", watched)
     predictor.logits(made(), FRAME, scored=WHOLE)
     assert lives == [True] + [False] * (len(lives) - 1)
 

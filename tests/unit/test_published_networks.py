@@ -212,6 +212,7 @@ def test_a_decoder_works_at_stride_4(backbone: str, side: int, low: int, encoded
         (published("v3plus", "xception71", output_stride=16), 1297, 1297),
         (JFZHANG, 933, 933),
         (VAINF_PLUS, 517, 501),
+        (replace(VAINF_PLUS, backbone="resnet101"), 789, 773),
     ],
 )
 def test_a_logit_sees_as_far_as_published(
@@ -220,6 +221,33 @@ def test_a_logit_sees_as_far_as_published(
     """A kernel, rate or stride would be another: figures of receptive fields, layer by layer."""
     field = receptive_field(stages_of(on_paper(replace(architecture, image_pooling=False))))
     assert (field.start, field.stop) == ((-before,) * 2, (after + 1,) * 2)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "halo"),
+    [
+        (published("v3", "resnet50"), 520),
+        (published("v3", "resnet101"), 792),
+        (VAINF, 544),
+        (published("v3", "resnet101", output_stride=16), 816),
+        (published("v3", "resnet50c"), 520),
+        (published("v3", "resnet101c"), 792),
+        (VAINF_PLUS, 528),
+        (replace(VAINF_PLUS, backbone="resnet101"), 800),
+        (PAPER, 672),
+        (published("v3", "resnet101-tf", output_stride=16), 944),
+        (published("v3", "resnet101-tf", output_stride=8), 936),
+        (published("v3", "xception65", output_stride=16), 1248),
+        (published("v3plus", "resnet101-tf", output_stride=16), 960),
+        (published("v3plus", "xception65", output_stride=16), 1264),
+        (published("v3plus", "xception71", output_stride=16), 1312),
+        (JFZHANG, 944),
+    ],
+)
+def test_an_aligned_tile_needs_the_published_halo(architecture: Architecture, halo: int) -> None:
+    """Upsampling would reach further than its neighbours, or corners be aligned otherwise."""
+    reach = reach_of(on_paper(replace(architecture, image_pooling=False)))
+    assert reach.halo.largest == halo
 
 
 def test_squeeze_and_excitation_is_refused_by_name_where_tiles_must_agree() -> None:

@@ -17,6 +17,7 @@ from pipeline.domain import Grid, Halo, Pass, Region
 from pipeline.errors import BundleError, PlanError
 from pipeline.execution.worker import TileWorker
 from pipeline.inference import precision as precision_module
+from pipeline.inference.average import Average
 from pipeline.inference.precision import Precision
 from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.models.receptive_field import reach_of
@@ -46,6 +47,7 @@ def model(bundle: Bundle) -> SegmentModel:
         device="cpu",
         precision=FP32,
         context="window",
+        average=Average(),
         threads=1,
         canonical_px=None,
     )

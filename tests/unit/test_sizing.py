@@ -86,9 +86,9 @@ def test_a_deep_network_gets_large_tiles_and_a_tight_budget_smaller_ones(resnet5
 
 
 def test_the_memory_of_the_device_bounds_the_tile_as_well(resnet50: Sizer) -> None:
-    """A card of 16 GB would be given maps of 19."""
+    """A card of 12 GB would be given maps of 15."""
     card = replace(PAIR, device="cuda")
-    budget = Budget(host=10**15, device=16 * 10**9)
+    budget = Budget(host=10**15, device=12 * 10**9)
     tile, _ = resnet50.choose(None, card, precision=FP32, budget=budget)
     sweep = resnet50.sweep(tile, case="")
     assert tile == (4096, 4096)

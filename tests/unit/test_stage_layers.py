@@ -131,7 +131,7 @@ def network_of(name: str, dtype: torch.dtype = torch.float64) -> DeepLab:
         step = network.pool.mean.stride
         crop = CROP.get(name, (12, 24, 24))
         steps = (step,) * len(crop) if isinstance(step, int) else step
-        window = (window_features((c,), stride=s)[0] for c, s in zip(crop, steps, strict=True))
+        window = window_features(crop, steps=steps)
         network.pool.mean.window = tuple(window)
     return cast(DeepLab, network)
 

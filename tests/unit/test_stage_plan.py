@@ -130,7 +130,8 @@ MEASURE = """
 import sys, torch
 from pipeline.domain import Region
 from pipeline.inference.canonical import CanonicalNetwork
-from pipeline.inference.stage_plan import needs_of, stage_bytes
+from pipeline.inference.map_layout import stage_bytes
+from pipeline.inference.stage_plan import needs_of
 from pipeline.inference.staged import StagedNetwork
 from pipeline.models.architecture import Architecture
 from pipeline.models.deeplab import build_network

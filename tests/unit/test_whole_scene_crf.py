@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 from pipeline.crf.dense import refine
 from pipeline.crf.engine import engine_named, installed
 from pipeline.crf.params import CrfParams, ResolvedCrf
-from pipeline.crf.whole_scene import SceneTile, refine_scene
+from pipeline.crf.whole_scene import SceneCrf, SceneTile
 from pipeline.domain import Grid
 from pipeline.errors import CrfError
 from pipeline.ports import Block
@@ -54,9 +57,10 @@ def tiled(whole: SceneTile, tile: tuple[int, ...], *, threads: int = 2) -> np.nd
         block = Block(whole.block.image_CS[here], whole.block.valid_S[here[1:]])
         return SceneTile(prob_KS=whole.prob_KS[here], block=block, origin=core.start)
 
-    crf = params(len(shape))
-    for core, prob_KS in refine_scene(cores, load=load, shape=shape, params=crf, threads=threads):
-        result_KS[(slice(None), *map(slice, core.start, core.stop))] = prob_KS
+    crf = SceneCrf(shape=shape, params=params(len(shape)), threads=threads)
+    assert len(list(crf.gather(cores, load=load))) == crf.passes * len(cores)
+    for core in cores:
+        result_KS[(slice(None), *map(slice, core.start, core.stop))] = crf.finish(load(core))
     return result_KS
 
 
@@ -94,6 +98,43 @@ def test_a_scene_without_a_valid_pixel_comes_back_as_it_was():
     whole = scene((20, 20), classes=3)
     whole.block.valid_S[:] = False
     assert tiled(whole, (10, 20)).tobytes() == whole.prob_KS.tobytes()
+
+
+GROWTH = """
+import resource
+import numpy as np
+from pipeline.crf.params import CrfParams
+from pipeline.crf.whole_scene import SceneCrf, SceneTile
+from pipeline.ports import Block
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+def load(number):
+    image_CS = np.full((1, SIDE, SIDE), 90 + 60 * (number % 2), np.uint8)
+    prob_KS = np.random.default_rng(number).random((3, SIDE, SIDE), np.float32)
+    block = Block(image_CS, np.ones((SIDE, SIDE), bool))
+    return SceneTile(prob_KS=prob_KS / prob_KS.sum(0), block=block, origin=(0, SIDE * number))
+
+SIDE, TILES = 192, 40
+kernel = {"weight": 4, "position": 40, "value": 10, "bands": ["a"], "range": [0, 255]}
+params = CrfParams.from_mapping({"iterations": 2, "appearance": kernel})
+crf = params.resolve((1, 1), unit="px", channels=("a",))
+scene = SceneCrf(shape=(SIDE, SIDE * TILES), params=crf, threads=1)
+few = SceneCrf(shape=(SIDE, SIDE * 2), params=crf, threads=1)
+list(few.gather(range(2), load=load)), few.finish(load(0))
+before = peak()
+list(scene.gather(range(TILES), load=load)), [scene.finish(load(n)).shape for n in range(TILES)]
+print(peak() - before)
+"""
+
+
+def test_nothing_of_a_tile_is_kept_when_the_next_one_comes():
+    """What 40 tiles take would grow with the scene: here 5 MiB each, and the lattice under 1."""
+    found = subprocess.run(
+        [sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True
+    )
+    assert int(found.stdout) < 20
 
 
 def test_a_nan_at_a_valid_pixel_is_refused():

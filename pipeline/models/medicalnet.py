@@ -1,0 +1,193 @@
+"""Dilated residual trunks for volumes, in the layout of MedicalNet.
+
+Chen, Ma and Zheng 2019 (arXiv 1904.00625, section 3.2): output stride 8, the third layer dilated by
+2 and the fourth by 4. The keys are those of its published files once ``module.`` is taken off.
+
+Axes in array names: B batch, C channel, S space, (z, y, x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.architecture import Architecture
+
+
+class Block(nn.Module):
+    """Convolutions with batch norm between them, and a shortcut."""
+
+    expansion: int
+
+    def __init__(self, *, shortcut: nn.Module | None) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+        if shortcut is not None:
+            self.downsample = shortcut
+
+    def forward(self, features_BCS: Tensor) -> Tensor:
+        """Return (B, width x expansion, *S) features."""
+        shortcut_BCS = features_BCS
+        if hasattr(self, "downsample"):
+            shortcut_BCS = self.downsample(features_BCS)
+        result: Tensor = self.relu(torch.add(self.residual(features_BCS), shortcut_BCS))
+        return result
+
+    def residual(self, features_BCS: Tensor) -> Tensor:
+        """What is added to the shortcut."""
+        raise NotImplementedError
+
+
+class Basic(Block):
+    """Two 3x3x3 convolutions."""
+
+    expansion = 1
+
+    def __init__(
+        self, inputs: int, width: int, *, stride: Any, rate: int, shortcut: nn.Module | None
+    ) -> None:
+        super().__init__(shortcut=shortcut)
+        self.conv1 = _conv(inputs, width, 3, stride=stride, rate=rate)
+        self.bn1 = nn.BatchNorm3d(width)
+        self.conv2 = _conv(width, width, 3, rate=rate)
+        self.bn2 = nn.BatchNorm3d(width)
+
+    def residual(self, features_BCS: Tensor) -> Tensor:
+        """As ``Block.residual``."""
+        inner_BCS = self.relu(self.bn1(self.conv1(features_BCS)))
+        result: Tensor = self.bn2(self.conv2(inner_BCS))
+        return result
+
+
+class Narrow(Block):
+    """A 3x3x3 convolution between two of 1x1x1, of fewer channels than come in."""
+
+    expansion = 4
+
+    def __init__(
+        self, inputs: int, width: int, *, stride: Any, rate: int, shortcut: nn.Module | None
+    ) -> None:
+        super().__init__(shortcut=shortcut)
+        self.conv1 = _conv(inputs, width, 1)
+        self.bn1 = nn.BatchNorm3d(width)
+        self.conv2 = _conv(width, width, 3, stride=stride, rate=rate)
+        self.bn2 = nn.BatchNorm3d(width)
+        self.conv3 = _conv(width, 4 * width, 1)
+        self.bn3 = nn.BatchNorm3d(4 * width)
+
+    def residual(self, features_BCS: Tensor) -> Tensor:
+        """As ``Block.residual``."""
+        inner_BCS = self.relu(self.bn1(self.conv1(features_BCS)))
+        inner_BCS = self.relu(self.bn2(self.conv2(inner_BCS)))
+        result: Tensor = self.bn3(self.conv3(inner_BCS))
+        return result
+
+
+MEDICALNETS: MappingProxyType[str, tuple[Any, tuple[int, ...], bool]] = MappingProxyType(
+    {
+        "medicalnet10": (Basic, (1, 1, 1, 1), True),
+        "medicalnet18": (Basic, (2, 2, 2, 2), False),
+        "medicalnet34": (Basic, (3, 4, 6, 3), False),
+        "medicalnet50": (Narrow, (3, 4, 6, 3), True),
+    }
+)
+"""Block of each trunk, how many make each of its four layers, and whether shortcuts are learnt."""
+
+
+class MedicalNetTrunk(nn.Module):
+    """The trunk up to ``layer4``, for any bands, its steps along z as an architecture has them."""
+
+    def __init__(self, architecture: Architecture, *, bands: int) -> None:
+        super().__init__()
+        block, depths, learnt = MEDICALNETS[architecture.backbone]
+        first, second, third = _strides(architecture.steps)
+        self.conv1 = _conv(bands, 64, 7, stride=first)
+        self.bn1 = nn.BatchNorm3d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool3d(3, stride=second, padding=1)
+        inputs = [64, *(width * block.expansion for width in (64, 128, 256, 512))]
+        plan = zip(pairwise(inputs), depths, (1, third, 1, 1), (1, 1, 2, 4), strict=True)
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            nn.Sequential(
+                *_units(block, widths, depth=depth, stride=stride, rate=rate, learnt=learnt)
+            )
+            for widths, depth, stride, rate in plan
+        )
+        self.channels, self.low_channels, self.low_stride = inputs[-1], inputs[1], 4
+
+    def forward(self, image_BCS: Tensor) -> Tensor:
+        """Return (B, 512 x expansion, *S) features, ``Architecture.steps`` voxels apart."""
+        return self.taps(image_BCS)[1]
+
+    def taps(self, image_BCS: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, low_channels, *S / 4) low-level features, and those at the output stride."""
+        stem_BCS = self.maxpool(self.relu(self.bn1(self.conv1(image_BCS))))
+        low_BCS: Tensor = self.layer1(stem_BCS)
+        features_BCS: Tensor = self.layer4(self.layer3(self.layer2(low_BCS)))
+        return low_BCS, features_BCS
+
+
+def _units(
+    block: Any, widths: tuple[int, int], *, depth: int, stride: Any, rate: int, learnt: bool
+) -> Iterator[nn.Module]:
+    """The blocks of a layer; the first has the stride, and a shortcut where it changes anything."""
+    before, after = widths
+    for number in range(depth):
+        shortcut: nn.Module | None = None
+        if number == 0 and (stride != 1 or before != after):
+            if learnt:
+                layers = _conv(before, after, 1, stride=stride), nn.BatchNorm3d(after)
+                shortcut = nn.Sequential(*layers)
+            else:
+                shortcut = _pick(before, after, stride=stride)
+        yield block(
+            before if number == 0 else after,
+            after // block.expansion,
+            stride=stride if number == 0 else 1,
+            rate=rate,
+            shortcut=shortcut,
+        )
+
+
+def _pick(inputs: int, outputs: int, *, stride: Any) -> nn.Conv3d:
+    """A shortcut that learns nothing: every ``stride``-th place, and zeros for new channels.
+
+    As a convolution with weights of 1 and 0, which are no parameters and in no file.
+    """
+    layer = _conv(inputs, outputs, 1, stride=stride)
+    ones = layer.weight.detach()
+    del layer.weight
+    layer.register_buffer("weight", ones, persistent=False)
+    _fill(layer)
+    # A network that was made without memory gets its values when it is loaded.
+    layer.register_load_state_dict_pre_hook(_fill)  # type: ignore[no-untyped-call]
+    return layer
+
+
+def _fill(layer: nn.Module, *_: Any) -> None:
+    """Write the ones and zeros of ``_pick``."""
+    assert isinstance(layer, nn.Conv3d)
+    with torch.no_grad():
+        nn.init.dirac_(layer.weight)
+
+
+def _strides(steps: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Strides of the three layers that have one; an axis of a smaller step has its own last.
+
+    >>> _strides((2, 8, 8))
+    [(1, 2, 2), (1, 2, 2), (2, 2, 2)]
+    """
+    halvings = [step.bit_length() - 1 for step in steps]
+    return [tuple(2 if n >= left else 1 for n in halvings) for left in (3, 2, 1)]
+
+
+def _conv(inputs: int, outputs: int, kernel: int, *, stride: Any = 1, rate: int = 1) -> nn.Conv3d:
+    padding = kernel // 2 * rate
+    return nn.Conv3d(
+        inputs, outputs, kernel, stride=stride, padding=padding, dilation=rate, bias=False
+    )

@@ -1,0 +1,244 @@
+"""``terravox refine`` with one lattice under all tiles: no tiling shows, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import count
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import rasterio
+import yaml
+from command import Command
+from real_files import assert_same_grid, labels_of
+from scenes import texture, write_raster
+
+from adapters.ledger_file import LedgerFile
+from pipeline.crf.dense import refine as refine_array
+from pipeline.crf.engine import engine_named, installed
+from pipeline.crf.params import CrfParams
+from pipeline.ports import Block
+from workflows.config import RefineOptions
+from workflows.refine import refine
+
+if not installed("native"):
+    pytest.skip("the native CRF engine was not built here", allow_module_level=True)
+
+SHAPE = (150, 190)
+BANDS = ["1", "2"]
+CRF = {
+    "scope": "scene",
+    "iterations": 4,
+    "smoothness": {"weight": 3, "position": 3},
+    "appearance": {"weight": 4, "position": 25, "value": 13, "bands": BANDS, "range": [0, 2000]},
+}
+
+
+def noisy(image_S: np.ndarray) -> np.ndarray:
+    """(3, *S) float32 probabilities by brightness, wrong in a third of the pixels."""
+    truth_S = np.digitize(image_S, np.quantile(image_S, [0.33, 0.67]))
+    noise_KS = np.random.default_rng(3).normal(0, 1.5, (3, *image_S.shape))
+    odds_KS = np.exp(noise_KS + 1.5 * (truth_S == np.arange(3).reshape(3, *(1,) * truth_S.ndim)))
+    return (odds_KS / odds_KS.sum(0)).astype(np.float32)
+
+
+def of_the_whole(image_CS: np.ndarray, prob_KS: np.ndarray, valid_S: np.ndarray) -> np.ndarray:
+    """Labels of the CRF over the image in one piece, by the engine without tiles."""
+    tile = {key: value for key, value in CRF.items() if key != "scope"}
+    refined_KS = refine_array(
+        prob_KS,
+        block=Block(image_CS, valid_S),
+        origin=(0,) * valid_S.ndim,
+        params=CrfParams.from_mapping(tile).resolve((1,) * valid_S.ndim, unit="px", channels=BANDS),
+        engine=engine_named("native", device="cpu", threads=1),
+    )
+    return np.where(valid_S, refined_KS.argmax(0), 255)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image with a nodata corner that is larger than a tile, scores, and a CRF."""
+    folder = tmp_path_factory.mktemp("scene")
+    image_CYX = np.stack([texture(SHAPE, seed=seed) for seed in (1, 2)])
+    image_CYX[:, :40, :50] = 0
+    write_raster(folder / "image.tif", image_CYX)
+    write_raster(folder / "scores.tif", noisy(image_CYX[0]), nodata=None)
+    (folder / "crf.yaml").write_text(yaml.safe_dump({"crf": CRF}))
+    return folder
+
+
+@pytest.fixture
+def terravox(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(monkeypatch, capsys, Path())
+
+
+def line(folder: Path, output: Path, *more: object) -> list[object]:
+    suffix = "".join(output.suffixes)
+    return [
+        "refine", folder / f"image{suffix}", "--scores", folder / f"scores{suffix}",
+        "-o", output, "--crf", folder / "crf.yaml", "--tracking-uri", "none", *more,
+    ]  # fmt: skip
+
+
+def test_any_tiling_gives_the_labels_of_the_image_in_one_piece(made, terravox, tmp_path):
+    """The seams that are left by a lattice for each tile would be back, and called absent."""
+    with rasterio.open(made / "image.tif") as file:
+        image_CYX = file.read()
+    with rasterio.open(made / "scores.tif") as file:
+        prob_KYX = file.read()
+    wanted_YX = of_the_whole(image_CYX, prob_KYX, image_CYX.all(axis=0))
+    assert (wanted_YX != prob_KYX.argmax(0)).mean() > 0.1
+    for tile, tiles, skipped in ((256, 1, 0), (64, 9, 0), (32, 30, 1)):
+        output = tmp_path / f"{tile}.tif"
+        answer = terravox(*line(made, output, "--tile", tile, "--json"))
+        assert answer.code == 0, answer.err
+        np.testing.assert_array_equal(labels_of(output), wanted_YX)
+        assert_same_grid(output, made / "image.tif")
+        manifest = answer.manifest
+        assert manifest["tiles"] == {
+            "total": tiles, "done": tiles, "failed": 0, "skipped": skipped,
+        }  # fmt: skip
+        assert manifest["nodata_pixels"] == 2000
+        assert (manifest["crf"]["scope"], manifest["crf"]["engine"]) == ("scene", "native")
+        assert all(manifest["crf"]["vertices"])
+        seam = manifest["seam"]
+        assert (seam["exact"], seam["label_disagreement"]) == (True, None)
+        assert "one lattice" in seam["reason"]
+    assert "expected to take" in answer.err
+    assert "pass 7 of 7" in answer.err
+
+
+def test_a_tile_of_its_own_would_give_other_labels(made, terravox, tmp_path):
+    """The test above could not fail where a lattice for each tile gave the same."""
+    tile = {key: value for key, value in CRF.items() if key != "scope"} | {"halo": 8}
+    (tmp_path / "tile.yaml").write_text(yaml.safe_dump(tile))
+    for crf, name in ((made / "crf.yaml", "scene"), (tmp_path / "tile.yaml", "tile")):
+        answer = terravox(
+            *line(made, tmp_path / f"{name}.tif", "--tile", 64, "--crf", crf, "--backend", "serial")
+        )
+        assert answer.code == 0, answer.err
+    assert (labels_of(tmp_path / "scene.tif") != labels_of(tmp_path / "tile.tif")).any()
+
+
+def test_a_volume_in_tiles_is_the_volume_in_one_piece(terravox, tmp_path):
+    """A position taken along another axis would show in three of them alone."""
+    shape = (22, 26, 14)
+    contrasts = np.stack([texture(shape, seed=s) for s in (5, 6)], -1).astype(np.int16)
+    prob_KS = noisy(contrasts[..., 0])
+    affine = np.diag([1.0, 1, 1, 1])
+    nib.save(nib.Nifti1Image(contrasts, affine), tmp_path / "image.nii.gz")
+    nib.save(nib.Nifti1Image(np.moveaxis(prob_KS, 0, -1), affine), tmp_path / "scores.nii.gz")
+    (tmp_path / "crf.yaml").write_text(yaml.safe_dump(CRF))
+    answer = terravox(*line(tmp_path, tmp_path / "mask.nii.gz", "--tile", 10))
+    assert answer.code == 0, answer.err
+    found_XYZ = np.asarray(nib.load(tmp_path / "mask.nii.gz").dataobj)
+    wanted_ZYX = of_the_whole(
+        np.moveaxis(contrasts, -1, 0).transpose(0, 3, 2, 1),
+        prob_KS.transpose(0, 3, 2, 1),
+        np.ones(shape[::-1], bool),
+    )
+    np.testing.assert_array_equal(found_XYZ.transpose(2, 1, 0), wanted_ZYX)
+
+
+def test_a_run_that_is_killed_is_finished_by_the_same_command(made, terravox, caplog, tmp_path):
+    """Tiles of a lattice that saw half of a pass would be taken for those of the whole."""
+    once = terravox(*line(made, tmp_path / "once.tif", "--tile", 16, "--json"))
+    assert once.code == 0, once.err
+    output = tmp_path / "killed.tif"
+    script = Path(sys.executable).with_name("terravox")
+    process = subprocess.Popen(
+        [str(part) for part in (script, *line(made, output, "--tile", 16))],
+        env=os.environ | {"HOME": str(tmp_path)}, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    ledger, deadline = Path(f"{output}.run/ledger"), time.monotonic() + 60
+    while len(LedgerFile(ledger, owner="test").records()) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = len(LedgerFile(ledger, owner="test").records())
+    assert kept < 120
+    assert not output.exists()
+    again = terravox(*line(made, output, "--tile", 16, "--json"))
+    assert again.code == 0, again.err
+    assert f"{kept} of 120 tiles are done" in caplog.text
+    assert again.manifest["output_sha256"] == once.manifest["output_sha256"]
+
+
+def test_a_run_that_is_stopped_among_the_passes_starts_over(made, tmp_path):
+    """A lattice that lacks tiles would be written out as if it had them."""
+    options = RefineOptions(tile=64, tracking_uri="none")
+    asked = {"scores": made / "scores.tif", "crf": made / "crf.yaml", "options": options}
+    once = refine(made / "image.tif", tmp_path / "once.tif", **asked)
+    asks = count()
+    part = refine(made / "image.tif", tmp_path / "mask.tif", **asked, stop=lambda: next(asks) > 20)
+    assert part["status"] == "interrupted"
+    assert part["tiles"]["done"] == 0
+    assert not (tmp_path / "mask.tif").exists()
+    rest = refine(made / "image.tif", tmp_path / "mask.tif", **asked)
+    assert rest["output_sha256"] == once["output_sha256"]
+
+
+def test_a_scene_without_a_valid_pixel_is_nodata(terravox, made, tmp_path):
+    """There is no lattice then, whose vertices the plan and the last pass could ask for."""
+    empty = np.zeros((2, 40, 50), np.uint16)
+    write_raster(tmp_path / "image.tif", empty)
+    write_raster(tmp_path / "scores.tif", noisy(empty[0]), nodata=None)
+    (tmp_path / "crf.yaml").write_text((made / "crf.yaml").read_text())
+    answer = terravox(*line(tmp_path, tmp_path / "mask.tif", "--tile", 32))
+    assert answer.code == 0, answer.err
+    assert (labels_of(tmp_path / "mask.tif") == 255).all()
+
+
+def test_scores_of_a_run_are_refined_from_its_directory(scene, slim, terravox, tmp_path):
+    """What ``segment`` says to do instead would be a dead end, or number the classes anew."""
+    crf = CRF | {"appearance": CRF["appearance"] | {"bands": ["1", "2", "3"]}}
+    (tmp_path / "crf.yaml").write_text(yaml.safe_dump(crf))
+    given = ("--model", slim, "--tile", 64, "--backend", "serial", "--tracking-uri", "none")
+    asked = terravox(
+        "segment", scene, "-o", tmp_path / "raw.tif", *given, "--crf", tmp_path / "crf.yaml"
+    )
+    asked.refuses("--crf off --scores float16")
+    raw = terravox(
+        "segment", scene, "-o", tmp_path / "raw.tif", *given, "--crf", "off",
+        "--scores", "float16", "--json",
+    )  # fmt: skip
+    assert raw.code == 0, raw.err
+    refined = ("--crf", tmp_path / "crf.yaml", "--tracking-uri", "none", "--json")
+    scores = ("--scores", tmp_path / "raw.tif.run")
+    answer = terravox("refine", scene, *scores, "-o", tmp_path / "mask.tif", *refined)
+    assert answer.code == 0, answer.err
+    names = [(row["id"], row["name"], row["color"]) for row in raw.manifest["classes"]]
+    assert names == [(row["id"], row["name"], row["color"]) for row in answer.manifest["classes"]]
+    before_YX, after_YX = labels_of(tmp_path / "raw.tif"), labels_of(tmp_path / "mask.tif")
+    np.testing.assert_array_equal(before_YX == 255, after_YX == 255)
+    assert 0.001 < (before_YX != after_YX).mean() < 0.5
+    other = write_raster(tmp_path / "other.tif", np.ones((3, 9, 9), np.uint16))
+    answer = terravox("refine", other, *scores, "-o", tmp_path / "no.tif", *refined)
+    answer.refuses("is another image")
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "words"),
+    [
+        ({"halo": 128}, (), "crf.halo: 128 asked with scope scene"),
+        ({"engine": "torch"}, (), "crf.engine: 'torch' asked with scope scene"),
+        ({"scope": "world"}, (), "one of tile, scene is needed"),
+        ({}, ("--workers", 2), "--workers 2 asked"),
+        ({}, ("--device", "cuda"), "--device cuda asked"),
+        ({}, ("--memory-budget", "1GB"), "--memory-budget 1.0 GB asked"),
+    ],
+)
+def test_what_one_lattice_cannot_do_is_refused(made, terravox, tmp_path, change, more, words):
+    """A halo, an engine or workers that nobody heeds would be believed to have been used."""
+    (tmp_path / "crf.yaml").write_text(yaml.safe_dump(CRF | change))
+    answer = terravox(*line(made, tmp_path / "mask.tif", "--crf", tmp_path / "crf.yaml", *more))
+    answer.refuses(words)
+    assert not (tmp_path / "mask.tif.run").exists()
