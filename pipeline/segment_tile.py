@@ -15,6 +15,7 @@ from pipeline.crf.dense import refine
 from pipeline.crf.engine import engine_named
 from pipeline.crf.params import ResolvedCrf
 from pipeline.domain import Shape, Tile
+from pipeline.errors import BundleError
 from pipeline.inference.average import Average, Logits, averaged
 from pipeline.inference.normalise import normalise
 from pipeline.inference.padding import read_padded
@@ -79,7 +80,17 @@ class TileLogits:
     """The image as it was read; None where no CRF wants it, so that what was read is freed."""
 
     logit_KS: NDArray[np.float32] | None
-    """None where no pixel of the core is valid."""
+    """None where no pixel of the core is valid; numbers at every valid pixel."""
+
+    def __post_init__(self) -> None:
+        # The least first, which is NaN where one is, and takes no memory.
+        if self.logit_KS is None or not np.isnan(self.logit_KS.min()):
+            return
+        if bad := int((np.isnan(self.logit_KS).any(axis=0) & self.valid_S).sum()):
+            raise BundleError(
+                f"the network gives NaN at {bad} valid pixels, which would get the first class:"
+                " look at its weights, its scaling and its precision"
+            )
 
     @classmethod
     def of(

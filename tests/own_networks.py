@@ -78,6 +78,12 @@ def hourglass(bands: int, classes: int) -> nn.Module:
     return Hourglass(bands, classes)
 
 
+def picky(bands: int, classes: int) -> nn.Module:
+    """A factory that checks what it is given as many do."""
+    assert bands == classes
+    return Hourglass(bands, classes)
+
+
 def says_nothing(bands: int, classes: int):
     """A factory that does not."""
     return Hourglass(bands, classes)

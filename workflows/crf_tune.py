@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import yaml
 from numpy.typing import NDArray
 
@@ -23,7 +22,7 @@ from pipeline.crf.search import Candidate, SearchGrid, with_candidate
 from pipeline.domain import ImageInfo, Region
 from pipeline.errors import PlanError, SourceError
 from pipeline.metrics import Confusion
-from pipeline.models.bundle import WEIGHTS_FILE, Bundle, load_bundle, save_bundle
+from pipeline.models.bundle import Bundle, load_bundle, save_bundle
 from pipeline.models.input_spec import Legend
 from pipeline.ports import Block
 from pipeline.stitching.given_scores import check_scores, given_probabilities
@@ -263,8 +262,7 @@ def _keep(crf: Mapping[str, Any], target: Path, bundle: Bundle | None) -> None:
     """Write the file, and the bundle anew where there is one. Raises BundleError."""
     target.write_text(yaml.safe_dump({"crf": crf}, sort_keys=False))
     if bundle is not None:
-        weights = safetensors.torch.load_file(bundle.path / WEIGHTS_FILE)
-        save_bundle(bundle.path, replace(bundle, crf=crf), weights)
+        save_bundle(bundle.path, replace(bundle, crf=crf), bundle.weights_file.read_bytes())
 
 
 def _plain(value: Any) -> Any:

@@ -198,7 +198,8 @@ def _check_file(path: Path) -> None:
 def save_bundle(path: str | Path, bundle: Bundle, weights: Mapping[str, Tensor] | bytes) -> Bundle:
     """Write a bundle whole or not at all, in place of one that is there; return it as saved.
 
-    ``weights`` is a state dict, or a program as ``torch.export.save`` writes it.
+    ``weights`` is a state dict, or the bytes of a file: of weights, or of a program as
+    ``torch.export.save`` writes it.
 
     Raises:
         BundleError: something that is not a bundle lies at ``path``.

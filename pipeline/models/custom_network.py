@@ -95,7 +95,7 @@ def network_of_entry_point(entry_point: str, arguments: Mapping[str, Any]) -> nn
     try:
         with torch.random.fork_rng(devices=()):
             return factory(**arguments)
-    except Exception as error:
+    except Exception as error:  # somebody's own code: it may raise anything
         raise BundleError(
             f"{entry_point} with the arguments {arguments}: {problem_of(error)}"
         ) from error
@@ -133,7 +133,7 @@ def _factory(entry_point: str) -> Callable[..., nn.Module]:
         found: Any = importlib.import_module(name)
         for attribute in attributes.split("."):
             found = getattr(found, attribute)
-    except Exception as error:
+    except Exception as error:  # an import runs somebody's own code
         raise BundleError(
             f"entry point {entry_point}: {problem_of(error)}; install what has it, wherever tiles"
             " are computed"
@@ -210,7 +210,7 @@ def _tried(network: CustomNetwork, size: Shape) -> Tensor:
     try:
         with torch.inference_mode():
             found: object = network.module(image_BCS)
-    except Exception as error:
+    except Exception as error:  # somebody's own code: it may raise anything
         raise BundleError(
             f"the network does not take an image of {network.bands} bands and {size} px:"
             f" {problem_of(error)}"

@@ -319,7 +319,7 @@ def _run(module: Callable[[Tensor], Tensor], image_BCS: Tensor) -> Tensor:
     try:
         with torch.inference_mode(), _plain_algorithms():
             output_BKS: object = module(image_BCS)
-    except Exception as error:
+    except Exception as error:  # somebody's own code: it may raise anything
         problem = problem_of(error)
         raise BundleError(f"the network does not take a strip of {size} px: {problem}") from error
     if not isinstance(output_BKS, Tensor) or output_BKS.ndim != image_BCS.ndim:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from command import Command
+from own_networks import Hourglass, exported, own_bundle
 from scenes import write_raster
 
 from pipeline.models.bundle import load_bundle
@@ -116,3 +117,14 @@ def test_a_list_or_grid_that_cannot_be_meant_is_refused(examples, terravox):
     tune(terravox, examples, "--tracking-uri", "none", "--weights", "4,1").refuses("rising numbers")
     examples.write_text("image,scores\na.tif,a_scores.tif")
     tune(terravox, examples, "--tracking-uri", "none").refuses("line 2", "reference")
+
+
+def test_the_best_goes_into_a_bundle_that_is_a_program(examples, terravox, tmp_path):
+    """The search would end in a missing file, with the bundle as it was."""
+    program = exported(Hourglass(3, 4), stride=4)
+    bundle = own_bundle(tmp_path / "program", program, stride=4)
+    grid = ("--weights", 1, "--positions", 20, "--values", 60, "--tracking-uri", "none")
+    answer = tune(terravox, examples, *grid, "--into", bundle.path)
+    assert answer.code == 0, answer.err
+    assert load_bundle(bundle.path).crf is not None
+    assert bundle.weights_file.read_bytes() == program

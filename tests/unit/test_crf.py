@@ -287,6 +287,23 @@ def test_the_key_range_is_refused_before_pydensecrf_wraps():
     assert influence(65_536) > 0.1
 
 
+@pytest.mark.parametrize("engine", ["native", "torch", "pydensecrf"])
+@pytest.mark.parametrize("change", [{"position": 1e-4}, {"value": 1e-5}])
+def test_what_float32_cannot_place_is_refused_by_the_plan(engine, change):
+    """Native code would write beyond its arrays, torch fail tile by tile: after the network."""
+    crf = resolved(engine=engine, appearance={**MAPPING["appearance"], **change})
+    with pytest.raises(CrfError, match=r"deviations, 2.20 can be told apart"):
+        crf.check_extent((500, 500))
+
+
+def test_more_classes_than_the_native_engine_takes_are_refused_by_the_plan():
+    """Every tile would fail by itself, after the network."""
+    crf = resolved(engine="native")
+    crf.check_classes(257)
+    with pytest.raises(CrfError, match="258 classes, the native engine takes 257"):
+        crf.check_classes(258)
+
+
 def test_refine_checks_the_key_range_of_the_pixels_it_is_given():
     """A caller that forgot ``check_extent`` would get undefined casts."""
     prob_KS, image_CS = scene((8, 8))

@@ -90,6 +90,8 @@ def test_a_preset_is_the_energy_of_its_paper(name, figures):
         ({"smoothness": SMOOTHNESS, "compatibility": [[0, 1], [0.5, 0]]}, "symmetric"),
         ({"smoothness": SMOOTHNESS, "compatibility": [[0, 1]]}, "as many columns as rows"),
         ({"smoothness": SMOOTHNESS, "compatibility": 1}, "a list of rows"),
+        ({"smoothness": SMOOTHNESS, "compatibility": [[0, 1e38], [1e38, 0]]}, "at most 1e.12"),
+        ({"smoothness": {**SMOOTHNESS, "weight": 1e39}}, "smoothness.weight: .* at most 1e.12"),
     ],
 )
 def test_what_cannot_be_an_energy_is_refused_in_one_line_that_names_it(crf, message):

@@ -111,6 +111,8 @@ def test_a_program_of_one_size_or_one_shape_is_refused(tmp_path: Path, sizes: ob
         ("no_such_package.nets:Net", SIZES, "install what has it"),
         ("own_networks:Hourglass", {"bands": 3}, "missing 1 required"),
         ("own_networks:Coarse", SIZES, "do not fit"),
+        ("own_networks:Coarse", SIZES | {"dims": 7}, "dims.: 7}: 7"),  # a KeyError
+        ("own_networks:picky", SIZES, "AssertionError"),
     ],
 )
 def test_an_entry_point_that_makes_no_such_network_is_refused(
@@ -119,6 +121,16 @@ def test_an_entry_point_that_makes_no_such_network_is_refused(
     """A bundle could have any function of any package called; or fail without a word."""
     with pytest.raises(BundleError, match=complaint):
         by_entry_point(tmp_path / "b", entry_point, **arguments).network()
+
+
+def test_a_module_that_does_not_load_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One such bundle would end a batch, or show a traceback of somebody else's code."""
+    (tmp_path / "nets_without_licence.py").write_text("raise ValueError('no licence')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BundleError, match="nets_without_licence:Net: no licence"):
+        by_entry_point(tmp_path / "b", "nets_without_licence:Net", **SIZES).network()
 
 
 @pytest.mark.parametrize("entry_point", ["nets.UNet", "nets:", ":UNet", "nets:3d", ""])
@@ -133,6 +145,17 @@ class Noisy(nn.Module):
         return torch.cat([x, x[:, :1]], 1) + torch.rand_like(x[:, :1])
 
 
+class Strict(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[2] % 48 == 0
+        return x
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x[:, :1]], 1).repeat(2, 1, 1, 1)
+
+
 class Pair(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x
@@ -145,8 +168,10 @@ class Pair(nn.Module):
         (nn.Conv2d(3, 5, 1), "gives 5 channels, the bundle has 4 classes"),
         (nn.Conv2d(3, 4, 3), "whole part"),
         (nn.Conv2d(3, 4, 8, stride=8), "divides the output stride of 4 px"),
-        (Pair(), "one tensor of 4 axes, found tuple"),
+        (Pair(), "one tensor of 4 axes for one image, found tuple"),
         (Noisy(), "other logits for the same image"),
+        (Strict(), "does not take an image .*: assert"),
+        (Twice(), r"for one image, found \(2, 4, 16, 16\)"),
     ],
 )
 def test_what_is_no_network_of_the_bundle_is_refused_at_once(

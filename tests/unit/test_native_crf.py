@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -178,7 +180,9 @@ def test_any_number_of_classes_and_pixels_is_solved(classes, pixels):
     ("features_DN", "message"),
     [
         (np.zeros((25, 4), np.float32), "1 to 24 features"),
-        (np.array([[0, 1e12]], np.float32), "span more than"),
+        (np.array([[0, 1e12]], np.float32), "float32 can place"),
+        (np.array([[0, 1e10], [0, 1]], np.float32), "float32 can place"),
+        (np.array([[0, 1], [0, 8e6]], np.float32), "float32 can place"),
     ],
 )
 def test_what_the_lattice_cannot_address_is_refused(features_DN, message):
@@ -186,3 +190,28 @@ def test_what_the_lattice_cannot_address_is_refused(features_DN, message):
     energy_KN = np.zeros((2, features_DN.shape[1]), np.float32)
     with pytest.raises(CrfError, match=message):
         solve(energy_KN, [Pairwise(features_DN=features_DN, compatibility=1.0)])
+
+
+STARVED = """
+import resource
+import numpy as np
+from pipeline.crf.engine import Pairwise, engine_named
+
+solver = engine_named("native", device="cpu", threads=4)
+# Every pixel in a simplex of its own: the tables that the threads fill outgrow what is left.
+features_DN = np.random.default_rng(0).random((4, 1 << 20), dtype=np.float32) * 1e4
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + (400 << 20),) * 2)
+try:
+    energy_KN = np.zeros((3, 1 << 20), np.float32)
+    solver.mean_field(energy_KN, [Pairwise(features_DN=features_DN, compatibility=1.0)],
+                      iterations=1)
+except MemoryError:
+    print("refused")
+"""
+
+
+def test_threads_that_run_out_of_memory_say_so_and_the_process_lives():
+    """An exception in a thread ended the worker with all its tiles, and no word why."""
+    run = subprocess.run([sys.executable, "-c", STARVED], capture_output=True, text=True)
+    assert (run.returncode, run.stdout.strip()) == (0, "refused"), run.stderr

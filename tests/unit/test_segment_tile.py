@@ -14,7 +14,7 @@ import torch
 
 from adapters.memory import MemoryPieces, MemorySource, MemoryStore
 from pipeline.domain import Grid, Halo, Pass, Region
-from pipeline.errors import PlanError
+from pipeline.errors import BundleError, PlanError
 from pipeline.execution.worker import TileWorker
 from pipeline.inference import precision as precision_module
 from pipeline.inference.average import Average
@@ -22,7 +22,7 @@ from pipeline.inference.precision import Precision
 from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.models.receptive_field import reach_of
 from pipeline.ports import Job
-from pipeline.segment_tile import SegmentModel, SegmentTiles
+from pipeline.segment_tile import SegmentModel, SegmentTiles, TileLogits
 from pipeline.stitching.samples import SampleSink
 
 FP32 = Precision(name="fp32", channels_last=True, why="")
@@ -171,3 +171,14 @@ def test_a_precision_that_this_machine_emulates_ends_the_run(
     work, sweep, _ = case_of(replace(model, precision=replace(FP32, name="bf16")))
     with pytest.raises(PlanError, match="no native bfloat16"):
         worker.run(Job(work=work, tile=sweep.tile(0)))
+
+
+def test_nan_of_the_network_fails_the_tile_where_a_pixel_is_valid() -> None:
+    """The mask would say the first class, as if the network had."""
+    logit_KS = np.ones((3, 4, 5), np.float32)
+    logit_KS[1, 2, 3] = np.nan
+    valid_S = np.ones((4, 5), bool)
+    with pytest.raises(BundleError, match="NaN at 1 valid pixels"):
+        TileLogits(valid_S=valid_S, guide_CS=None, logit_KS=logit_KS)
+    valid_S[2, 3] = False
+    assert TileLogits(valid_S=valid_S, guide_CS=None, logit_KS=logit_KS).logit_KS is logit_KS
