@@ -10,30 +10,13 @@ import numpy as np
 import pytest
 import rasterio
 from PIL import Image
-from rasterio.enums import Resampling
-from rasterio.vrt import WarpedVRT
-from real_files import NODATA, SERIAL, assert_same_grid, labels_of, slim_network
+from real_files import NODATA, SERIAL, assert_same_grid, labels_of
+from zion import HELD_BACK, LAND, land_cover, learn_corner, zion_scene
 
-from pipeline.models.bundle import Bundle, ClassInfo, InputSpec, Scaling, save_bundle
-from pipeline.training.crops import CropSampler, CropSpec, Sample
-from pipeline.training.fit import Recipe, StepDone, fit
+from pipeline.models.bundle import Bundle
+from pipeline.training.fit import Recipe
 from workflows.config import SegmentOptions
 from workflows.segment import segment
-
-# Classes of nlcd.tif and the colours of the land cover's own legend, more or less.
-LAND = {
-    1: ("water", "#476ba0"),
-    2: ("developed", "#d60000"),
-    3: ("barren", "#b2ada3"),
-    4: ("forest", "#1c6330"),
-    5: ("shrubland", "#ccba7c"),
-    6: ("herbaceous", "#e2e2c1"),
-    7: ("cultivated", "#aa6c28"),
-    8: ("wetlands", "#70a3ba"),
-}
-CORNER = (slice(0, 600), slice(0, 700))
-HELD_BACK = (slice(700, 1000), slice(0, 1128))
-"""100 rows from the corner: farther than the network sees."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,41 +38,8 @@ class Run:
     tracking_uri: str
 
 
-def land_cover(folder: Path, scene: Path) -> np.ndarray:
-    """(Y, X) uint8 on the scene's grid, nearest; the file lies on another."""
-    with rasterio.open(scene) as grid, rasterio.open(folder / "nlcd.tif") as cover:
-        warped = WarpedVRT(
-            cover,
-            crs=grid.crs,
-            transform=grid.transform,
-            width=grid.width,
-            height=grid.height,
-            resampling=Resampling.nearest,
-        )
-        with warped:
-            label_YX: np.ndarray = warped.read(1)
-    return label_YX
-
-
-def corner_sample(scene: Path, label_YX: np.ndarray) -> tuple[Sample, Scaling]:
-    with rasterio.open(scene) as file:
-        image_CYX = file.read()[(slice(None), *CORNER)].astype(np.float32)
-    mean_C, std_C = image_CYX.mean(axis=(1, 2)), image_CYX.std(axis=(1, 2))
-    normal_CYX = (image_CYX - mean_C[:, None, None]) / std_C[:, None, None]
-    corner_YX = label_YX[CORNER]
-    index_YX = np.where(corner_YX == NODATA, NODATA, corner_YX - 1).astype(np.uint8)
-    scaling = Scaling(type="z-score", mean=tuple(mean_C.tolist()), std=tuple(std_C.tolist()))
-    return Sample(normal_CYX, index_YX), scaling
-
-
 @pytest.fixture(scope="module")
 def zion(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Zion:
-    folder, losses = data / "geo" / "zion_landsat8", []
-    scene = folder / "landsat_b2345.vrt"
-    label_YX = land_cover(folder, scene)
-    sample, scaling = corner_sample(scene, label_YX)
-    network = slim_network(2, bands=4, classes=len(LAND), seed=0)
-    spec = CropSpec(crop=(64, 64), batch=8, flips=(0, 1), ignore_index=NODATA)
     recipe = Recipe(
         steps=160,
         optimizer="adamw",
@@ -101,29 +51,10 @@ def zion(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Zion:
         frozen_steps=60,
         norm_batches=10,
     )
-
-    def note(done: StepDone) -> None:
-        losses.append(done.loss)
-
-    fit(network, CropSampler([sample], spec=spec), recipe=recipe, on_step=note)
-    bundle = Bundle(
-        name="zion",
-        version=1,
-        architecture=network.architecture,
-        classes=tuple(ClassInfo(id=i, name=n, color=c) for i, (n, c) in LAND.items()),
-        ignore_index=NODATA,
-        input=InputSpec(
-            bands=("blue", "green", "red", "nir"),
-            dtype="uint16",
-            scaling=scaling,
-            pixel_size_m=30.0,
-        ),
-        crop=spec.crop,
-    )
-    saved = save_bundle(
-        tmp_path_factory.mktemp("zion-model") / "zion", bundle, network.state_dict()
-    )
-    return Zion(scene=scene, label_YX=label_YX, bundle=saved, losses=tuple(losses))
+    out = tmp_path_factory.mktemp("zion-model") / "zion"
+    bundle, losses = learn_corner(data, out, recipe=recipe)
+    scene, label_YX = zion_scene(data), land_cover(data)
+    return Zion(scene=scene, label_YX=label_YX, bundle=bundle, losses=losses)
 
 
 @pytest.fixture(scope="module")
