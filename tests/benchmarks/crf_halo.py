@@ -1,0 +1,309 @@
+"""``make bench-crf-halo``: the CRF in tiles against the CRF in one piece, on outputs of networks.
+
+Both demo bundles on images they never saw, and a network that learned a corner of Zion. What they
+say is kept as ``segment --scores float16`` keeps it, and refined from there, tile by tile.
+K class, S space: (y, x) or (z, y, x).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from benchmarks.halo_chart import draw
+from numpy.typing import NDArray
+from zion import HELD_BACK, land_cover, learn_corner, zion_scene
+
+from adapters.memory import MemoryStore
+from adapters.uri import open_source
+from pipeline.crf.params import CrfParams
+from pipeline.crf.presets import PRESETS
+from pipeline.domain import Region
+from pipeline.metrics import Confusion
+from pipeline.models.bundle import Bundle, load_bundle
+from pipeline.refine_tile import CrfModel, RefineTiles
+from pipeline.training.fit import Recipe
+from workflows.case import Case, open_case
+from workflows.config import RefineOptions, SegmentOptions
+from workflows.demo.scene import DEMO_SEED, write_scene
+from workflows.demo.show import BUNDLES
+from workflows.demo.volume import load_template
+from workflows.refine import refine
+from workflows.refine_plan import RefinePlan, Wish, make_refine_plan
+from workflows.run_scores import open_scores
+from workflows.segment import segment
+
+DATA = Path(os.environ.get("TERRAVOX_DATA", "../shared/data"))
+SIDE = 1536
+"""Of the demo's scene, in px."""
+
+BRAIN = Region((0, 0, 16), (160, 0, 180))
+"""The brain lies within these z and x; y is the half that was not trained on."""
+
+ZION_RANGE = [6000, 16000]
+"""Of blue, green and red: 98 of 100 values of the corner lie within."""
+
+RECIPE = Recipe(
+    steps=1000,
+    optimizer="adamw",
+    lr=3e-3,
+    weight_decay=1e-2,
+    precision="fp32",
+    seed=0,
+    threads=2,
+    frozen_steps=300,
+    norm_batches=40,
+)
+SERIAL = RefineOptions(backend="serial", tracking_uri="none", device="cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Seen:
+    """An image, and what a network says of it."""
+
+    name: str
+    case: Case
+    bundle: Bundle
+
+    run: Path
+    """Of ``segment``, with scores."""
+
+    truth_S: NDArray[Any]
+
+    scored: tuple[slice, ...]
+    """Where the truth may be asked: not trained on."""
+
+    guide: Mapping[str, Any]
+    """Bands and range of an energy that is not the bundle's own."""
+
+    tile: int
+    halos: tuple[int, ...]
+
+
+class Alone:
+    """A guard of a run that has no directory."""
+
+    def check(self) -> None:
+        """Nobody else is there."""
+
+
+def fields(out: Path) -> Seen:
+    """The demo's raster network on a scene of the demo's landscape."""
+    image, truth = out / f"scene-{SIDE}.tif", out / f"scene-{SIDE}-truth.tif"
+    if not truth.exists():
+        write_scene(image, truth, size=SIDE, seed=DEMO_SEED)
+    whole = Region.whole((SIDE, SIDE))
+    return _seen(
+        "fields",
+        image,
+        load_bundle(BUNDLES / "fields"),
+        truth_S=open_source(str(truth)).read(whole).image_CS[0],
+        scored=whole.slices(within=whole),
+        guide={"bands": ["red", "green", "blue"], "range": [0, 5000]},
+        out=out,
+    )
+
+
+def zion(out: Path) -> Seen:
+    """A network that learned the corner of Zion, on all of it; scored far from the corner."""
+    where = out / "zion-model"
+    if not where.exists():
+        learn_corner(DATA, where, recipe=RECIPE)
+    return _seen(
+        "Zion",
+        zion_scene(DATA).resolve(),
+        load_bundle(where),
+        truth_S=land_cover(DATA),
+        scored=HELD_BACK,
+        guide={"bands": ["red", "green", "blue"], "range": ZION_RANGE},
+        out=out,
+    )
+
+
+def brain(out: Path) -> Seen:
+    """The demo's volume network on the half of the brain that was not trained on."""
+    template, image = load_template(), out / "brain.nii"
+    (z, _, x), (depth, _, width) = BRAIN.start, BRAIN.stop
+    rows = template.scored
+    box = Region((z, rows.start[1], x), (depth, rows.stop[1], width))
+    t1_CS, label_S = template.part(box)
+    nib.save(nib.Nifti1Image(t1_CS[0].transpose(2, 1, 0), np.eye(4)), image)
+    return _seen(
+        "brain",
+        image,
+        load_bundle(BUNDLES / "brain"),
+        truth_S=label_S,
+        scored=(slice(None),) * 3,
+        guide={"bands": ["1"], "range": [0, 255]},
+        out=out,
+    )
+
+
+def _seen(name: str, image: Path, bundle: Bundle, *, out: Path, **rest: Any) -> Seen:
+    """Run the network, without CRF, in the tiles of the product."""
+    mask = out / f"{name}-{bundle.digest[-12:]}{'.nii' if image.suffix == '.nii' else '.tif'}"
+    options = SegmentOptions(
+        backend="serial", tracking_uri="none", device="cpu", precision="fp32", crf="off",
+        scores="float16",
+    )  # fmt: skip
+    segment(image, mask, model=bundle.path, options=options)
+    volume = bundle.architecture.dims == 3
+    return Seen(
+        name=name,
+        case=open_case(image, SERIAL),
+        bundle=bundle,
+        run=Path(f"{mask}.run"),
+        tile=64 if volume else 512,
+        halos=(0, 4, 8, 16, 32) if volume else (0, 16, 32, 64, 128, 256),
+        **rest,
+    )
+
+
+def energies(seen: Seen) -> dict[str, Mapping[str, Any]]:
+    """The CRFs whose halos are tried: what the bundle brings, and two that reach far."""
+    own = {"own": seen.bundle.crf} if seen.bundle.crf else {}
+    if len(seen.case.source.info.shape) == 3:
+        return own
+    wide = {
+        "smoothness": {"weight": 3, "position": 3},
+        "appearance": {"weight": 4, "position": 80, "value": 13, **seen.guide},
+    }
+    return own | {"v2-resnet101": {"preset": "v2-resnet101", **seen.guide}, "(80, 13)": wide}
+
+
+def planned(seen: Seen, crf: Mapping[str, Any], *, tile: int) -> tuple[RefinePlan, RefineTiles]:
+    """As ``terravox refine`` plans it, and its work on a tile."""
+    with tempfile.TemporaryDirectory() as scratch:
+        scores, legend = open_scores(seen.run, seen.case, scratch=Path(scratch))
+    wish = Wish(
+        case=seen.case,
+        scores=scores,
+        scores_path=seen.run,
+        crf=CrfParams.from_mapping(crf),
+        classes=legend,
+    )
+    plan = make_refine_plan(wish, SERIAL.model_copy(update={"tile": tile}), found=None)
+    found = plan.resolved
+    tiles = RefineTiles(
+        key=plan.tiles.fingerprint,
+        model=CrfModel(engine=found.engine, device=found.device, threads=found.threads),
+        source=seen.case.source,
+        scores=scores,
+        crf=plan.crf,
+        legend=plan.legend,
+        mask=MemoryStore(plan.sweep.grid.shape, dtype=plan.legend.dtype, fill=0),
+        guard=Alone(),
+    )
+    return plan, tiles
+
+
+def refined(seen: Seen, crf: Mapping[str, Any], *, tile: int) -> NDArray[np.float32]:
+    """Probabilities after the CRF, (K, *S) float32; 0 where invalid. Each tile keeps its core."""
+    plan, tiles = planned(seen, crf, tile=tile)
+    shape, engine = plan.sweep.grid.shape, tiles.model.load()
+    prob_KS = np.zeros((len(plan.legend.classes), *shape), np.float32)
+    for one in plan.sweep.tiles():
+        done = tiles.compute(engine, one, tiles.read(one))
+        if done.prob_KS is not None:
+            box = one.core.slices(within=Region.whole(shape))
+            prob_KS[(slice(None), *box)] = np.where(done.valid_S, done.prob_KS, 0)
+    return prob_KS
+
+
+def whole(seen: Seen, crf: Mapping[str, Any]) -> NDArray[np.float32]:
+    """The same in one tile."""
+    return refined(seen, {**crf, "halo": 0}, tile=max(seen.case.source.info.shape))
+
+
+def labels(seen: Seen, prob_KS: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Class ids, nodata where invalid."""
+    values = np.array(seen.bundle.class_values, np.uint8)
+    found_S: NDArray[np.uint8] = values[prob_KS.argmax(axis=0)]
+    return np.where(prob_KS.any(axis=0), found_S, seen.bundle.mask_nodata).astype(np.uint8)
+
+
+def curve(seen: Seen, name: str, crf: Mapping[str, Any]) -> Iterator[tuple[int, float]]:
+    """A printed row for each halo; yields it and the share of labels unlike those of one tile."""
+    one_KS = whole(seen, crf)
+    one_S = labels(seen, one_KS)
+    pixels = int((one_S != seen.bundle.mask_nodata).sum())
+    for halo in seen.halos:
+        plan, _ = planned(seen, {**crf, "halo": halo}, tile=seen.tile)
+        tiled_KS = refined(seen, {**crf, "halo": halo}, tile=seen.tile)
+        differ = int((labels(seen, tiled_KS) != one_S).sum())
+        print(
+            f"{seen.name:8}{name:14}{halo:>6}{plan.sweep.read_ratio:>8.2f}{differ:>9}"
+            f"{differ / pixels:>10.1e}{np.abs(tiled_KS - one_KS).max():>10.1e}",
+            flush=True,
+        )
+        yield halo, differ / pixels
+
+
+def same_as_command(seen: Seen, crf: Mapping[str, Any]) -> bool:
+    """Whether ``terravox refine`` writes the labels that the rows above were counted from."""
+    halo = seen.halos[2]
+    energy = CrfParams.from_mapping({**crf, "halo": halo})
+    options = SERIAL.model_copy(update={"tile": seen.tile})
+    with tempfile.TemporaryDirectory(prefix="terravox-bench-") as folder:
+        mask = Path(folder) / f"mask{'.nii' if len(seen.halos) == 5 else '.tif'}"
+        refine(seen.case.path, mask, scores=seen.run, crf=energy, options=options)
+        written = open_source(str(mask)).read(Region.whole(seen.case.source.info.shape))
+    mine_S = labels(seen, refined(seen, {**crf, "halo": halo}, tile=seen.tile))
+    return bool((written.image_CS[0] == mine_S).all())
+
+
+def mean_iou(seen: Seen, prob_KS: NDArray[np.float32]) -> float:
+    """Against the truth, where it may be asked."""
+    confusion = Confusion(seen.bundle.class_values)
+    found_S, truth_S = labels(seen, prob_KS)[seen.scored], seen.truth_S[seen.scored]
+    confusion.add(found_S, truth_S.astype(np.uint8), ignore=seen.bundle.mask_nodata)
+    return confusion.scores().mean_iou
+
+
+def worth(seen: Seen) -> str:
+    """A row: mean IoU of the network, and after each CRF in one piece."""
+    scores, _ = open_scores(seen.run, seen.case, scratch=seen.run)
+    plain_KS = scores.read(Region.whole(seen.case.source.info.shape)).image_CS
+    row = f"{seen.name:8}{mean_iou(seen, plain_KS):>9.4f}"
+    crfs = {name: {"preset": name, **seen.guide} for name in PRESETS}
+    for crf in (seen.bundle.crf, *crfs.values()):
+        row += f"{mean_iou(seen, whole(seen, crf)):>14.4f}" if crf else f"{'-':>14}"
+    return row
+
+
+SCENES: dict[str, Callable[[Path], Seen]] = {"fields": fields, "zion": zion, "brain": brain}
+
+
+def main() -> None:
+    """Print both tables and draw the first; fail where the command says otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("bench-out/crf-halo"))
+    parser.add_argument("--only", choices=list(SCENES), action="append")
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    out = asked.out.resolve()
+    scenes = [SCENES[name](out) for name in asked.only or SCENES]
+    curves: dict[str, dict[int, float]] = {}
+    print(f"{'image':8}{'CRF':14}{'halo':>6}{'work':>8}{'differ':>9}{'share':>10}{'max |dQ|':>10}")
+    for seen in scenes:
+        for name, crf in energies(seen).items():
+            curves[f"{seen.name}, CRF {name}"] = dict(curve(seen, name, crf))
+        if not same_as_command(seen, next(iter(energies(seen).values()))):
+            sys.exit(f"{seen.name}: `terravox refine` wrote other labels")
+    draw(curves, out / "crf-halo.png")
+    print(f"picture: {out / 'crf-halo.png'}\nmean IoU, the CRF in one piece")
+    print(f"{'image':8}{'network':>9}{'own':>14}" + "".join(f"{name:>14}" for name in PRESETS))
+    for seen in scenes:
+        print(worth(seen), flush=True)
+
+
+if __name__ == "__main__":
+    main()
