@@ -11,14 +11,14 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-from benchmarks.halo_chart import draw
+from benchmarks.halo_chart import Curve, draw
 from numpy.typing import NDArray
 from zion import HELD_BACK, land_cover, learn_corner, zion_scene
 
@@ -45,8 +45,8 @@ DATA = Path(os.environ.get("TERRAVOX_DATA", "../shared/data"))
 SIDE = 1536
 """Of the demo's scene, in px."""
 
-BRAIN = Region((0, 0, 16), (160, 0, 180))
-"""The brain lies within these z and x; y is the half that was not trained on."""
+BRAIN_ZX = ((0, 160), (16, 180))
+"""Where the brain lies, in voxels."""
 
 ZION_RANGE = [6000, 16000]
 """Of blue, green and red: 98 of 100 values of the corner lie within."""
@@ -84,8 +84,20 @@ class Seen:
     guide: Mapping[str, Any]
     """Bands and range of an energy that is not the bundle's own."""
 
-    tile: int
-    halos: tuple[int, ...]
+    @property
+    def volume(self) -> bool:
+        """Or a raster."""
+        return self.bundle.architecture.dims == 3
+
+    @property
+    def tile(self) -> int:
+        """Side, in px or voxels."""
+        return 64 if self.volume else 512
+
+    @property
+    def halos(self) -> tuple[int, ...]:
+        """That are tried, beside the one taken where none is asked for."""
+        return (0, 4, 8, 16, 32) if self.volume else (0, 16, 32, 64, 128, 256)
 
 
 class Alone:
@@ -131,11 +143,12 @@ def zion(out: Path) -> Seen:
 def brain(out: Path) -> Seen:
     """The demo's volume network on the half of the brain that was not trained on."""
     template, image = load_template(), out / "brain.nii"
-    (z, _, x), (depth, _, width) = BRAIN.start, BRAIN.stop
-    rows = template.scored
-    box = Region((z, rows.start[1], x), (depth, rows.stop[1], width))
-    t1_CS, label_S = template.part(box)
-    nib.save(nib.Nifti1Image(t1_CS[0].transpose(2, 1, 0), np.eye(4)), image)
+    (low, high), (left, right) = BRAIN_ZX
+    front, back = template.scored.start[1], template.scored.stop[1]
+    t1_CS, label_S = template.part(Region((low, front, left), (high, back, right)))
+    volume = nib.Nifti1Image(t1_CS[0].transpose(2, 1, 0), np.diag([*template.spacing_mm[::-1], 1]))
+    volume.header.set_xyzt_units("mm")
+    nib.save(volume, image)
     return _seen(
         "brain",
         image,
@@ -149,28 +162,21 @@ def brain(out: Path) -> Seen:
 
 def _seen(name: str, image: Path, bundle: Bundle, *, out: Path, **rest: Any) -> Seen:
     """Run the network, without CRF, in the tiles of the product."""
-    mask = out / f"{name}-{bundle.digest[-12:]}{'.nii' if image.suffix == '.nii' else '.tif'}"
+    suffix = ".nii" if bundle.architecture.dims == 3 else ".tif"
+    mask = out / f"{name}-{bundle.digest[-12:]}{suffix}"
     options = SegmentOptions(
         backend="serial", tracking_uri="none", device="cpu", precision="fp32", crf="off",
         scores="float16",
     )  # fmt: skip
     segment(image, mask, model=bundle.path, options=options)
-    volume = bundle.architecture.dims == 3
-    return Seen(
-        name=name,
-        case=open_case(image, SERIAL),
-        bundle=bundle,
-        run=Path(f"{mask}.run"),
-        tile=64 if volume else 512,
-        halos=(0, 4, 8, 16, 32) if volume else (0, 16, 32, 64, 128, 256),
-        **rest,
-    )
+    case = open_case(image, SERIAL)
+    return Seen(name=name, case=case, bundle=bundle, run=Path(f"{mask}.run"), **rest)
 
 
 def energies(seen: Seen) -> dict[str, Mapping[str, Any]]:
     """The CRFs whose halos are tried: what the bundle brings, and two that reach far."""
     own = {"own": seen.bundle.crf} if seen.bundle.crf else {}
-    if len(seen.case.source.info.shape) == 3:
+    if seen.volume:
         return own
     wide = {
         "smoothness": {"weight": 3, "position": 3},
@@ -230,33 +236,36 @@ def labels(seen: Seen, prob_KS: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.where(prob_KS.any(axis=0), found_S, seen.bundle.mask_nodata).astype(np.uint8)
 
 
-def curve(seen: Seen, name: str, crf: Mapping[str, Any]) -> Iterator[tuple[int, float]]:
-    """A printed row for each halo; yields it and the share of labels unlike those of one tile."""
+def curve(seen: Seen, name: str, crf: Mapping[str, Any]) -> Curve:
+    """A printed row for each halo: how tiles differ from one piece."""
     one_KS = whole(seen, crf)
     one_S = labels(seen, one_KS)
     pixels = int((one_S != seen.bundle.mask_nodata).sum())
-    for halo in seen.halos:
+    usual = planned(seen, crf, tile=seen.tile)[0].sweep.crf_halo.largest
+    shares: dict[int, float] = {}
+    for halo in sorted({*seen.halos, usual}):
         plan, _ = planned(seen, {**crf, "halo": halo}, tile=seen.tile)
         tiled_KS = refined(seen, {**crf, "halo": halo}, tile=seen.tile)
         differ = int((labels(seen, tiled_KS) != one_S).sum())
+        shares[halo] = differ / pixels
         print(
-            f"{seen.name:8}{name:14}{halo:>6}{plan.sweep.read_ratio:>8.2f}{differ:>9}"
-            f"{differ / pixels:>10.1e}{np.abs(tiled_KS - one_KS).max():>10.1e}",
+            f"{seen.name:8}{name:14}{halo:>6}{'*' if halo == usual else ' '}"
+            f"{plan.sweep.read_ratio:>7.2f}{differ:>9}{shares[halo]:>10.1e}"
+            f"{np.abs(tiled_KS - one_KS).max():>10.1e}",
             flush=True,
         )
-        yield halo, differ / pixels
+    return Curve(name=f"{seen.name}, CRF {name}", shares=shares, usual=usual)
 
 
 def same_as_command(seen: Seen, crf: Mapping[str, Any]) -> bool:
-    """Whether ``terravox refine`` writes the labels that the rows above were counted from."""
-    halo = seen.halos[2]
-    energy = CrfParams.from_mapping({**crf, "halo": halo})
+    """Whether ``terravox refine`` writes the labels that the row of its halo was counted from."""
+    energy = CrfParams.from_mapping(crf)
     options = SERIAL.model_copy(update={"tile": seen.tile})
     with tempfile.TemporaryDirectory(prefix="terravox-bench-") as folder:
-        mask = Path(folder) / f"mask{'.nii' if len(seen.halos) == 5 else '.tif'}"
+        mask = Path(folder) / ("mask.nii" if seen.volume else "mask.tif")
         refine(seen.case.path, mask, scores=seen.run, crf=energy, options=options)
         written = open_source(str(mask)).read(Region.whole(seen.case.source.info.shape))
-    mine_S = labels(seen, refined(seen, {**crf, "halo": halo}, tile=seen.tile))
+    mine_S = labels(seen, refined(seen, crf, tile=seen.tile))
     return bool((written.image_CS[0] == mine_S).all())
 
 
@@ -291,11 +300,11 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     out = asked.out.resolve()
     scenes = [SCENES[name](out) for name in asked.only or SCENES]
-    curves: dict[str, dict[int, float]] = {}
+    curves = []
     print(f"{'image':8}{'CRF':14}{'halo':>6}{'work':>8}{'differ':>9}{'share':>10}{'max |dQ|':>10}")
     for seen in scenes:
         for name, crf in energies(seen).items():
-            curves[f"{seen.name}, CRF {name}"] = dict(curve(seen, name, crf))
+            curves.append(curve(seen, name, crf))
         if not same_as_command(seen, next(iter(energies(seen).values()))):
             sys.exit(f"{seen.name}: `terravox refine` wrote other labels")
     draw(curves, out / "crf-halo.png")
