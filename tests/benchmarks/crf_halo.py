@@ -29,6 +29,8 @@ from pipeline.crf.presets import PRESETS
 from pipeline.domain import Region
 from pipeline.metrics import Confusion
 from pipeline.models.bundle import Bundle, load_bundle
+from pipeline.models.input_spec import Legend
+from pipeline.ports import Source
 from pipeline.refine_tile import CrfModel, RefineTiles
 from pipeline.training.fit import Recipe
 from workflows.case import Case, open_case
@@ -52,15 +54,15 @@ ZION_RANGE = [6000, 16000]
 """Of blue, green and red: 98 of 100 values of the corner lie within."""
 
 RECIPE = Recipe(
-    steps=1000,
+    steps=600,
     optimizer="adamw",
     lr=3e-3,
     weight_decay=1e-2,
     precision="fp32",
     seed=0,
-    threads=2,
-    frozen_steps=300,
-    norm_batches=40,
+    threads=1,
+    frozen_steps=200,
+    norm_batches=20,
 )
 SERIAL = RefineOptions(backend="serial", tracking_uri="none", device="cpu")
 
@@ -75,6 +77,9 @@ class Seen:
 
     run: Path
     """Of ``segment``, with scores."""
+
+    scores: Source
+    legend: Legend
 
     truth_S: NDArray[Any]
 
@@ -125,7 +130,10 @@ def fields(out: Path) -> Seen:
 
 
 def zion(out: Path) -> Seen:
-    """A network that learned the corner of Zion, on all of it; scored far from the corner."""
+    """A network that learned the corner of Zion, on all of it; scored far from the corner.
+
+    It is trained once and found again: remove it to train another.
+    """
     where = out / "zion-model"
     if not where.exists():
         learn_corner(DATA, where, recipe=RECIPE)
@@ -169,8 +177,10 @@ def _seen(name: str, image: Path, bundle: Bundle, *, out: Path, **rest: Any) -> 
         scores="float16",
     )  # fmt: skip
     segment(image, mask, model=bundle.path, options=options)
-    case = open_case(image, SERIAL)
-    return Seen(name=name, case=case, bundle=bundle, run=Path(f"{mask}.run"), **rest)
+    case, run = open_case(image, SERIAL), Path(f"{mask}.run")
+    scores, legend = open_scores(run, case, scratch=run)
+    assert legend is not None
+    return Seen(name=name, case=case, bundle=bundle, run=run, scores=scores, legend=legend, **rest)
 
 
 def energies(seen: Seen) -> dict[str, Mapping[str, Any]]:
@@ -187,14 +197,12 @@ def energies(seen: Seen) -> dict[str, Mapping[str, Any]]:
 
 def planned(seen: Seen, crf: Mapping[str, Any], *, tile: int) -> tuple[RefinePlan, RefineTiles]:
     """As ``terravox refine`` plans it, and its work on a tile."""
-    with tempfile.TemporaryDirectory() as scratch:
-        scores, legend = open_scores(seen.run, seen.case, scratch=Path(scratch))
     wish = Wish(
         case=seen.case,
-        scores=scores,
+        scores=seen.scores,
         scores_path=seen.run,
         crf=CrfParams.from_mapping(crf),
-        classes=legend,
+        classes=seen.legend,
     )
     plan = make_refine_plan(wish, SERIAL.model_copy(update={"tile": tile}), found=None)
     found = plan.resolved
@@ -202,7 +210,7 @@ def planned(seen: Seen, crf: Mapping[str, Any], *, tile: int) -> tuple[RefinePla
         key=plan.tiles.fingerprint,
         model=CrfModel(engine=found.engine, device=found.device, threads=found.threads),
         source=seen.case.source,
-        scores=scores,
+        scores=seen.scores,
         crf=plan.crf,
         legend=plan.legend,
         mask=MemoryStore(plan.sweep.grid.shape, dtype=plan.legend.dtype, fill=0),
@@ -269,22 +277,22 @@ def same_as_command(seen: Seen, crf: Mapping[str, Any]) -> bool:
     return bool((written.image_CS[0] == mine_S).all())
 
 
-def mean_iou(seen: Seen, prob_KS: NDArray[np.float32]) -> float:
-    """Against the truth, where it may be asked."""
+def told(seen: Seen, prob_KS: NDArray[np.float32]) -> str:
+    """Mean IoU and accuracy against the truth, where it may be asked."""
     confusion = Confusion(seen.bundle.class_values)
     found_S, truth_S = labels(seen, prob_KS)[seen.scored], seen.truth_S[seen.scored]
     confusion.add(found_S, truth_S.astype(np.uint8), ignore=seen.bundle.mask_nodata)
-    return confusion.scores().mean_iou
+    scores = confusion.scores()
+    return f"{scores.mean_iou:.3f} ({scores.accuracy:.3f})".rjust(16)
 
 
 def worth(seen: Seen) -> str:
-    """A row: mean IoU of the network, and after each CRF in one piece."""
-    scores, _ = open_scores(seen.run, seen.case, scratch=seen.run)
-    plain_KS = scores.read(Region.whole(seen.case.source.info.shape)).image_CS
-    row = f"{seen.name:8}{mean_iou(seen, plain_KS):>9.4f}"
+    """A row: the network alone, and after each CRF in one piece."""
+    plain_KS = seen.scores.read(Region.whole(seen.case.source.info.shape)).image_CS
+    row = f"{seen.name:8}{told(seen, plain_KS)}"
     crfs = {name: {"preset": name, **seen.guide} for name in PRESETS}
     for crf in (seen.bundle.crf, *crfs.values()):
-        row += f"{mean_iou(seen, whole(seen, crf)):>14.4f}" if crf else f"{'-':>14}"
+        row += told(seen, whole(seen, crf)) if crf else f"{'-':>16}"
     return row
 
 
@@ -308,8 +316,8 @@ def main() -> None:
         if not same_as_command(seen, next(iter(energies(seen).values()))):
             sys.exit(f"{seen.name}: `terravox refine` wrote other labels")
     draw(curves, out / "crf-halo.png")
-    print(f"picture: {out / 'crf-halo.png'}\nmean IoU, the CRF in one piece")
-    print(f"{'image':8}{'network':>9}{'own':>14}" + "".join(f"{name:>14}" for name in PRESETS))
+    print(f"picture: {out / 'crf-halo.png'}\nmean IoU (accuracy), the CRF in one piece")
+    print(f"{'image':8}" + "".join(f"{name:>16}" for name in ("network", "own", *PRESETS)))
     for seen in scenes:
         print(worth(seen), flush=True)
 
