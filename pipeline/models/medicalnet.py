@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.architecture import Architecture
-from pipeline.models.blocks import Rate, axis_strides
+from pipeline.models.blocks import CONV, Rate, axis_strides
 from pipeline.models.geometry import per_axis
 
 
@@ -185,6 +185,8 @@ def _fill(layer: nn.Module, *_: Any) -> None:
 def _conv(inputs: int, outputs: int, kernel: int, *, stride: Any = 1, rate: Rate = 1) -> nn.Conv3d:
     rates = per_axis(rate, 3)
     padding = tuple(kernel // 2 * dilation for dilation in rates)
-    return nn.Conv3d(
+    layer = CONV[3](
         inputs, outputs, kernel, stride=stride, padding=padding, dilation=rates, bias=False
     )
+    assert isinstance(layer, nn.Conv3d)
+    return layer
