@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -57,6 +57,7 @@ def create(
     family: str,
     backbone: str | None,
     dims: int,
+    slice_ratio: float | None = None,
     bands: int,
     classes: int,
     output_stride: int | None,
@@ -66,14 +67,15 @@ def create(
     trunk = backbone or _TRUNKS.get(family, "slim")
     architecture: Architecture | CustomArchitecture
     if family in BASELINES:
-        architecture = baseline(family, trunk, dims=dims, bands=bands, classes=classes)
-        if output_stride not in (None, architecture.output_stride):
+        if (output_stride, slice_ratio) != (None, None):
             raise BundleError(
-                f"family {family} has output stride {architecture.output_stride}, not"
-                f" {output_stride}"
+                f"family {family} has a stride of its own and no slices: output stride"
+                f" {output_stride} and slice ratio {slice_ratio} asked"
             )
+        architecture = baseline(family, trunk, dims=dims, bands=bands, classes=classes)
     else:
-        architecture = published(family, trunk, dims=dims, output_stride=output_stride)
+        made = published(family, trunk, dims=dims, output_stride=output_stride)
+        architecture = replace(made, slice_ratio=slice_ratio)
     return new_bundle(output, architecture=architecture, bands=bands, classes=classes, seed=seed)
 
 

@@ -52,7 +52,7 @@ class SegNet(nn.Module):
             else:
                 features_BCS = layer(features_BCS)
         for stage in self.decoder:
-            features_BCS = stage(F.max_unpool2d(features_BCS, places.pop(), 2))
+            features_BCS = stage(F.max_unpool2d(features_BCS, places.pop(), (2, 2)))
         return features_BCS
 
 

@@ -55,11 +55,21 @@ NETWORKS: Mapping[str, Architecture] = MappingProxyType(
         "v3+ ResNet-101": published("v3plus", "resnet101-tf", output_stride=16),
         "v3+ Xception-65": published("v3plus", "xception65", output_stride=16),
         "v3+ Xception-71": published("v3plus", "xception71", output_stride=16),
+        "FCN, ResNet-50": published("fcn", "resnet50"),
+        "FCN, ResNet-101": published("fcn", "resnet101"),
         "slim": published("v3", "slim"),
         "slim, 3-D": published("v3", "slim", dims=3),
+        "v3 MedicalNet-18, 3-D": published("v3", "medicalnet18", dims=3),
+        "v3 MedicalNet-50, 3-D": published("v3", "medicalnet50", dims=3),
+        "v3 MedicalNet-18, slices of 5 mm": replace(
+            published("v3", "medicalnet18", dims=3), slice_stride=2, slice_ratio=5.0
+        ),
     }
 )
 """As published: v3 and v3+ at the stride they were trained at, torchvision's at its own."""
+
+CROPS = MappingProxyType({2: CROP, 3: (96, 96, 96)})
+"""The window of image pooling, in px, by number of axes."""
 
 TILES = MappingProxyType({2: (8192, 4096), 3: (384, 192)})
 """Sides of the interior tiles whose work is counted, in px, by number of axes."""
@@ -103,7 +113,7 @@ def count(architecture: Architecture) -> Counted:
     dims = architecture.dims
     with torch.device("meta"):
         network = build_network(architecture, bands=3, classes=21).eval()
-    network.pool_over(CROP[:1] * dims)
+    network.pool_over(CROPS[dims])
     return Counted(
         stride=network.stride,
         field=receptive_field(stages_of(network)).shape,
