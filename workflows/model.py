@@ -74,8 +74,8 @@ def create(
             )
         architecture = baseline(family, trunk, dims=dims, bands=bands, classes=classes)
     else:
-        made = published(family, trunk, dims=dims, output_stride=output_stride)
-        architecture = replace(made, slice_ratio=slice_ratio)
+        architecture = published(family, trunk, dims=dims, output_stride=output_stride)
+        architecture = replace(architecture, slice_ratio=slice_ratio)
     return new_bundle(output, architecture=architecture, bands=bands, classes=classes, seed=seed)
 
 

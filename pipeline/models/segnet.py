@@ -18,7 +18,9 @@ _STAGES = ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8))
 class SegNet(nn.Module):
     """Five halvings that remember where each maximum was, and five unpoolings that use it.
 
-    The encoder has the keys of torchvision's ``vgg16_bn().features``.
+    The encoder has the keys of torchvision's ``vgg16_bn().features``. Where two values nearly tie
+    for the maximum, rounding decides to which of two places a feature goes back: unlike DeepLab's,
+    logits of other kernels (more threads, another memory layout) are far off at such places.
     """
 
     def __init__(self, bands: int, classes: int, width: int = 64) -> None:
