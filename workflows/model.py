@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pipeline.domain import Halo, Reach
-from pipeline.models.bundle import Bundle, load_bundle
+from pipeline.errors import BundleError
+from pipeline.models.baselines import BASELINES, baseline
+from pipeline.models.bundle import Architecture, Bundle, CustomArchitecture, load_bundle
 from pipeline.models.chain import Chain
 from pipeline.models.custom_network import CustomNetwork
 from pipeline.models.custom_reach import known_probe, probe_custom
@@ -17,6 +20,11 @@ from pipeline.models.nan_probe import Probe, probe_network
 from pipeline.models.published import published
 from pipeline.models.receptive_field import local_halo, reach_of
 from pipeline.models.stages import stages_of
+
+_TRUNKS = MappingProxyType(
+    {"v1": "vgg16", "v2": "resnet101", "fcn": "resnet50", "segnet": "vgg16", "unet": "resnet18"}
+)
+"""What a family is built on where nothing is said; the others on ``slim``."""
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -47,15 +55,27 @@ def create(
     *,
     output: Path,
     family: str,
-    backbone: str,
+    backbone: str | None,
     dims: int,
+    slice_ratio: float | None = None,
     bands: int,
     classes: int,
     output_stride: int | None,
     seed: int,
 ) -> Bundle:
     """Write an untrained bundle. Raises BundleError for a network that does not exist."""
-    architecture = published(family, backbone, dims=dims, output_stride=output_stride)
+    trunk = backbone or _TRUNKS.get(family, "slim")
+    architecture: Architecture | CustomArchitecture
+    if family in BASELINES:
+        if (output_stride, slice_ratio) != (None, None):
+            raise BundleError(
+                f"family {family} has a stride of its own and no slices: output stride"
+                f" {output_stride} and slice ratio {slice_ratio} asked"
+            )
+        architecture = baseline(family, trunk, dims=dims, bands=bands, classes=classes)
+    else:
+        architecture = published(family, trunk, dims=dims, output_stride=output_stride)
+        architecture = replace(architecture, slice_ratio=slice_ratio)
     return new_bundle(output, architecture=architecture, bands=bands, classes=classes, seed=seed)
 
 

@@ -42,9 +42,12 @@ def probe(bundle: Path, as_json: Json = False) -> None:
 @model_app.command("new")
 def new(
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory of the bundle.")],
-    family: str = "v3",
-    backbone: str = "slim",
+    family: Annotated[str, typer.Option(help="v1 v2 v3 v3plus fcn segnet unet.")] = "v3",
+    backbone: Annotated[str | None, typer.Option(help="The family's own if absent.")] = None,
     dims: int = 2,
+    slice_ratio: Annotated[
+        float | None, typer.Option(help="Of volumes: distance of slices over that of pixels.")
+    ] = None,
     bands: int = 3,
     classes: int = 2,
     output_stride: Annotated[

@@ -125,8 +125,12 @@ class Architecture:
 
     slice_stride: int | None = None
     """Voxels between neighbouring features along z, for thick slices: 2 where they are 5 mm, and
-    voxels 1 mm along y and x, brings features 10 mm and 8 mm apart, so that one rate serves all
-    axes. None: the output stride. MedicalNet's trunks alone have it."""
+    voxels 1 mm along y and x, brings features 10 mm and 8 mm apart. None: the output stride."""
+
+    slice_ratio: float | None = None
+    """By how much voxels lie further apart along z than along y and x: 5 for slices of 5 mm and
+    pixels of 1 mm. Dilations along z, in trunk and ASPP, are then as many times smaller as features
+    lie further apart (``dilation``). None: as published, one dilation for all axes."""
 
     def __post_init__(self) -> None:
         check = _FAMILIES.get(self.family)
@@ -144,7 +148,7 @@ class Architecture:
                 f" it has {' and '.join(map(str, strides))}"
             )
         check(self)
-        if self.slice_stride is not None:
+        if self.slice_stride is not None or self.slice_ratio is not None:
             _check_slices(self)
 
     @property
@@ -152,6 +156,17 @@ class Architecture:
         """Pixels between neighbouring features of the encoder, per axis."""
         sides = (self.output_stride,) * self.dims
         return sides if self.slice_stride is None else (self.slice_stride, *sides[1:])
+
+    def dilation(self, rate: int) -> tuple[int, ...]:
+        """A dilation per axis, in features, that reaches as far along z as ``rate`` does elsewhere.
+
+        Rounded, and at least 1.
+        """
+        rates = (rate,) * self.dims
+        if self.slice_ratio is None:
+            return rates
+        apart = self.slice_ratio * self.steps[0] / self.output_stride
+        return (max(1, int(rate / apart + 0.5)), *rates[1:])
 
     @property
     def smooth(self) -> bool:
@@ -300,10 +315,22 @@ def _is_medicalnet(asked: Architecture) -> bool:
 
 
 def _check_slices(asked: Architecture) -> None:
-    if not _is_medicalnet(asked) or asked.slice_stride not in (1, 2, 4, 8) or asked.decoder:
+    stride, ratio = asked.slice_stride, asked.slice_ratio
+    if asked.dims != 3:
         raise BundleError(
-            f"slice_stride {asked.slice_stride} asked of {asked.backbone}: the medicalnet trunks"
-            " have it, without a decoder, 1, 2, 4 or 8"
+            f"slice_stride {stride} and slice_ratio {ratio} asked in {asked.dims}-D: volumes have"
+            " slices"
+        )
+    known = [step for step in (1, 2, 4, 8) if step <= asked.output_stride]
+    if stride is not None and stride not in known:
+        raise BundleError(
+            f"slice_stride {stride} asked of {asked.backbone} at output stride"
+            f" {asked.output_stride}; there is: {', '.join(map(str, known))}"
+        )
+    if ratio is not None and not 0.01 <= ratio <= 100:
+        raise BundleError(
+            f"slice_ratio {ratio} asked: it is the distance of slices over that of pixels, between"
+            " 0.01 and 100"
         )
 
 

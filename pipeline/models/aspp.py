@@ -24,7 +24,9 @@ class Aspp(nn.Module):
         dims, split = architecture.dims, architecture.separable
         branches: list[nn.Module] = [nn.Sequential(*conv_norm_relu(dims, inputs, width, kernel=1))]
         branches += [
-            nn.Sequential(*mix(dims, inputs, width, dilation=rate, separable=split))
+            nn.Sequential(
+                *mix(dims, inputs, width, dilation=architecture.dilation(rate), separable=split)
+            )
             for rate in architecture.rates
         ]
         if architecture.image_pooling:

@@ -22,6 +22,7 @@ from pipeline.models.context_pool import ContextPool, window_features
 from pipeline.models.deeplab_v1 import DeepLabV1
 from pipeline.models.deeplab_v2 import DeepLabV2
 from pipeline.models.frame import Frame
+from pipeline.models.geometry import per_axis
 from pipeline.models.network import DeepLab
 from pipeline.models.resize import Resize
 from pipeline.models.slim import SLIM_WIDTH
@@ -50,7 +51,8 @@ class DecoderHead(nn.Sequential):
     ) -> None:
         dims, decoder = architecture.dims, architecture.decoder
         assert decoder is not None
-        factor = architecture.output_stride // trunk.low_stride
+        lows = per_axis(trunk.low_stride, dims)
+        factors = tuple(a // b for a, b in zip(architecture.steps, lows, strict=True))
         low = conv_norm_relu(dims, trunk.low_channels, decoder.low, kernel=1)
         fuse: list[nn.Module] = []
         inputs = aspp_width(architecture) + decoder.low
@@ -59,7 +61,7 @@ class DecoderHead(nn.Sequential):
             inputs = width
         layers: dict[str, nn.Module] = {
             "encoder": encoder,
-            "resize": Resize.by(factor, dims, align_corners=architecture.align_corners),
+            "resize": Resize(factors, (1,) * dims, align_corners=architecture.align_corners),
             "low": nn.Sequential(*low),
             "fuse": nn.Sequential(*fuse),
             "classify": classify(dims, inputs, classes),
@@ -100,7 +102,7 @@ class DeepLabV3(DeepLab):
             self.classifier = DecoderHead(
                 architecture, encoder=head, trunk=self.backbone, classes=classes
             )
-            steps = (self.backbone.low_stride,) * dims
+            steps = per_axis(self.backbone.low_stride, dims)
         self.upsample = Resize(steps, (1,) * dims, align_corners=self.align_corners)
 
     def coarse_logits(self, image_BCS: Tensor, frame: Frame) -> Tensor:

@@ -41,6 +41,10 @@ class DeepLabV1(DeepLab):
             scores_BKS = self.finer(image_BCS, pooled, scores_BKS)
         return scores_BKS
 
+    def score_maps(self, image_BCS: Tensor, frame: Frame) -> tuple[Tensor, ...]:
+        """As ``DeepLab.score_maps``: the coarse logits, to whose size the labels shrink."""
+        return (self.coarse_logits(image_BCS, frame),)
+
     @property
     def last_layers(self) -> tuple[nn.Module, ...]:
         """As ``DeepLab.last_layers``."""

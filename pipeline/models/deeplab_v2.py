@@ -53,13 +53,13 @@ class DeepLabV2(DeepLab):
 
     def coarse_logits(self, image_BCS: Tensor, frame: Frame) -> Tensor:
         """Return (B, K, *S) logits at every eighth pixel."""
-        return self.score_maps(image_BCS)[-1]
+        return self.score_maps(image_BCS, frame)[-1]
 
-    def score_maps(self, image_BCS: Tensor) -> tuple[Tensor, ...]:
-        """Return the coarse logits, last, and before them the (B, K, *S') scores they come from.
+    def score_maps(self, image_BCS: Tensor, frame: Frame) -> tuple[Tensor, ...]:
+        """As ``DeepLab.score_maps``: the coarse logits, to whose size the labels shrink.
 
-        The loss of training is the sum over all of these maps, each at its own resolution: with
-        multi-scale inputs those of scales 1, 3/4 and 1/2, and their maximum; else one map.
+        With multi-scale inputs those of scales 1, 3/4 and 1/2 come before their maximum, each with
+        a loss of its own (section 4.1.2).
         """
         if self.scales is None:
             return (self._scores(image_BCS),)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.models.architecture import Architecture
-from pipeline.models.bundle import Bundle, save_bundle
+from pipeline.models.bundle import Bundle, CustomArchitecture, save_bundle
+from pipeline.models.custom_bundle import save_custom
+from pipeline.models.custom_network import CustomNetwork, network_of_entry_point
 from pipeline.models.deeplab import DeepLab, build_network
 from pipeline.models.frame import Frame
 from pipeline.models.input_spec import ClassInfo, InputSpec, Scaling
@@ -25,7 +27,7 @@ ANY_IMAGE = Scaling(type="z-score", mean=(0.0,), std=(100.0,))
 def new_bundle(
     path: str | Path,
     *,
-    architecture: Architecture,
+    architecture: Architecture | CustomArchitecture,
     bands: tuple[str, ...] | int,
     classes: int,
     seed: int,
@@ -33,11 +35,12 @@ def new_bundle(
 ) -> Bundle:
     """Write an untrained bundle whose output is not flat, and return it.
 
-    The same arguments give the same bytes on the same machine. Raises BundleError.
+    The same arguments give the same bytes on the same machine. A network of an entry point is one
+    whose last convolution gives the scores. Raises BundleError.
     """
     spec = InputSpec(bands=bands, dtype="float32", scaling=scaling)
     bundle = Bundle(
-        name=f"fresh-{architecture.family}-{architecture.backbone}",
+        name=f"fresh-{_name(architecture)}",
         version=1,
         architecture=architecture,
         classes=tuple(
@@ -51,12 +54,28 @@ def new_bundle(
     )
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        network = build_network(architecture, bands=spec.band_count, classes=classes)
-        spread(network)
-    return save_bundle(path, bundle, network.state_dict())
+        if isinstance(architecture, Architecture):
+            network = build_network(architecture, bands=spec.band_count, classes=classes)
+            spread(network)
+            return save_bundle(path, bundle, network.state_dict())
+        own = _own_network(architecture, bands=spec.band_count, classes=classes)
+        spread(own)
+    return save_custom(path, bundle, own.module.state_dict())
 
 
-def spread(network: DeepLab) -> None:
+def _name(architecture: Architecture | CustomArchitecture) -> str:
+    if isinstance(architecture, Architecture):
+        return f"{architecture.family}-{architecture.backbone}"
+    return str(architecture.entry_point).rpartition(":")[2].lower()
+
+
+def _own_network(architecture: CustomArchitecture, *, bands: int, classes: int) -> CustomNetwork:
+    assert architecture.entry_point is not None, "a program has its weights"
+    module = network_of_entry_point(architecture.entry_point, architecture.arguments)
+    return CustomNetwork(module, architecture, bands=bands, classes=classes)
+
+
+def spread(network: DeepLab | CustomNetwork) -> None:
     """Give fresh layers statistics and the last ones a direction, so that all classes occur.
 
     With the statistics of a new norm (0 and 1) the residual sums grow from block to block, without
@@ -75,14 +94,14 @@ def spread(network: DeepLab) -> None:
         _settle(network, noise_BCS)
         network.eval()
         features = [_last_features(network, gain * noise_BCS) for gain in (1.0, 16.0)]
-        for layer, parts in zip(network.last_layers, zip(*features, strict=True), strict=True):
+        for layer, parts in zip(_last_layers(network), zip(*features, strict=True), strict=True):
             _balance(layer, parts)
 
 
-def _settle(network: DeepLab, noise_BCS: Tensor) -> None:
+def _settle(network: DeepLab | CustomNetwork, noise_BCS: Tensor) -> None:
     """Run the network once, each convolution set as soon as its input is there."""
     hooks = []
-    waiting = set(network.modules()) - set(network.last_layers)
+    waiting = set(network.modules()) - set(_last_layers(network))
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
             hooks.append(layer.register_forward_pre_hook(partial(_flatten, image_BCS=noise_BCS)))
@@ -137,25 +156,34 @@ def _balance(last: nn.Module, features: tuple[Tensor, ...]) -> None:
     last.weight /= scores_KP.std(1).reshape(-1, *(1,) * (last.weight.ndim - 1))
 
 
-def _last_features(network: DeepLab, image_BCS: Tensor) -> list[Tensor]:
+def _last_features(network: DeepLab | CustomNetwork, image_BCS: Tensor) -> list[Tensor]:
     """What each of the last layers is given, when it is first called."""
     seen: dict[nn.Module, Tensor] = {}
 
     def see(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.setdefault(layer, inputs[0])
 
-    hooks = [layer.register_forward_pre_hook(see) for layer in network.last_layers]
+    last = _last_layers(network)
+    hooks = [layer.register_forward_pre_hook(see) for layer in last]
     _run(network, image_BCS)
     for hook in hooks:
         hook.remove()
-    return [seen[layer] for layer in network.last_layers]
+    return [seen[layer] for layer in last]
 
 
-def _run(network: DeepLab, image_BCS: Tensor) -> None:
+def _last_layers(network: DeepLab | CustomNetwork) -> tuple[nn.Module, ...]:
+    """The convolutions that give scores: of a network that is not ours the last, as registered."""
+    if isinstance(network, DeepLab):
+        return network.last_layers
+    layers = [part for part in network.modules() if isinstance(part, (nn.Conv2d, nn.Conv3d))]
+    return (layers[-1],)
+
+
+def _run(network: DeepLab | CustomNetwork, image_BCS: Tensor) -> None:
     network.coarse_logits(image_BCS, Frame((0,) * (image_BCS.ndim - 2), tuple(image_BCS.shape[2:])))
 
 
-def _noise(network: DeepLab) -> Tensor:
+def _noise(network: DeepLab | CustomNetwork) -> Tensor:
     """Four images (B, C, *S) of noise at wavelengths of 1 to 16 px, deviation about 1."""
     size = tuple(side + network.align_corners for side in _PROBE[network.architecture.dims])
     mode = "bilinear" if len(size) == 2 else "trilinear"

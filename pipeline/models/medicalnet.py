@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.architecture import Architecture
+from pipeline.models.blocks import CONV, Rate, axis_strides
+from pipeline.models.geometry import per_axis
 
 
 class Block(nn.Module):
@@ -49,7 +51,7 @@ class Basic(Block):
     expansion = 1
 
     def __init__(
-        self, inputs: int, width: int, *, stride: Any, rate: int, shortcut: nn.Module | None
+        self, inputs: int, width: int, *, stride: Any, rate: Rate, shortcut: nn.Module | None
     ) -> None:
         super().__init__(shortcut=shortcut)
         self.conv1 = _conv(inputs, width, 3, stride=stride, rate=rate)
@@ -70,7 +72,7 @@ class Narrow(Block):
     expansion = 4
 
     def __init__(
-        self, inputs: int, width: int, *, stride: Any, rate: int, shortcut: nn.Module | None
+        self, inputs: int, width: int, *, stride: Any, rate: Rate, shortcut: nn.Module | None
     ) -> None:
         super().__init__(shortcut=shortcut)
         self.conv1 = _conv(inputs, width, 1)
@@ -105,20 +107,24 @@ class MedicalNetTrunk(nn.Module):
     def __init__(self, architecture: Architecture, *, bands: int) -> None:
         super().__init__()
         block, depths, learnt = MEDICALNETS[architecture.backbone]
-        first, second, third = _strides(architecture.steps)
+        first, second, third = strides = axis_strides(architecture.steps)
         self.conv1 = _conv(bands, 64, 7, stride=first)
         self.bn1 = nn.BatchNorm3d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool3d(3, stride=second, padding=1)
         inputs = [64, *(width * block.expansion for width in (64, 128, 256, 512))]
-        plan = zip(pairwise(inputs), depths, (1, third, 1, 1), (1, 1, 2, 4), strict=True)
+        rates = map(architecture.dilation, (1, 1, 2, 4))
+        plan = zip(pairwise(inputs), depths, (1, third, 1, 1), rates, strict=True)
         self.layer1, self.layer2, self.layer3, self.layer4 = (
             nn.Sequential(
                 *_units(block, widths, depth=depth, stride=stride, rate=rate, learnt=learnt)
             )
             for widths, depth, stride, rate in plan
         )
-        self.channels, self.low_channels, self.low_stride = inputs[-1], inputs[1], 4
+        self.channels, self.low_channels = inputs[-1], inputs[1]
+        self.low_stride = tuple(
+            a // b for a, b in zip(architecture.steps, strides[-1], strict=True)
+        )
 
     def forward(self, image_BCS: Tensor) -> Tensor:
         """Return (B, 512 x expansion, *S) features, ``Architecture.steps`` voxels apart."""
@@ -133,7 +139,7 @@ class MedicalNetTrunk(nn.Module):
 
 
 def _units(
-    block: Any, widths: tuple[int, int], *, depth: int, stride: Any, rate: int, learnt: bool
+    block: Any, widths: tuple[int, int], *, depth: int, stride: Any, rate: Rate, learnt: bool
 ) -> Iterator[nn.Module]:
     """The blocks of a layer; the first has the stride, and a shortcut where it changes anything."""
     before, after = widths
@@ -176,18 +182,11 @@ def _fill(layer: nn.Module, *_: Any) -> None:
         nn.init.dirac_(layer.weight)
 
 
-def _strides(steps: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Strides of the three layers that have one; an axis of a smaller step has its own last.
-
-    >>> _strides((2, 8, 8))
-    [(1, 2, 2), (1, 2, 2), (2, 2, 2)]
-    """
-    halvings = [step.bit_length() - 1 for step in steps]
-    return [tuple(2 if n >= left else 1 for n in halvings) for left in (3, 2, 1)]
-
-
-def _conv(inputs: int, outputs: int, kernel: int, *, stride: Any = 1, rate: int = 1) -> nn.Conv3d:
-    padding = kernel // 2 * rate
-    return nn.Conv3d(
-        inputs, outputs, kernel, stride=stride, padding=padding, dilation=rate, bias=False
+def _conv(inputs: int, outputs: int, kernel: int, *, stride: Any = 1, rate: Rate = 1) -> nn.Conv3d:
+    rates = per_axis(rate, 3)
+    padding = tuple(kernel // 2 * dilation for dilation in rates)
+    layer = CONV[3](
+        inputs, outputs, kernel, stride=stride, padding=padding, dilation=rates, bias=False
     )
+    assert isinstance(layer, nn.Conv3d)
+    return layer

@@ -44,6 +44,13 @@ class DeepLab(nn.Module, ABC):
     def coarse_logits(self, image_BCS: Tensor, frame: Frame) -> Tensor:
         """Return (B, K, *S') logits at the network's own last resolution."""
 
+    def score_maps(self, image_BCS: Tensor, frame: Frame) -> tuple[Tensor, ...]:
+        """Return the (B, K, *S') score maps that training puts a loss on, each at its own size.
+
+        The last is what the classes are read from. Here it is alone, and at the input's size.
+        """
+        return (self(image_BCS, frame),)
+
     @property
     @abstractmethod
     def last_layers(self) -> tuple[nn.Module, ...]:

@@ -11,7 +11,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.blocks import CONV, conv, conv_norm_relu, norm
+from pipeline.models.architecture import Architecture
+from pipeline.models.blocks import CONV, Rate, axis_strides, conv, conv_norm_relu, norm
 
 DILATIONS = MappingProxyType({(2, 4): (1, 1, 2), (2, 8): (1, 1), (3, 2): (1, 1, 2), (3, 4): (1, 1)})
 """Dilation of each residual block, by dimensions and output stride.
@@ -27,7 +28,7 @@ SLIM_WIDTH = MappingProxyType({2: 64, 3: 32})
 class SlimBlock(nn.Module):
     """Two 3x3 convolutions of one dilation, and the identity."""
 
-    def __init__(self, dims: int, width: int, *, dilation: int) -> None:
+    def __init__(self, dims: int, width: int, *, dilation: Rate) -> None:
         super().__init__()
         self.first = nn.Sequential(*conv_norm_relu(dims, width, width, kernel=3, dilation=dilation))
         self.second = nn.Sequential(
@@ -42,20 +43,23 @@ class SlimBlock(nn.Module):
 
 
 class SlimTrunk(nn.Sequential):
-    """Strided 3x3 stem, then dilated residual blocks."""
+    """Strided 3x3 stem, then dilated residual blocks; along z as an architecture has them."""
 
-    def __init__(self, dims: int, *, bands: int, output_stride: int) -> None:
-        width = SLIM_WIDTH[dims]
-        halvings = output_stride.bit_length() - 1
-        widths = [bands, *[width // 2] * (halvings - 1), width]
+    def __init__(self, architecture: Architecture, *, bands: int) -> None:
+        dims, width = architecture.dims, SLIM_WIDTH[architecture.dims]
+        strides = axis_strides(architecture.steps)
+        widths = [bands, *[width // 2] * (len(strides) - 1), width]
         stem: list[nn.Module] = []
-        for inputs, outputs in pairwise(widths):
-            strided = CONV[dims](inputs, outputs, 3, stride=2, padding=1, bias=False)
+        for (inputs, outputs), stride in zip(pairwise(widths), strides, strict=True):
+            strided = CONV[dims](inputs, outputs, 3, stride=stride, padding=1, bias=False)
             stem += [strided, norm(dims, outputs), nn.ReLU(inplace=True)]
-        blocks = [SlimBlock(dims, width, dilation=d) for d in DILATIONS[dims, output_stride]]
-        super().__init__(*stem, *blocks)
+        rates = map(architecture.dilation, DILATIONS[dims, architecture.output_stride])
+        super().__init__(*stem, *(SlimBlock(dims, width, dilation=rate) for rate in rates))
         self.channels = width
-        self.low_channels, self.low_stride = widths[-2], output_stride // 2
+        self.low_channels = widths[-2]
+        self.low_stride = tuple(
+            a // b for a, b in zip(architecture.steps, strides[-1], strict=True)
+        )
         self._low = len(stem) - 3
 
     def taps(self, image_BCS: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,14 +11,14 @@ from pipeline.models.xception import XCEPTIONS, XceptionTrunk
 
 Trunk = MedicalNetTrunk | MobileNetTrunk | ResNetTrunk | SlimTrunk | XceptionTrunk
 """Each gives ``channels`` features, and from ``taps`` with them ``low_channels`` low-level ones, at
-``low_stride`` px, for a decoder."""
+``low_stride`` px (of volumes, per axis), for a decoder."""
 
 
 def build_trunk(architecture: Architecture, *, bands: int) -> Trunk:
     """The trunk that an architecture names."""
     name, stride = architecture.backbone, architecture.output_stride
     if name == "slim":
-        return SlimTrunk(architecture.dims, bands=bands, output_stride=stride)
+        return SlimTrunk(architecture, bands=bands)
     if name == "mobilenetv3-large":
         return MobileNetTrunk(bands=bands)
     if name in MEDICALNETS:

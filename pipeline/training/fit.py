@@ -13,10 +13,11 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from pipeline.models.deeplab import DeepLab
 from pipeline.models.frame import Frame
 from pipeline.training.crops import CropSampler
+from pipeline.training.score_loss import score_loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +60,11 @@ class StepDone:
     """Steps done, from 1."""
 
     loss: float
-    """Mean cross entropy over the labelled pixels of the batch, in nats."""
+    """Mean cross entropy over the labelled places of the batch, in nats; summed over score maps."""
 
 
 def fit(
-    network: nn.Module,
+    network: DeepLab,
     sampler: CropSampler,
     *,
     recipe: Recipe,
@@ -74,7 +75,7 @@ def fit(
     The same network, sampler and recipe give the same weights on the same machine.
 
     Args:
-        network: Called as ``network(image_BCS, frame)``; returns logits (B, K, *S).
+        network: Trained on each of its ``score_maps``.
         sampler: Draws the batches.
         recipe: How to train.
         on_step: Told of each step.
@@ -125,12 +126,12 @@ def settle_norms(
 
 
 def _loss(
-    network: nn.Module, sampler: CropSampler, *, rng: np.random.Generator, recipe: Recipe
+    network: DeepLab, sampler: CropSampler, *, rng: np.random.Generator, recipe: Recipe
 ) -> Tensor:
     image_BCS, label_BS = _tensors(sampler, rng=rng)
     with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
-        logits_BKS = network(image_BCS, _frame(image_BCS))
-    return F.cross_entropy(logits_BKS.float(), label_BS, ignore_index=sampler.spec.ignore_index)
+        maps = network.score_maps(image_BCS, _frame(image_BCS))
+    return score_loss(maps, label_BS, ignore_index=sampler.spec.ignore_index)
 
 
 def _tensors(sampler: CropSampler, *, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -27,8 +27,8 @@ from pipeline.inference.staged import StagedNetwork
 from pipeline.models.bundle import Bundle
 from pipeline.models.frame import Frame
 from pipeline.models.geometry import Scale
-from pipeline.models.receptive_field import reach_of
 from pipeline.models.stages import stages_of
+from workflows.tracing import traced
 
 FORMATS = {2: torch.channels_last, 3: torch.channels_last_3d}
 SIDES = {2: (256, 512, 1024), 3: (32, 64, 96)}
@@ -80,7 +80,7 @@ class Scene:
     @classmethod
     def of(cls, bundle: Bundle, image_CS: NDArray[np.float32]) -> Scene:
         """Pad a normalised image as a run does."""
-        shape, reach = image_CS.shape[1:], reach_of(bundle.network())
+        shape, reach = image_CS.shape[1:], traced(bundle, "window").reach
         padded = _grid(shape, reach.stride, reach).padded_shape
         block = read_padded(MemorySource(image_CS), Region.whole(padded))
         return cls(bundle=bundle, image_CS=block.image_CS, shape=shape, reach=reach)

@@ -27,14 +27,17 @@ from pipeline.domain import Grid, Halo, Pass, Region
 from pipeline.inference.precision import Precision
 from pipeline.inference.predictor import Predictor
 from pipeline.models.architecture import Architecture
-from pipeline.models.bundle import Bundle
+from pipeline.models.baselines import baseline
+from pipeline.models.bundle import Bundle, CustomArchitecture
+from pipeline.models.custom_network import CustomNetwork, network_of_entry_point
+from pipeline.models.custom_reach import probe_custom
 from pipeline.models.deeplab import DeepLab, build_network
 from pipeline.models.fresh import new_bundle
 from pipeline.models.published import published
 from pipeline.models.receptive_field import reach_of, receptive_field
 from pipeline.models.stages import stages_of
 
-NETWORKS: Mapping[str, Architecture] = MappingProxyType(
+NETWORKS: Mapping[str, Architecture | CustomArchitecture] = MappingProxyType(
     {
         "v1 LargeFOV, VGG-16": published("v1", "vgg16"),
         "v1 MSc, VGG-16": replace(published("v1", "vgg16"), multi_scale="features"),
@@ -55,11 +58,22 @@ NETWORKS: Mapping[str, Architecture] = MappingProxyType(
         "v3+ ResNet-101": published("v3plus", "resnet101-tf", output_stride=16),
         "v3+ Xception-65": published("v3plus", "xception65", output_stride=16),
         "v3+ Xception-71": published("v3plus", "xception71", output_stride=16),
+        "FCN, ResNet-50": published("fcn", "resnet50"),
+        "FCN, ResNet-101": published("fcn", "resnet101"),
+        "SegNet": baseline("segnet", "vgg16", dims=2, bands=3, classes=21),
         "slim": published("v3", "slim"),
         "slim, 3-D": published("v3", "slim", dims=3),
+        "v3 MedicalNet-18, 3-D": published("v3", "medicalnet18", dims=3),
+        "v3 MedicalNet-50, 3-D": published("v3", "medicalnet50", dims=3),
+        "v3 MedicalNet-18, slices of 5 mm": replace(
+            published("v3", "medicalnet18", dims=3), slice_stride=2, slice_ratio=5.0
+        ),
     }
 )
 """As published: v3 and v3+ at the stride they were trained at, torchvision's at its own."""
+
+CROPS = MappingProxyType({2: CROP, 3: (96, 96, 96)})
+"""The window of image pooling, in px, by number of axes."""
 
 TILES = MappingProxyType({2: (8192, 4096), 3: (384, 192)})
 """Sides of the interior tiles whose work is counted, in px, by number of axes."""
@@ -98,12 +112,14 @@ class Counted:
     """Numbers in the file of weights: parameters, and the statistics of batch norm."""
 
 
-def count(architecture: Architecture) -> Counted:
-    """Count a network that has no memory for its weights."""
+def count(architecture: Architecture | CustomArchitecture) -> Counted:
+    """Count a network that has no memory for its weights, unless it must be probed."""
+    if isinstance(architecture, CustomArchitecture):
+        return _count_probed(architecture)
     dims = architecture.dims
     with torch.device("meta"):
         network = build_network(architecture, bands=3, classes=21).eval()
-    network.pool_over(CROP[:1] * dims)
+    network.pool_over(CROPS[dims])
     return Counted(
         stride=network.stride,
         field=receptive_field(stages_of(network)).shape,
@@ -111,6 +127,26 @@ def count(architecture: Architecture) -> Counted:
         work=tuple(_interior_work(network, side) for side in TILES[dims]),
         parameters=sum(weight.numel() for weight in network.parameters()),
         weights=sum(weight.numel() for weight in network.state_dict().values()),
+    )
+
+
+def _count_probed(architecture: CustomArchitecture) -> Counted:
+    """Count a network that runs as one: its halo as NaN shows it, its work as the area it reads."""
+    assert architecture.entry_point is not None
+    module = network_of_entry_point(architecture.entry_point, architecture.arguments)
+    network = CustomNetwork(module, architecture, bands=3, classes=21).eval()
+    halo = probe_custom(network).halo
+    assert halo is not None
+    around = [a + b for a, b in zip(halo.before, halo.after, strict=True)]
+    return Counted(
+        stride=network.stride,
+        field=tuple(network.stride + side for side in around),
+        halo=halo,
+        work=tuple(
+            math.prod((side + more) / side for more in around) for side in TILES[architecture.dims]
+        ),
+        parameters=sum(weight.numel() for weight in module.parameters()),
+        weights=sum(weight.numel() for weight in module.state_dict().values()),
     )
 
 
@@ -139,8 +175,12 @@ class Measured:
     """Pixels per second of one tile, on ``THREADS`` threads."""
 
 
-def measure(architecture: Architecture, counted: Counted, folder: Path) -> Measured:
+def measure(
+    architecture: Architecture | CustomArchitecture, counted: Counted, folder: Path
+) -> Measured:
     """Run a network with fresh weights."""
+    if isinstance(architecture, CustomArchitecture):
+        architecture = replace(architecture, arguments={**architecture.arguments, "classes": 6})
     bundle = new_bundle(folder, architecture=architecture, bands=3, classes=6, seed=7)
     shapes = strips(counted, architecture.dims)
     return Measured(

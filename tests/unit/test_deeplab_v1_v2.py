@@ -134,7 +134,7 @@ def test_the_scales_share_one_network_and_the_greatest_score_counts() -> None:
     image_BCS = torch.randn(1, 3, 33, 65, dtype=torch.float64)
     frame = Frame((0, 0), (33, 65))
     with torch.inference_mode():
-        maps = network.score_maps(image_BCS)
+        maps = network.score_maps(image_BCS, frame)
         for scores_BKS, (height, width) in zip(maps, ((33, 65), (25, 49), (17, 33)), strict=False):
             scaled_BCS = resized(image_BCS, (height, width))
             want_BKS = plain.coarse_logits(scaled_BCS, frame)
