@@ -81,17 +81,17 @@ def stage_bytes(chain: Chain, needs: Needs, *, window: int, itemsize: int) -> in
 
 def _scratch(stage: Stage, needs: Needs, *, channels: Mapping[str, int], window: int) -> int:
     """Numbers that one window takes beside the maps."""
-    block = Region.whole(block_of(stage, needs, window=window))
+    block = Region.whole(block_of(stage, needs, window))
     made = sum(step.channels for step in stage.steps if not step.scratch) * block.size
-    # A part of a map that is padded, or narrower than the map, is copied, and all that a canonical
-    # window reads; weights are reordered.
-    copies = [
-        _copied(step, block, needs.shapes[name]) * channels[name]
-        for step, name in stage.reads()
-        if step.geometry is not None or needs.sides is not None
-    ]
+    # While a step runs: a part of a map that is padded, or narrower than the map, is copied, and
+    # all that a canonical window reads; weights are reordered.
+    copies: dict[str, int] = {}
+    for step, name in stage.reads():
+        if step.geometry is not None or needs.sides is not None:
+            copied = _copied(step, block, needs.shapes[name]) * channels[name]
+            copies[step.name] = copies.get(step.name, 0) + copied
     weights = [s.layer.weight.numel() for s in stage.steps if isinstance(s.layer, Convolution)]
-    return made + sum(copies) + max(weights, default=0)
+    return made + max(copies.values(), default=0) + max(weights, default=0)
 
 
 def _copied(step: Step, block: Region, shape: Shape) -> int:

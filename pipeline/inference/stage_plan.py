@@ -163,7 +163,7 @@ def needed_span(
     return start, max(min(end, shape[axis]), start)
 
 
-def block_of(stage: Stage, needs: Needs, *, window: int) -> Shape:
+def block_of(stage: Stage, needs: Needs, window: int) -> Shape:
     """Shape of the boxes of a stage's output that are computed at once.
 
     Runs of whole rows, as large as a box of side ``window``, or canonical windows; all of it where

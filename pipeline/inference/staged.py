@@ -137,10 +137,10 @@ def run(chain: Chain, image: FeatureMap, needs: Needs, *, window: int) -> Featur
         laid = type(image).laid(memory, region, height=height, channels=stage.channels)
         maps[stage.name] = laid
     for turn in turns.order:
-        result, stop = maps[turn.stage.name], needs.regions[turn.stage.name].stop[0]
-        result.roll(min(turn.region.stop[0], stop), keep=turn.keep)
-        shape = block_of(turn.stage, needs, window=window)
-        _fill(result, turn.stage, maps, needs, turn.region.blocks(shape))
+        result, whole = maps[turn.stage.name], needs.computed(turn.stage)
+        result.roll(min(turn.stop, needs.regions[turn.stage.name].stop[0]), keep=turn.keep)
+        band = Region((turn.first, *whole.start[1:]), (turn.stop, *whole.stop[1:]))
+        _fill(result, turn.stage, maps, needs, band.blocks(block_of(turn.stage, needs, window)))
     return maps[chain.logits]
 
 

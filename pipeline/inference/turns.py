@@ -9,18 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from pipeline.domain import Region
 from pipeline.inference.stage_plan import Needs, block_of, needed_span
 from pipeline.models.chain import Chain, Stage, Step
 
+_BAND_PX = 64
+"""Bands of windows that are thinner than that are taken together: turns take time to count."""
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+
+class Turn(NamedTuple):
     """One band of a stage's output, computed at once or in windows side by side."""
 
     stage: Stage
-    region: Region
+
+    first: int
+    """First row of the band."""
+
+    stop: int
+    """First row after it."""
 
     keep: int
     """First row of the stage's map that somebody has still to read."""
@@ -44,12 +51,9 @@ class Turns:
         """The turns of a tile; ``window`` as ``block_of`` takes it."""
         progress = _Progress(chain, needs, window)
         progress.advance(chain.logits, needs.regions[chain.logits].stop[0])
-        rows = {
-            stage.name: min(
-                needs.regions[stage.name].shape[0],
-                progress.held[stage.name] + progress.kept[stage.name] // 2,
-            )
-            for stage in chain.stages
+        heights = {
+            name: min(needs.regions[name].shape[0], held + progress.kept[name] // 2)
+            for name, held in progress.held.items()
         }
         lives: dict[str, tuple[int, int]] = {}
         for number, turn in enumerate(progress.order):
@@ -58,16 +62,17 @@ class Turns:
             for _, read in turn.stage.reads():
                 if read != chain.image:
                     lives[read] = lives[read][0], number
-        return cls(tuple(progress.order), rows, lives)
+        return cls(tuple(progress.order), heights, lives)
 
 
 @dataclass(slots=True)
 class _Reader:
-    """A step that reads a map, and the first row that it has still to read."""
+    """A step that reads a map: which rows of it the next turn of its stage needs."""
 
     step: Step
     source: str
-    next: int
+    first: int
+    stop: int
 
 
 @dataclass(slots=True)
@@ -75,9 +80,9 @@ class _Band:
     """How far a stage is: rows before ``made`` of what it computes are done."""
 
     stage: Stage
-    region: Region
-    height: int
     made: int
+    end: int
+    height: int
     readers: list[_Reader]
     """Of the stage's inputs."""
 
@@ -90,60 +95,58 @@ class _Progress:
     order: list[Turn] = field(default_factory=list)
     held: dict[str, int] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
-    bands: dict[str, _Band] = field(init=False)
-    users: dict[str, list[_Reader]] = field(init=False)
+    bands: dict[str, _Band] = field(default_factory=dict)
+    users: dict[str, list[_Reader]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.bands, self.users = {}, {stage.name: [] for stage in self.chain.stages}
         for stage in self.chain.stages:
-            region = self.needs.computed(stage)
-            height = block_of(stage, self.needs, window=self.window)[0]
-            readers = [
-                _Reader(step, name, self.needs.regions[name].start[0])
-                for step, name in stage.reads()
-                if name != self.chain.image
-            ]
+            reads = [(step, name) for step, name in stage.reads() if name != self.chain.image]
+            readers = [_Reader(step, name, 0, 0) for step, name in reads]
             for reader in readers:
                 self.users[reader.source].append(reader)
-            self.bands[stage.name] = _Band(stage, region, height, region.start[0], readers)
+            region = self.needs.computed(stage)
+            band = _Band(stage, region.start[0], region.stop[0], self._height(stage), readers)
+            self.bands[stage.name], self.users[stage.name] = band, []
             self.held[stage.name] = self.kept[stage.name] = 0
-            self._seek(self.bands[stage.name])
+            self._look(band)
+
+    def _height(self, stage: Stage) -> int:
+        """Rows of a band, which are whole windows."""
+        image, own = (self.needs.shapes[name][0] for name in (self.chain.image, stage.name))
+        height = block_of(stage, self.needs, self.window)[0]
+        return height * max(1, _BAND_PX * own // (image * height))
 
     def advance(self, name: str, stop: int) -> None:
         """Have the rows before ``stop`` of a map computed, and before them what they need."""
         band = self.bands[name]
-        while band.made < min(stop, self.needs.regions[name].stop[0]):
-            end = min(band.made + band.height, band.region.stop[0])
+        while band.made < min(stop, band.end):
             for reader in band.readers:
-                self.advance(reader.source, self._span(reader, band.made, end)[1])
-            self._take(band, end)
+                if self.bands[reader.source].made < reader.stop:
+                    self.advance(reader.source, reader.stop)
+            self._take(band)
 
-    def _take(self, band: _Band, end: int) -> None:
+    def _take(self, band: _Band) -> None:
         """The band's turn, after that of all that it reads."""
-        name = band.stage.name
+        name, stop = band.stage.name, min(band.made + band.height, band.end)
         needed = self.needs.regions[name]
-        made, stop = max(band.made, needed.start[0]), min(end, needed.stop[0])
-        keep = min([made, *(user.next for user in self.users[name])])
-        if not self.users[name]:  # the logits
-            keep = needed.start[0]
-        self.held[name] = max(self.held[name], stop - keep)
+        made = max(band.made, needed.start[0])
+        readers = self.users[name]
+        # Nobody reads the logits: they are kept.
+        keep = min([made, *(reader.first for reader in readers)]) if readers else needed.start[0]
+        self.held[name] = max(self.held[name], min(stop, needed.stop[0]) - keep)
         self.kept[name] = max(self.kept[name], made - keep)
-        region = band.region
-        part = Region((band.made, *region.start[1:]), (end, *region.stop[1:]))
-        self.order.append(Turn(band.stage, part, keep))
-        band.made = end
-        self._seek(band)
+        self.order.append(Turn(band.stage, band.made, stop, keep))
+        band.made = stop
+        self._look(band)
 
-    def _seek(self, band: _Band) -> None:
-        """Where the band's next turn starts to read."""
+    def _look(self, band: _Band) -> None:
+        """What the band's next turn reads."""
+        first, stop = band.made, min(band.made + band.height, band.end)
         for reader in band.readers:
-            if band.made == band.region.stop[0]:
-                reader.next = self.needs.regions[reader.source].stop[0]
-            else:
-                end = min(band.made + band.height, band.region.stop[0])
-                first = self._span(reader, band.made, end)[0]
-                reader.next = max(first, self.needs.regions[reader.source].start[0])
-
-    def _span(self, reader: _Reader, first: int, stop: int) -> tuple[int, int]:
-        shape = self.needs.shapes[reader.source]
-        return needed_span(reader.step, 0, first, stop, shape, self.needs.frame)
+            held = self.needs.regions[reader.source]
+            if first == stop:  # there is none
+                reader.first = reader.stop = held.stop[0]
+                continue
+            shape = self.needs.shapes[reader.source]
+            a, b = needed_span(reader.step, 0, first, stop, shape, self.needs.frame)
+            reader.first, reader.stop = max(a, held.start[0]), min(b, held.stop[0])
