@@ -10,7 +10,7 @@ Axes in array names: B batch, C channel, K class, S space, (y, x) or (z, y, x).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from pipeline.domain import Region, Shape
 from pipeline.errors import RegionError
 from pipeline.inference.stage_plan import Needs, coarse_place, coarse_region
 from pipeline.inference.staged import FeatureMap, run
-from pipeline.models.chain import Chain, Stage
+from pipeline.models.chain import Chain
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.frame import Frame
 from pipeline.models.geometry import Scale
@@ -30,14 +30,9 @@ CANONICAL_PX = {2: 256, 3: 32}
 """Side of a canonical window in pixels, by number of axes: a multiple of every output stride."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BoxMap(FeatureMap):
     """Features of a region of the scene, read as boxes that may reach outside it."""
-
-    def reused(self, region: Region) -> BoxMap:
-        """As ``FeatureMap.reused``, but every place keeps its memory: boxes come in any order."""
-        index: tuple[slice, ...] = (slice(None), *region.slices(within=self.region))
-        return BoxMap(self.array_BSC[index], region)
 
     def read(self, region: Region) -> Tensor:
         """(1, C, *S), a new tensor, zero outside this map.
@@ -74,11 +69,9 @@ class CanonicalNetwork:
         needed = needs.regions[self.chain.image]
         if needed not in read:
             raise RegionError(f"canonical windows need {needed} of the scene, the input is {read}")
-        maps: dict[str, FeatureMap] = {
-            self.chain.image: BoxMap(image_BCS.movedim(1, -1).contiguous(), read)
-        }
-        del image_BCS  # it goes with its map
-        return run(self.chain, maps, needs, windows=_windows).view(wanted)
+        image = BoxMap(image_BCS.movedim(1, -1).contiguous(), read)
+        del image_BCS  # it may be a copy
+        return run(self.chain, image, needs, window=self.side_px).view(wanted)
 
 
 def upsampled(
@@ -104,11 +97,3 @@ def upsampled(
         place: tuple[Any, ...] = (..., *kept.slices(within=scored))
         result_KS[place] = window_BKS[0][part]
     return result_KS
-
-
-def _windows(stage: Stage, needs: Needs) -> Iterable[Region]:
-    assert needs.sides is not None
-    if stage.whole:  # the mean of the scene in a tile that is the scene, at all places the same
-        return [needs.regions[stage.name]]
-    region = needs.computed(stage.name)
-    return region.blocks(needs.sides[stage.name])

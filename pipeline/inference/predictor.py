@@ -89,8 +89,8 @@ class Predictor:
     ) -> Tensor:
         """Predict ``scored``, a region of the scene, from an input that lies at ``frame``.
 
-        The input has valid sides, and its origin lies on the stride. It is freed once the first
-        layers have read it, where nobody else holds it: build it in the call. With context
+        The input has valid sides, and its origin lies on the stride. It is freed before its logits
+        are upsampled, where nobody else holds it: build it in the call. With context
         ``scene``, ``pooling`` is the scene's mean, or how to take it where the input is all of it.
 
         Returns:

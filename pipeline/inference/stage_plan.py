@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from pipeline.domain import Region, Shape
-from pipeline.models.chain import Chain, Gate, Step
+from pipeline.models.chain import Chain, Gate, Stage, Step
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.frame import Frame
 from pipeline.models.geometry import Scale
@@ -65,12 +65,12 @@ class Needs:
         sides = {name: tuple(side - end for side in shape) for name, shape in shapes.items()}
         return replace(needs, sides=sides)
 
-    def computed(self, name: str) -> Region:
-        """What is computed of a map: what is needed, or the canonical windows that hold it."""
-        region = self.regions[name]
-        if self.sides is None:
+    def computed(self, stage: Stage) -> Region:
+        """What is computed of a stage: what is needed, or the canonical windows that hold it."""
+        region = self.regions[stage.name]
+        if self.sides is None or stage.whole:
             return region
-        return region.align(self.sides[name]).clip(self.shapes[name])
+        return region.align(self.sides[stage.name]).clip(self.shapes[stage.name])
 
 
 def coarse_region(read: Region, *, scored: Region, upsample: Scale) -> Region:
@@ -126,7 +126,7 @@ def stage_work(chain: Chain, needs: Needs) -> int:
 
     A scene's own work, against which halo work is counted, is that of one tile that is the scene.
     """
-    return sum(stage.work * needs.computed(stage.name).size for stage in chain.stages)
+    return sum(stage.work * needs.computed(stage).size for stage in chain.stages)
 
 
 def row_block(shape: Shape, most: int) -> Shape:
@@ -142,8 +142,37 @@ def row_block(shape: Shape, most: int) -> Shape:
 
 def needed_of(step: Step, region: Region, shape: Shape, frame: Frame) -> Region:
     """What the step needs of a map of ``shape`` for ``region`` of its output."""
+    ends = enumerate(zip(region.start, region.stop, strict=True))
+    spans = (needed_span(step, axis, a, b, shape, frame) for axis, (a, b) in ends)
+    start, stop = zip(*spans, strict=True)
+    return Region(start, stop)
+
+
+def needed_span(
+    step: Step, axis: int, first: int, stop: int, shape: Shape, frame: Frame
+) -> tuple[int, int]:
+    """As ``needed_of``, of ``[first, stop)`` along one axis."""
     if isinstance(step.layer, WindowMean):
-        return step.layer.windows(region, size=shape, frame=frame).reads
+        return step.layer.span(axis, first, stop, size=shape, frame=frame)
     if isinstance(step.layer, (OwnMean, Gate)):
-        return Region.whole(shape)
-    return step.geometry.reads(region).clip(shape) if step.geometry else region
+        return 0, shape[axis]
+    if step.geometry is None:
+        return first, stop
+    start, end = step.geometry.span(axis, first, stop)
+    start = min(max(start, 0), shape[axis])
+    return start, max(min(end, shape[axis]), start)
+
+
+def block_of(stage: Stage, needs: Needs, window: int) -> Shape:
+    """Shape of the boxes of a stage's output that are computed at once.
+
+    Runs of whole rows, as large as a box of side ``window``, or canonical windows; all of it where
+    a mean over all of it is taken.
+    """
+    region = needs.computed(stage)
+    if stage.whole:
+        return region.shape
+    if needs.sides is None:
+        return row_block(region.shape, window**region.ndim)
+    pairs = zip(needs.sides[stage.name], region.shape, strict=True)
+    return tuple(min(side, length) for side, length in pairs)

@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from pipeline.domain import Region, Shape
 from pipeline.inference.convolution import convolve
-from pipeline.inference.map_layout import Layout
-from pipeline.inference.stage_plan import Needs, row_block
+from pipeline.inference.map_layout import Layout, row_size
+from pipeline.inference.stage_plan import Needs, block_of
+from pipeline.inference.turns import Turns
 from pipeline.models.chain import Chain, Convolution, Gate, Norm, Pool, Stage, Step
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.custom_network import CustomNetwork
@@ -46,41 +47,43 @@ _FEW = 8
 """A window's side over what it may compute in vain at its end, rather than copy what it reads."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FeatureMap:
-    """Features of a region, all of them computed."""
+    """Features of a region, of which some rows are held at a time."""
 
     array_BSC: Tensor
-    """(1, *S, C), contiguous."""
+    """(1, *S, C), contiguous; room for rows that are not held may follow."""
 
     region: Region
+    """What is held, or being computed."""
 
     @classmethod
-    def laid(cls, memory: Tensor, region: Region, channels: int) -> FeatureMap:
-        """A map of ``region``, not filled, at the front of a line of memory."""
-        front = memory[: region.size * channels]
-        return cls(front.view(1, *region.shape, channels), region)
+    def laid(cls, memory: Tensor, region: Region, *, height: int, channels: int) -> FeatureMap:
+        """A map with room for ``height`` rows of ``region``, none held, at the front of memory."""
+        size = (1, height, *region.shape[1:], channels)
+        array_BSC = memory[: math.prod(size)].view(size)
+        return cls(array_BSC, Region(region.start, (region.start[0], *region.stop[1:])))
 
-    def reused(self, region: Region) -> FeatureMap:
-        """A map of ``region``, inside this one, in this one's memory, packed to its front.
-
-        In row-major order a place is never written before it has been read: the smaller map's
-        offset of a place is nowhere greater than this one's.
-        """
-        return self.laid(self.array_BSC.flatten(), region, self.array_BSC.shape[-1])
+    def roll(self, stop: int, *, keep: int) -> None:
+        """Hold rows before ``stop``, for lack of room without those before ``keep``."""
+        first, held = self.region.start[0], self.region.stop[0]
+        if stop - first > self.array_BSC.shape[1]:
+            rows, way = self.array_BSC[0], keep - first
+            for at in range(way, held - first, way):  # in parts that lie apart from their place
+                part = rows[at : min(at + way, held - first)]
+                rows[at - way : at - way + len(part)].copy_(part)
+            first = keep
+        start, end = self.region.start[1:], self.region.stop[1:]
+        self.region = Region((first, *start), (stop, *end))
 
     def view(self, region: Region) -> Tensor:
-        """``region``, which lies inside, as (1, C, *S)."""
+        """``region``, which is held, as (1, C, *S)."""
         index: tuple[slice, ...] = (slice(None), *region.slices(within=self.region))
         return self.array_BSC[index].movedim(-1, 1)
 
     def read(self, region: Region) -> Tensor:
         """What a layer that needs ``region`` is given: (1, C, *S), not to be written."""
         return self.view(region)
-
-
-Windows = Callable[[Stage, Needs], Iterable[Region]]
-"""The boxes of a stage's output that are computed at once; together they hold what is needed."""
 
 
 class StagedNetwork:
@@ -97,16 +100,9 @@ class StagedNetwork:
         """
         size = tuple(image_BCS.shape[2:])
         needs = Needs.of(self.chain, size, frame=frame, coarse=coarse)
-        maps = {
-            self.chain.image: FeatureMap(image_BCS.movedim(1, -1).contiguous(), Region.whole(size))
-        }
-        del image_BCS  # it goes with its map
-        return run(self.chain, maps, needs, windows=self._rows).view(coarse)
-
-    def _rows(self, stage: Stage, needs: Needs) -> Iterable[Region]:
-        region = needs.regions[stage.name]
-        most = region.size if stage.whole else self.window**region.ndim
-        return region.blocks(row_block(region.shape, most))
+        image = FeatureMap(image_BCS.movedim(1, -1).contiguous(), Region.whole(size))
+        del image_BCS  # it may be a copy
+        return run(self.chain, image, needs, window=self.window).view(coarse)
 
 
 class WholeNetwork:
@@ -124,27 +120,27 @@ class WholeNetwork:
         return logits_BKS[index]
 
 
-def run(chain: Chain, maps: dict[str, FeatureMap], needs: Needs, *, windows: Windows) -> FeatureMap:
-    """The coarse logits that are needed of an image, by every stage in turn.
+def run(chain: Chain, image: FeatureMap, needs: Needs, *, window: int) -> FeatureMap:
+    """The coarse logits that are needed of an image, by every stage in its turns.
 
-    ``maps`` holds the image alone; each map is taken out of it after its last reader.
+    The logits' memory is their own. ``window``: as ``block_of`` takes it.
     """
-    layout, image = Layout.of(chain, needs), maps[chain.image]
-    kind, like = type(image), image.array_BSC.new_empty(0)
-    del image
-    block = like.new_empty(layout.size)
+    turns = Turns.of(chain, needs, window=window)
+    layout, maps = Layout.of(chain, needs, turns), {chain.image: image}
+    block = image.array_BSC.new_empty(layout.size)
     for stage in chain.stages:
-        region = needs.regions[stage.name]
-        if stage.overwrites is not None:
-            result = maps[stage.overwrites].reused(region)
-        elif stage.name in layout.starts:
-            result = kind.laid(block[layout.starts[stage.name] :], region, stage.channels)
+        region, height = needs.regions[stage.name], turns.heights[stage.name]
+        if stage.name == chain.logits:
+            memory = block.new_empty(height * row_size(stage, needs))
         else:
-            result = kind.laid(like.new_empty(region.size * stage.channels), region, stage.channels)
-        _fill(result, stage, maps, needs, windows(stage, needs))
-        maps[stage.name] = result
-        for name in stage.frees:
-            del maps[name]
+            memory = block[layout.starts[stage.name] :]
+        laid = type(image).laid(memory, region, height=height, channels=stage.channels)
+        maps[stage.name] = laid
+    for turn in turns.order:
+        result, whole = maps[turn.stage.name], needs.computed(turn.stage)
+        result.roll(min(turn.stop, needs.regions[turn.stage.name].stop[0]), keep=turn.keep)
+        band = Region((turn.first, *whole.start[1:]), (turn.stop, *whole.stop[1:]))
+        _fill(result, turn.stage, maps, needs, band.blocks(block_of(turn.stage, needs, window)))
     return maps[chain.logits]
 
 

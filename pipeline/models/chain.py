@@ -126,17 +126,11 @@ class Step:
         return self.geometry is not None or isinstance(self.layer, (WindowMean, OwnMean, Gate))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Stage:
     """What lies between maps: the last step makes the map of the stage's name."""
 
     steps: tuple[Step, ...]
-
-    overwrites: str | None
-    """A map of the same places that nobody reads afterwards, whose memory the output may take."""
-
-    frees: tuple[str, ...]
-    """Maps that nobody reads after this stage."""
 
     @property
     def name(self) -> str:
@@ -203,10 +197,7 @@ class Chain:
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Chain:
         """The same chain with ``move`` applied to every weight and bias."""
-        stages = (
-            replace(stage, steps=tuple(_moved(step, move) for step in stage.steps))
-            for stage in self.stages
-        )
+        stages = (Stage(tuple(_moved(step, move) for step in s.steps)) for s in self.stages)
         return replace(self, stages=tuple(stages))
 
     def shapes(self, size: Shape) -> dict[str, Shape]:

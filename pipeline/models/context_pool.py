@@ -25,19 +25,20 @@ Context = Literal["window", "scene", "tile"]
 ``tile``: mean over what is read."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Windows:
     """Where the windows of some places start, per axis, and how long they are, in features."""
 
-    starts: tuple[Tensor, ...]
+    starts: tuple[tuple[int, ...], ...]
     span: Shape
 
     @property
     def reads(self) -> Region:
         """All that the windows cover."""
-        start = tuple(int(first.min()) for first in self.starts)
-        last = tuple(int(first.max()) for first in self.starts)
-        return Region(start, tuple(a + n for a, n in zip(last, self.span, strict=True)))
+        ends = zip(self.starts, self.span, strict=True)
+        return Region(
+            tuple(first[0] for first in self.starts), tuple(first[-1] + n for first, n in ends)
+        )
 
     def mean(self, features_BCS: Tensor, *, within: Region) -> Tensor:
         """Mean of each window: (B, C, *starts), a new array; the features lie ``within``."""
@@ -50,7 +51,7 @@ class Windows:
             kernel = [span if other == axis else 1 for other, span in enumerate(self.span)]
             mean_BCS = _AVERAGE[len(kernel)](mean_BCS, kernel, stride=1)
             # Channels stay innermost in memory, as the convolutions want them.
-            picked = (starts - within.start[axis]).to(mean_BCS.device)
+            picked = torch.tensor(starts, device=mean_BCS.device) - within.start[axis]
             mean_BCS = mean_BCS.movedim(1, -1).index_select(axis + 1, picked).movedim(-1, 1)
         return mean_BCS.to(kept)
 
@@ -90,16 +91,55 @@ class WindowMean(nn.Module):
         Raises:
             RegionError: the input does not hold one whole window.
         """
+        axes = range(len(size))
         if self.window is None:
-            return Windows(starts=tuple(torch.zeros(1, dtype=torch.int64) for _ in size), span=size)
-        starts, spans = [], []
-        steps = self.steps(len(size))
-        for axis, (window, step) in enumerate(zip(self.window, steps, strict=True)):
-            side = -(-frame.shape[axis] // step)
-            spans.append(min(window, side))
-            first = _window_starts(frame.origin[axis] // step, size[axis], side=side, window=window)
-            starts.append(first[places.start[axis] : places.stop[axis]])
-        return Windows(starts=tuple(starts), span=tuple(spans))
+            return Windows(starts=tuple((0,) for _ in axes), span=size)
+        return Windows(
+            starts=tuple(
+                tuple(
+                    self._start(axis, place, size=size, frame=frame)
+                    for place in range(places.start[axis], places.stop[axis])
+                )
+                for axis in axes
+            ),
+            span=tuple(self._length(axis, frame) for axis in axes),
+        )
+
+    def span(
+        self, axis: int, first: int, stop: int, *, size: Shape, frame: Frame
+    ) -> tuple[int, int]:
+        """What the windows of places ``[first, stop)`` cover along ``axis``; raises as above."""
+        if self.window is None:
+            return 0, size[axis]
+        ends = (self._start(axis, place, size=size, frame=frame) for place in (first, stop - 1))
+        start, last = ends
+        return start, last + self._length(axis, frame)
+
+    def _length(self, axis: int, frame: Frame) -> int:
+        """Of a window along ``axis``: no longer than the scene."""
+        assert self.window is not None
+        return min(self.window[axis], self._side(axis, frame))
+
+    def _side(self, axis: int, frame: Frame) -> int:
+        """The scene along ``axis``, in features."""
+        return -(-frame.shape[axis] // self.steps(len(frame.shape))[axis])
+
+    def _start(self, axis: int, place: int, *, size: Shape, frame: Frame) -> int:
+        """Where in the input the window of ``place`` starts along ``axis``.
+
+        Windows stay inside the scene; those of places in the halo, which nobody keeps, are moved to
+        stay inside the input as well.
+        """
+        assert self.window is not None
+        span, count = self._length(axis, frame), size[axis]
+        if count < span:
+            raise RegionError(
+                f"image pooling needs a window of {span} features, the input holds {count};"
+                " read what Reach.read asks for, or ask for context 'tile'"
+            )
+        origin = frame.origin[axis] // self.steps(len(size))[axis]
+        start = min(max(origin + place - self.window[axis] // 2, 0), self._side(axis, frame) - span)
+        return min(max(start - origin, 0), count - span)
 
 
 class ContextPool(nn.Sequential):
@@ -133,19 +173,3 @@ class ContextPool(nn.Sequential):
 def window_features(crop: Sequence[int], *, steps: Sequence[int]) -> tuple[int, ...]:
     """Side of the window that stands for a training crop of ``crop`` px, in features, odd."""
     return tuple(side // step | 1 for side, step in zip(crop, steps, strict=True))
-
-
-def _window_starts(first: int, count: int, *, side: int, window: int) -> Tensor:
-    """Where in the input the window of each of its ``count`` features starts.
-
-    Windows stay inside the scene's ``side`` features; those of features in the halo, which nobody
-    keeps, are moved to stay inside the input as well.
-    """
-    span = min(window, side)
-    if count < span:
-        raise RegionError(
-            f"image pooling needs a window of {span} features, the input holds {count};"
-            " read what Reach.read asks for, or ask for context 'tile'"
-        )
-    starts = (torch.arange(count) + first - window // 2).clamp(0, side - span) - first
-    return starts.clamp(0, count - span)

@@ -24,6 +24,9 @@ class Geometry(Protocol):
     def shape(self, shape: Shape) -> Shape:
         """Shape of the output for an input of ``shape``."""
 
+    def span(self, axis: int, first: int, stop: int) -> tuple[int, int]:
+        """What ``[first, stop)`` of the output needs of the input along ``axis``; may reach out."""
+
     def reads(self, region: Region) -> Region:
         """What ``region`` of the output needs of the input; may reach outside it."""
 
@@ -53,16 +56,15 @@ class Slide:
         rows = zip(shape, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in rows)
 
+    def span(self, axis: int, first: int, stop: int) -> tuple[int, int]:
+        """As ``Geometry.span``."""
+        stride, padding = self.stride[axis], self.padding[axis]
+        wide = self.dilation[axis] * (self.kernel[axis] - 1) + 1
+        return first * stride - padding, (stop - 1) * stride - padding + wide
+
     def reads(self, region: Region) -> Region:
         """As ``Geometry.reads``."""
-        rows = list(zip(self.stride, self.padding, self.dilation, self.kernel, strict=True))
-        return Region(
-            tuple(a * s - p for a, (s, p, _, _) in zip(region.start, rows, strict=True)),
-            tuple(
-                (b - 1) * s - p + d * (k - 1) + 1
-                for b, (s, p, d, k) in zip(region.stop, rows, strict=True)
-            ),
-        )
+        return _reads(self, region)
 
     def fits(self, *, endpoint: int) -> bool:
         """Whether rounding up (``ceil_mode``) gives the shape that rounding down does.
@@ -102,19 +104,18 @@ class Scale:
         rows = zip(shape, self.up, self.down, strict=True)
         return tuple((n - end) * u // d + end for n, u, d in rows)
 
-    def reads(self, region: Region) -> Region:
-        """As ``Geometry.reads``: the two neighbours of each place, as torch reads them.
+    def span(self, axis: int, first: int, stop: int) -> tuple[int, int]:
+        """As ``Geometry.span``: the two neighbours of each place, as torch reads them.
 
         Cut where elements of input and output coincide, so that it can be resized by itself.
         """
-        end = int(self.align_corners)
-        rows = list(zip(region.start, region.stop, self.up, self.down, strict=True))
-        first = [self._below(a, u, d) for a, _, u, d in rows]
-        last = [self._below(b - 1, u, d) + 1 for _, b, u, d in rows]
-        return Region(
-            tuple(a // d * d for a, d in zip(first, self.down, strict=True)),
-            tuple(-(-(b + 1 - end) // d) * d + end for b, d in zip(last, self.down, strict=True)),
-        )
+        end, up, down = int(self.align_corners), self.up[axis], self.down[axis]
+        below, last = self._below(first, up, down), self._below(stop - 1, up, down) + 1
+        return below // down * down, -(-(last + 1 - end) // down) * down + end
+
+    def reads(self, region: Region) -> Region:
+        """As ``Geometry.reads``."""
+        return _reads(self, region)
 
     def gives(self, region: Region) -> Region:
         """The places of the output that resizing ``region`` of the input by itself gives."""
@@ -130,6 +131,12 @@ class Scale:
         if self.align_corners:
             return place * down // up
         return ((2 * place + 1) * down - up) // (2 * up)
+
+
+def _reads(over: Geometry, region: Region) -> Region:
+    ends = enumerate(zip(region.start, region.stop, strict=True))
+    start, stop = zip(*(over.span(axis, first, stop) for axis, (first, stop) in ends), strict=True)
+    return Region(start, stop)
 
 
 def per_axis(value: Any, ndim: int) -> tuple[int, ...]:

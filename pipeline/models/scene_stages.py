@@ -24,7 +24,7 @@ def pooled_by(chain: Chain, layer: GivenMean | OwnMean) -> Chain:
     source = next(stage for stage in chain.stages if stage.name == mean.inputs[0])
     _, features = next(source.reads())
     # It reads the trunk's features in name only: they say where it is.
-    given = replace(_with(pool, replace(mean, inputs=(features,)), layer), frees=())
+    given = _with(pool, replace(mean, inputs=(features,)), layer)
     stages = (given if stage is pool else stage for stage in chain.stages if stage is not source)
     return replace(chain, stages=tuple(stages))
 
@@ -39,4 +39,4 @@ def _pooling(chain: Chain) -> tuple[Stage, Step]:
 def _with(stage: Stage, mean: Step, layer: GivenMean | OwnMean) -> Stage:
     """The stage, its step of this name replaced by ``mean`` with another layer."""
     steps = (replace(mean, layer=layer) if s.name == mean.name else s for s in stage.steps)
-    return replace(stage, steps=tuple(steps))
+    return Stage(tuple(steps))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
@@ -74,9 +74,9 @@ def stages_of(network: DeepLab) -> Chain:
             first = step.inputs[0]
             lone = owner.get(first) not in (None, first) and len(users[first]) == 1
             groups[owner[step.name]].append(replace(step, scratch=lone))
-    ordered = [tuple(groups[step.name]) for step in trace.steps if step.name in groups]
+    ordered = (tuple(groups[step.name]) for step in trace.steps if step.name in groups)
     return Chain(
-        stages=tuple(_stages(ordered, trace)),
+        stages=tuple(Stage(steps) for steps in ordered),
         image=trace.image,
         bands=network.bands,
         upsample=Scale.of(network.upsample),
@@ -92,22 +92,6 @@ class _Trace:
     image: str
     output: str
     pooled: tuple[str, ...]
-
-
-def _stages(groups: list[tuple[Step, ...]], trace: _Trace) -> Iterator[Stage]:
-    """Stages of these steps, with what each may overwrite and free."""
-    stages = [Stage(steps=steps, overwrites=None, frees=()) for steps in groups]
-    last = {name: stage.name for stage in stages for _, name in stage.reads()}
-    channels = {stage.name: stage.channels for stage in stages}
-    for stage in stages:
-        frees = tuple(name for name, reader in last.items() if reader == stage.name)
-        spread = {name for step, name in stage.reads() if step.spreads}
-        heirs = [
-            name
-            for name in frees
-            if name != trace.image and name not in spread and channels[name] == stage.channels
-        ]
-        yield replace(stage, frees=frees, overwrites=heirs[0] if heirs else None)
 
 
 def _trace(network: DeepLab) -> _Trace:

@@ -194,11 +194,11 @@ def test_a_device_that_is_not_there_is_refused() -> None:
 
 
 @pytest.mark.parametrize("canonical_px", [None, 64])
-def test_the_input_is_freed_when_the_first_layers_have_read_it(
+def test_the_input_is_held_once_and_freed_before_logits_are_upsampled(
     bundle: Bundle, canonical_px: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An image of floats is as large as the widest map of a slim network: it would be held to the
-    end, and a second time where the network wants its channels innermost."""
+    """An image of floats is as large as all maps of a slim network: it would be held beside the
+    logits, and a second time where the network wants its channels innermost."""
     predictor = Predictor(
         bundle,
         device="cpu",
@@ -208,7 +208,6 @@ def test_the_input_is_freed_when_the_first_layers_have_read_it(
         canonical_px=canonical_px,
     )
     kept: list[weakref.ref[NDArray[np.float32]]] = []
-    lives: list[bool] = []
     fill = staged_module._fill
 
     def made() -> NDArray[np.float32]:
@@ -220,16 +219,18 @@ def test_the_input_is_freed_when_the_first_layers_have_read_it(
     def watched(
         result: FeatureMap, stage: Stage, maps: Mapping[str, FeatureMap], *rest: Any
     ) -> None:
-        if (image_CS := kept[0]()) is not None:
-            (image,) = maps.values()
-            assert image.array_BSC.data_ptr() == image_CS.ctypes.data
-        lives.append(image_CS is not None)
-        del image_CS
+        (image,) = (each for name, each in maps.items() if name == predictor._network.chain.image)
+        assert image.array_BSC.data_ptr() == kept[0]().ctypes.data
         fill(result, stage, maps, *rest)
 
+    def upsampled(*args: Any) -> torch.Tensor:
+        assert kept[0]() is None
+        return upsample(*args)
+
+    upsample = predictor._upsample
     monkeypatch.setattr(staged_module, "_fill", watched)
+    monkeypatch.setattr(predictor, "_upsample", upsampled)
     predictor.logits(made(), FRAME, scored=WHOLE)
-    assert lives == [True] + [False] * (len(lives) - 1)
 
 
 @pytest.mark.parametrize("canonical_px", [None, 64])

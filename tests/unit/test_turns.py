@@ -11,6 +11,7 @@ from pipeline.inference.canonical import CanonicalNetwork
 from pipeline.inference.map_layout import Layout
 from pipeline.inference.stage_plan import Needs, coarse_region, needed_of, needs_of
 from pipeline.inference.staged import FeatureMap, StagedNetwork
+from pipeline.inference.turns import Turns
 from pipeline.models.architecture import Architecture
 from pipeline.models.chain import Chain, Stage
 from pipeline.models.deeplab import build_network
@@ -31,30 +32,35 @@ NETWORKS = {
 }
 
 
-def sweep_of(name: str, side: int, *, wide: int) -> tuple[Chain, Pass]:
-    """A network's stages, and its tiles of a scene that is ``wide`` tiles long on its last axis."""
+def sweep_of(name: str, side: int, *, wide: int, pooled: bool = True) -> tuple[Chain, Pass]:
+    """A network's stages, and its tiles of a scene that is ``wide`` tiles long on its last axis.
+
+    ``pooled``: over windows of 40 px, else over all of a tile.
+    """
     architecture = NETWORKS[name]
     with torch.device("meta"):
         network = build_network(architecture, bands=2, classes=3).eval()
-    network.pool_over((40,) * architecture.dims)
+    network.pool_over((40,) * architecture.dims if pooled else None)
     shape = (*(side,) * (architecture.dims - 1), wide * side)
     grid = Grid(shape=shape, tile=(side,) * len(shape), stride=architecture.output_stride)
     halo = Halo.uniform(0, ndim=len(shape))
-    sweep = Pass(case="", name="", grid=grid, reach=reach_of(network), crf_halo=halo)
+    reach = reach_of(network, context="window" if pooled else "tile")
+    sweep = Pass(case="", name="", grid=grid, reach=reach, crf_halo=halo)
     return stages_of(network), sweep
 
 
-@pytest.mark.parametrize("canonical", [False, True], ids=["rows", "canonical"])
+@pytest.mark.parametrize("kind", ["rows", "canonical", "a mean over the tile"])
 @pytest.mark.parametrize(
     ("name", "side", "window"),
     [("slim", 192, 13), ("slim 3-D", 32, 5), ("resnet50", 320, 9)],
     ids=["slim", "slim 3-D", "resnet50"],
 )
-def test_no_place_of_a_map_is_written_before_it_was_read_for_the_last_time(
-    name: str, side: int, window: int, *, canonical: bool, monkeypatch: pytest.MonkeyPatch
+def test_every_row_is_there_when_it_is_read(
+    name: str, side: int, window: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Maps share memory: one that starts too early would be computed from another's numbers."""
-    chain, sweep = sweep_of(name, side, wide=3)
+    """Rows make room for others and maps share memory: one that went too early would be computed
+    from another's numbers, and canonical windows take zeros for what is not there."""
+    chain, sweep = sweep_of(name, side, wide=3, pooled=kind != "a mean over the tile")
     marks = {each: float(number) for number, each in enumerate(chain.channels)}
 
     def fill(
@@ -67,13 +73,16 @@ def test_no_place_of_a_map_is_written_before_it_was_read_for_the_last_time(
         for part in windows:
             for step, read in stage.reads():
                 needed = needed_of(step, part, needs.shapes[read], needs.frame)
-                assert (maps[read].view(needed & maps[read].region) == marks[read]).all()
+                held_BCS = maps[read].view(needed & needs.regions[read])
+                assert (held_BCS == marks[read]).all()
             result.view(part & result.region).fill_(marks[stage.name])
 
     monkeypatch.setattr(staged_module, "_fill", fill)
     shape, tile = sweep.grid.padded_shape, sweep.tile(1)
     network = (
-        CanonicalNetwork(chain, side_px=32) if canonical else StagedNetwork(chain, window=window)
+        CanonicalNetwork(chain, side_px=32)
+        if kind == "canonical"
+        else StagedNetwork(chain, window=window)
     )
     image_BCS = torch.full((1, 2, *tile.read.shape), marks[chain.image])
     coarse = coarse_region(tile.read, scored=tile.scored, upsample=chain.upsample)
@@ -81,13 +90,25 @@ def test_no_place_of_a_map_is_written_before_it_was_read_for_the_last_time(
     assert (logits_BKS == marks[chain.logits]).all()
 
 
-def test_a_map_lies_where_the_map_that_it_is_made_from_lay() -> None:
-    """A stage that widens the features would take the memory of both: 5.4 GB, where 2.99 are the
-    widest map of ResNet-50 over an inner tile of 4096 px, and 3.74 are held with what it reads."""
-    chain, sweep = sweep_of("resnet50", 4096, wide=3)
+def block_of(side: int, *, pooled: bool = True) -> tuple[int, list[int]]:
+    """Numbers of the block for an inner tile of ResNet-50, and of each map in all."""
+    chain, sweep = sweep_of("resnet50", side, wide=3, pooled=pooled)
     tile, shape = sweep.tile(1), sweep.grid.padded_shape
     needs = needs_of(chain, tile.read, scored=tile.scored, shape=shape)
-    sizes = {stage.name: needs.regions[stage.name].size * stage.channels for stage in chain.stages}
-    layout = Layout.of(chain, needs)
-    assert max(sizes.values()) < layout.size < 1.35 * max(sizes.values())
-    assert all(layout.starts[name] + sizes[name] <= layout.size for name in layout.starts)
+    sizes = [needs.regions[stage.name].size * stage.channels for stage in chain.stages]
+    return Layout.of(chain, needs, Turns.of(chain, needs, window=64)).size, sizes
+
+
+def test_maps_hold_a_part_of_a_large_tile() -> None:
+    """Memory would grow with the area of the tile: the widest map of ResNet-50 alone takes 3 GB at
+    4096 px. Four times the pixels take twice the memory: that of their width."""
+    (small, few), (large, many) = block_of(4096), block_of(8192)
+    assert small < 0.45 * max(few)
+    assert large < 2.1 * small
+    assert large < 0.25 * max(many)
+
+
+def test_a_mean_over_the_tile_holds_one_map_whole() -> None:
+    """What the mean is of must be there to its last row: the maps before it need not be."""
+    size, sizes = block_of(4096, pooled=False)
+    assert max(sizes) < size < 1.6 * max(sizes)
