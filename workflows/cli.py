@@ -60,7 +60,7 @@ Context = Annotated[
 ]
 Averaging = Annotated[
     str,
-    typer.Option("--average", help="none, or flip: and axes, such as flip:yx: mirror images."),
+    typer.Option(help="none, or mirror images and sizes: flip:yx, scale:0.75,1,1.25+flip:x."),
 ]
 Windows = Annotated[
     str,

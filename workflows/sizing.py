@@ -237,7 +237,7 @@ class Sizer:
                 pixel_bytes=pixel_bytes,
                 shape=sweep.grid.padded_shape,
                 scores=self.scores,
-                passes=self.traced.passes,
+                average=self.traced.average,
             )
         return CostModel(
             chain=self.traced.body,
@@ -248,7 +248,7 @@ class Sizer:
             pixel_bytes=pixel_bytes,
             shape=sweep.grid.padded_shape,
             scores=self.scores,
-            passes=self.traced.passes,
+            average=self.traced.average,
         )
 
     def peak_bytes(self, costs: Costs, *, workers: int, device: Literal["cpu", "cuda"]) -> int:
