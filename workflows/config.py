@@ -48,6 +48,8 @@ class SegmentOptions(RunOptions):
     context: Literal["window", "scene", "tile"] = "window"
     average: str = "none"
     """What probabilities are averaged over: none, flip:AXES, scale:FACTORS, or both with ``+``."""
+    output_stride: int | None = Field(default=None, ge=1)
+    """Pixels between features, other than those the bundle says; the weights stay the same."""
     windows: Literal["rows", "canonical"] = "rows"
     """What is computed at once: rows of the tile, or windows of the scene, whatever the tile."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -79,8 +81,8 @@ class SegmentOptions(RunOptions):
         """The options that decide the bytes of the result, as asked (``auto`` stays ``auto``)."""
         return self.model_dump(
             include={
-                "crf", "tile", "halo", "context", "average", "windows", "device", "precision",
-                "memory_budget",
+                "crf", "tile", "halo", "context", "average", "output_stride", "windows", "device",
+                "precision", "memory_budget",
                 "any_resolution", "scores", "volume", "series",
             }
         )  # fmt: skip

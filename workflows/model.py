@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.domain import Halo, Reach
 from pipeline.models.bundle import Bundle, load_bundle
@@ -53,9 +53,16 @@ def create(
     classes: int,
     output_stride: int | None,
     seed: int,
+    multi_scale: bool = False,
+    slice_stride: int | None = None,
 ) -> Bundle:
     """Write an untrained bundle. Raises BundleError for a network that does not exist."""
     architecture = published(family, backbone, dims=dims, output_stride=output_stride)
+    if multi_scale:
+        form: Literal["features", "inputs"] = "features" if family == "v1" else "inputs"
+        architecture = replace(architecture, multi_scale=form)
+    if slice_stride is not None:
+        architecture = replace(architecture, slice_stride=slice_stride)
     return new_bundle(output, architecture=architecture, bands=bands, classes=classes, seed=seed)
 
 
