@@ -176,14 +176,16 @@ class AveragedPredictor:
                 Frame.of(part.mirrored(axes, shape=shape), shape=shape),
                 scored=scored.mirrored(axes, shape=shape),
                 zoom=zoom,
-            )
-            part_KS = logits_KS.log_softmax(dim=0).flip([1 + axis for axis in axes])
+            ).log_softmax(dim=0)
+            if axes:
+                logits_KS = logits_KS.flip([1 + axis for axis in axes])
             # Not the sum of probabilities: that of a class far behind would be 0, its logarithm
             # no number.
             if total_KS is None:
-                total_KS = part_KS
+                total_KS = logits_KS
             else:
-                torch.logaddexp(total_KS, part_KS, out=total_KS)
+                torch.logaddexp(total_KS, logits_KS, out=total_KS)
+            del logits_KS  # the next pass needs the memory
         assert total_KS is not None
         return total_KS.sub_(math.log(self._average.passes))
 

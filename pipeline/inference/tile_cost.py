@@ -79,7 +79,7 @@ class CostModel:
     def of(self, tile: Tile) -> TileCost:
         """Cost of one tile. Raises RegionError where its input holds no window of pooling."""
         kept = kept_bytes(tile, classes=self.classes, scores=self.scores)
-        mean = mean_bytes(tile.scored, classes=self.classes, passes=self.average.passes)
+        mean = mean_bytes(tile.scored, classes=self.classes, average=self.average)
         zooms = [self._of_zoom(zoom, tile) for zoom in self.average.zooms]
         return TileCost(
             work=sum(work for work, _ in zooms),
@@ -127,8 +127,8 @@ class CostModel:
 
     def of_sample(self, tile: Tile) -> TileCost:
         """Cost of one sample of the certificate, over which the network runs as one."""
-        whole, passes = Region.whole(tile.read.shape), self.average.passes
-        mean = 2 * mean_bytes(whole, classes=self.classes, passes=passes)  # in float64
+        whole = Region.whole(tile.read.shape)
+        mean = 2 * mean_bytes(whole, classes=self.classes, average=self.average)  # in float64
         zooms = [self._of_zoomed_sample(zoom, tile) for zoom in self.average.zooms]
         return TileCost(
             work=sum(work for work, _ in zooms),
@@ -159,8 +159,12 @@ class CostModel:
         return replace(self, chain=pooled_by(self.chain, GivenMean(np.empty(0))))
 
     def _read_bytes(self, tile: Tile) -> int:
-        bands, passes = self.chain.bands, self.average.passes
-        return read_bytes(tile, bands=bands, pixel_bytes=self.pixel_bytes, passes=passes)
+        return read_bytes(
+            tile,
+            bands=self.chain.bands,
+            pixel_bytes=self.pixel_bytes,
+            average=self.average,
+        )
 
     @property
     def scene_work(self) -> int:
@@ -180,19 +184,19 @@ def resized_bytes(zoom: Zoom, pixels: int, resized: int, *, bands: int) -> int:
     return 0 if zoom.natural else (pixels + 3 * max(pixels, resized)) * bands * _FLOAT32
 
 
-def read_bytes(tile: Tile, *, bands: int, pixel_bytes: int, passes: int) -> int:
+def read_bytes(tile: Tile, *, bands: int, pixel_bytes: int, average: Average) -> int:
     """Bytes of what is read, in the host's memory.
 
     Of three tiles: on the device, being refined, and being read, of which the bands are picked in
     a copy. The image is kept for further passes.
     """
-    images = 1 + (passes > 1)
+    images = 1 + (not average.alone)
     return tile.read.size * (4 * (pixel_bytes + 1) + (images * bands + 2) * _FLOAT32)
 
 
-def mean_bytes(region: Region, *, classes: int, passes: int) -> int:
-    """Bytes of the mean of several passes and of what is made to add one to it; 0 for one."""
-    return 3 * (passes > 1) * region.size * classes * _FLOAT32
+def mean_bytes(region: Region, *, classes: int, average: Average) -> int:
+    """Bytes of the mean of all passes and of what is made to add one to it; 0 where all is one."""
+    return 3 * (not average.alone) * region.size * classes * _FLOAT32
 
 
 def kept_bytes(tile: Tile, *, classes: int, scores: bool) -> int:

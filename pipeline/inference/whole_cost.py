@@ -139,20 +139,19 @@ class WholeCostModel:
 
     def _of(self, parts: Sequence[Region], tile: Tile) -> TileCost:
         """Cost of a tile of which each zoom computes a part."""
-        trial, passes = self.trial, self.average.passes
-        held = 0
+        trial, held = self.trial, 0
         for zoom, part in zip(self.average.zooms, parts, strict=True):
             size = self._resized(zoom, part)
             values = _SCRATCH * trial.bytes_px * size * self.itemsize / _FLOAT32
             values += 2 * max(size, part.size) * self.classes * _FLOAT32
             resized = resized_bytes(zoom, part.size, size, bands=trial.bands)
             held = max(held, int(values), resized)
-        mean = 2 * mean_bytes(tile.read, classes=self.classes, passes=passes)  # in float64
+        mean = 2 * mean_bytes(tile.read, classes=self.classes, average=self.average)  # in float64
         return TileCost(
             work=self._work(parts),
             device_bytes=held + mean,
             host_bytes=read_bytes(
-                tile, bands=trial.bands, pixel_bytes=self.pixel_bytes, passes=passes
+                tile, bands=trial.bands, pixel_bytes=self.pixel_bytes, average=self.average
             ),
         )
 
