@@ -1,7 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-BENCHMARKS := bench-batch bench-crf bench-deep-memory bench-dispatch bench-equality bench-memory \
+BENCHMARKS := bench-average bench-batch bench-crf bench-deep-memory bench-dispatch bench-equality \
+	bench-memory \
 	bench-networks bench-reads bench-scene-crf \
 	bench-seams bench-throughput bench-work
 
