@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -235,15 +235,17 @@ def test_the_predictor_resizes_as_the_oracle_does(tmp_path: Path) -> None:
         assert gap_KS.abs().max() <= 1e-4 * wanted_KS.std()
 
 
-@pytest.mark.parametrize("aligned", [False, True], ids=["strides", "corners"])
+@pytest.mark.parametrize(
+    ("aligned", "precision"), [(False, "fp32"), (True, "fp32"), (False, "bf16")]
+)
 def test_canonical_windows_give_resized_tiles_of_any_size_the_same_bits(
-    tmp_path: Path, aligned: bool
+    tmp_path: Path, aligned: bool, precision: Literal["fp32", "bf16"]
 ) -> None:
     """Windows would be anchored at the resized tile, or pixels resized otherwise at its edge."""
     asked = replace(SLIM, align_corners=aligned)
     bundle = new_bundle(tmp_path / "model", architecture=asked, bands=2, classes=3, seed=1)
     average = Average.named("scale:0.5,0.75,1.25", own=reach_of(bundle.network()))
-    floats = Precision(name="fp32", channels_last=True, why="asked")
+    floats = Precision(name=precision, channels_last=True, why="asked")
     predictor = AveragedPredictor(
         Predictor(
             bundle, device="cpu", precision=floats, context="window", threads=1, canonical_px=64
