@@ -44,7 +44,7 @@ class ReferenceModel:
     def key(self) -> str:
         """All that decides what is loaded."""
         floats = f"{self.precision.name}-{'last' if self.precision.channels_last else 'first'}"
-        average = f"{self.average.axes}"
+        average = f"{self.average.zooms} {self.average.axes}"
         return f"whole {self.bundle.digest} {self.device} {floats} {average} {self.threads}"
 
     def load(self) -> ReferenceNetwork:
@@ -54,7 +54,7 @@ class ReferenceModel:
             self.bundle,
             device=self.device,
             precision=self.precision,
-            passes=self.average.passes,
+            average=self.average,
             threads=self.threads,
         )
 

@@ -41,7 +41,7 @@ class SegmentModel:
     context: Context
 
     average: Average
-    """Mirror images that probabilities are averaged over."""
+    """Sizes and mirror images that probabilities are averaged over."""
 
     threads: int
     """Threads of a worker, fixed by the plan whatever the number of workers."""
@@ -53,7 +53,8 @@ class SegmentModel:
     def key(self) -> str:
         """All that decides what is loaded: two cases with equal keys share the network."""
         floats = f"{self.precision.name}-{'last' if self.precision.channels_last else 'first'}"
-        windows = f"{self.context} {self.canonical_px} {self.average.axes}"
+        average = f"{self.average.zooms} {self.average.axes}"
+        windows = f"{self.context} {self.canonical_px} {average}"
         return f"{self.bundle.digest} {self.device} {floats} {windows} {self.threads}"
 
     def load(self) -> Logits:

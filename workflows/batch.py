@@ -24,12 +24,13 @@ from pipeline.domain import CaseRecord
 from pipeline.errors import LeaseHeldError, PlanError, StoreError, no_space
 from pipeline.execution.feed import FairFeed
 from pipeline.execution.identity import software_digest
-from pipeline.models.bundle import Bundle, load_bundle
+from pipeline.models.bundle import Bundle
 from pipeline.ports import Guard
 from pipeline.segment_image import ImageTiles, segment_images
 from workflows.backend import make_backend
 from workflows.batch_case import BatchCase, Layout, Shared
 from workflows.batch_papers import BatchPapers, nothing
+from workflows.bundle_asked import bundle_asked
 from workflows.config import SegmentOptions
 from workflows.crf_asked import crf_params
 from workflows.image_run import ImageRun
@@ -79,7 +80,7 @@ def batch(
     lists = [os.path.realpath(source) for source in sources]
     if os.path.realpath(layout.tables / "cases.csv") in lists:
         raise PlanError(f"{layout.tables / 'cases.csv'} is the table of results: list them apart")
-    bundles = _by_axes([load_bundle(model) for model in models])
+    bundles = _by_axes([bundle_asked(model, asked) for model in models])
     run = RunDir(layout.run_dir)
     run.check_ours(batch=True)
     layout.check()

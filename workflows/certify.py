@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from pipeline.errors import BundleError, ExecutionError, PlanError, SourceError,
 from pipeline.execution.feed import FairFeed
 from pipeline.execution.serial import SerialBackend
 from pipeline.inference.scene_context import SceneSums
-from pipeline.models.bundle import Bundle, load_bundle
+from pipeline.models.bundle import Bundle
 from pipeline.ports import Guard, Job
+from workflows.bundle_asked import bundle_asked
 from workflows.case import Case
 from workflows.config import SegmentOptions
 from workflows.finish import Product
@@ -87,7 +89,7 @@ def _product(run: RunDir, *, model: str | Path | None) -> Product:
         raise PlanError(f"{run.path} is a refine run: what it measured is in its certificate.json")
     if done is None or not {"model", "output", "output_sha256"} <= done.keys():
         raise PlanError(f"{run.path} is not finished: run its command again first")
-    bundle = _bundle(found["asked"]["model"], model, wanted=done["model"]["digest"])
+    bundle = _bundle(found["asked"], model, wanted=done["model"]["digest"])
     case = _case(found, run)
     output = Path(done["output"])
     if not output.is_file() or file_digest(output) != done["output_sha256"]:
@@ -98,10 +100,11 @@ def _product(run: RunDir, *, model: str | Path | None) -> Product:
     return Product(case=case, bundle=bundle, plan=plan, output=output, run=run)
 
 
-def _bundle(recorded: str, given: str | Path | None, *, wanted: str) -> Bundle:
+def _bundle(asked: Mapping[str, Any], given: str | Path | None, *, wanted: str) -> Bundle:
+    recorded = asked["model"]
     if given is None and not Path(recorded).is_dir():
         raise BundleError(f"the bundle {recorded} is gone: say with --model where it is now")
-    bundle = load_bundle(given or recorded)
+    bundle = bundle_asked(given or recorded, SegmentOptions.model_validate(asked["options"]))
     if bundle.digest != wanted:
         raise BundleError(
             f"the bundle {bundle.path} has digest {bundle.digest[:12]}.., the run was made with"

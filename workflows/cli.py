@@ -60,7 +60,10 @@ Context = Annotated[
 ]
 Averaging = Annotated[
     str,
-    typer.Option("--average", help="none, or flip: and axes, such as flip:yx: mirror images."),
+    typer.Option(help="none, or mirror images and sizes: flip:yx, scale:0.75,1,1.25+flip:x."),
+]
+OutputStride = Annotated[
+    int | None, typer.Option(help="8 or 16 where the trunk has both; the bundle's own otherwise.")
 ]
 Windows = Annotated[
     str,
@@ -104,6 +107,7 @@ def segment(
     halo: HaloAsked = "exact",
     context: Context = "window",
     average: Averaging = "none",
+    output_stride: OutputStride = None,
     windows: Windows = "rows",
     backend: Annotated[str, typer.Option(help="ray, or serial (this process).")] = "ray",
     ray_address: Cluster = None,
@@ -152,6 +156,7 @@ def batch(
     halo: HaloAsked = "exact",
     context: Context = "window",
     average: Averaging = "none",
+    output_stride: OutputStride = None,
     windows: Windows = "rows",
     backend: Annotated[str, typer.Option(help="ray, or serial (this process).")] = "ray",
     ray_address: Cluster = None,
@@ -198,6 +203,7 @@ def plan(
     halo: HaloAsked = "exact",
     context: Context = "window",
     average: Averaging = "none",
+    output_stride: OutputStride = None,
     windows: Windows = "rows",
     workers: Workers = None,
     device: Device = "auto",

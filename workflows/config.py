@@ -47,7 +47,9 @@ class SegmentOptions(RunOptions):
     """exact, a number of pixels, or auto:TOL, the share of labels that may differ."""
     context: Literal["window", "scene", "tile"] = "window"
     average: str = "none"
-    """Mirror images that probabilities are averaged over: none, or flip: and letters of axes."""
+    """What probabilities are averaged over: none, flip:AXES, scale:FACTORS, or both with ``+``."""
+    output_stride: int | None = Field(default=None, ge=1)
+    """Pixels between features, other than those the bundle says; the weights stay the same."""
     windows: Literal["rows", "canonical"] = "rows"
     """What is computed at once: rows of the tile, or windows of the scene, whatever the tile."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -65,8 +67,9 @@ class SegmentOptions(RunOptions):
     @field_validator("average")
     @classmethod
     def _average(cls, value: str) -> str:
-        if value != "none" and not re.fullmatch("flip:[zyx]+", value):
-            raise ValueError("must be 'none', or 'flip:' and letters of axes such as flip:yx")
+        flip, scale = r"flip:[zyx]+", r"scale:\d+(\.\d+)?(,\d+(\.\d+)?)*"
+        if not re.fullmatch(rf"none|{flip}(\+{scale})?|{scale}(\+{flip})?", value):
+            raise ValueError("must be 'none', flip:yx, scale:0.75,1,1.25, or scale:0.5,1+flip:x")
         return value
 
     @property
@@ -78,8 +81,8 @@ class SegmentOptions(RunOptions):
         """The options that decide the bytes of the result, as asked (``auto`` stays ``auto``)."""
         return self.model_dump(
             include={
-                "crf", "tile", "halo", "context", "average", "windows", "device", "precision",
-                "memory_budget",
+                "crf", "tile", "halo", "context", "average", "output_stride", "windows", "device",
+                "precision", "memory_budget",
                 "any_resolution", "scores", "volume", "series",
             }
         )  # fmt: skip

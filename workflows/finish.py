@@ -130,6 +130,7 @@ def _write_raster(product: Product, store: ArrayStore, seam: Certificate) -> Non
             "TERRAVOX_TILE": " ".join(map(str, plan.sweep.grid.tile)),
             "TERRAVOX_WINDOWS": windows_json(plan)["kind"],
             "TERRAVOX_AVERAGE": plan.resolved.average,
+            "TERRAVOX_OUTPUT_STRIDE": str(plan.resolved.output_stride),
             "TERRAVOX_PRECISION": plan.resolved.precision.name,
             "TERRAVOX_CRF": "on" if plan.crf else "off",
             **_seam_tags(seam),

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.domain import Reach
 from pipeline.errors import PlanError
-from pipeline.inference.average import Average, averaged
+from pipeline.inference.average import averaged
 from pipeline.inference.predictor import Predictor
 from pipeline.models.bundle import Bundle
 from workflows.case import Case
@@ -26,15 +26,13 @@ def reach_asked(exact: Reach, options: SegmentOptions, trial: HaloTrial | None) 
     return short_reach(exact, trial.halo) if trial else exact
 
 
-def average_asked(options: SegmentOptions, bundle: Bundle) -> Average:
-    """Over which mirror images a command means to average. Raises PlanError."""
-    average = Average.named(options.average, dims=bundle.architecture.dims)
-    if average.axes and options.context == "scene" and bundle.architecture.pools:
+def check_average(options: SegmentOptions, bundle: Bundle) -> None:
+    """Raise PlanError where the mean of the scene would be taken for that of another."""
+    if options.average != "none" and options.context == "scene" and bundle.architecture.pools:
         raise PlanError(
             f"--average {options.average} needs --context window or tile: the mean of a scene is"
-            " not that of its mirror image"
+            " not that of its mirror image, nor of the scene at another size"
         )
-    return average
 
 
 def is_exact(known: Traced, *, reach: Reach) -> bool:
@@ -66,13 +64,12 @@ def try_halos(
         context=options.context,
         threads=floats.threads,
     )
-    average = average_asked(options, bundle)
     tile = resolve(options, sizer, halo=None, alone=False).tile
     sampler = Sampler(
         source=case.source,
         channels=channels,
         scaling=bundle.input.scaling,
-        predictor=averaged(predictor, average),
+        predictor=averaged(predictor, sizer.traced.average),
         sweep=replace(sizer, crf=None).sweep(tile, case=""),
     )
     return shortest_halo(sampler, tolerance=tolerance)

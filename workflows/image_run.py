@@ -12,7 +12,6 @@ from adapters.ledger_file import LedgerFile
 from adapters.zarr_store import ZarrStore
 from pipeline.context_tile import ContextTiles
 from pipeline.errors import PlanError
-from pipeline.inference.average import Average
 from pipeline.inference.scene_context import MISSING, SceneInOneTile, SceneSums, sums_layout
 from pipeline.models.architecture import Architecture
 from pipeline.models.deeplab import aspp_width
@@ -196,7 +195,7 @@ class ImageRun:
             device=resolved.device,
             precision=resolved.precision,
             context=resolved.context,
-            average=Average.named(resolved.average, dims=len(grid.shape)),
+            average=plan.average,
             threads=resolved.threads,
             canonical_px=resolved.canonical_px,
         )

@@ -57,6 +57,7 @@ def manifest(
         "windows": windows_json(plan),
         "context": plan.resolved.context if _mixes(plan, bundle) else "none",
         "average": plan.resolved.average,
+        "output_stride": plan.resolved.output_stride,
         "scene_mean": None,
         "crf": _crf(plan),
         "precision": plan.resolved.precision.name,

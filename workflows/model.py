@@ -62,20 +62,23 @@ def create(
     classes: int,
     output_stride: int | None,
     seed: int,
+    multi_scale: bool = False,
+    slice_stride: int | None = None,
 ) -> Bundle:
     """Write an untrained bundle. Raises BundleError for a network that does not exist."""
     trunk = backbone or _TRUNKS.get(family, "slim")
+    form = ("features" if family == "v1" else "inputs") if multi_scale else None
+    asked = {"multi_scale": form, "slice_ratio": slice_ratio, "slice_stride": slice_stride}
+    asked = {key: value for key, value in asked.items() if value is not None}
     architecture: Architecture | CustomArchitecture
     if family in BASELINES:
-        if (output_stride, slice_ratio) != (None, None):
-            raise BundleError(
-                f"family {family} has a stride of its own and no slices: output stride"
-                f" {output_stride} and slice ratio {slice_ratio} asked"
-            )
+        if asked or output_stride is not None:
+            given = ", ".join([*asked, *["output_stride"] * (output_stride is not None)])
+            raise BundleError(f"family {family} has no options of its own, {given} asked")
         architecture = baseline(family, trunk, dims=dims, bands=bands, classes=classes)
     else:
         architecture = published(family, trunk, dims=dims, output_stride=output_stride)
-        architecture = replace(architecture, slice_ratio=slice_ratio)
+        architecture = replace(architecture, **asked)
     return new_bundle(output, architecture=architecture, bands=bands, classes=classes, seed=seed)
 
 

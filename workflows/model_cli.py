@@ -53,6 +53,12 @@ def new(
     output_stride: Annotated[
         int | None, typer.Option(help="The backbone's finest if absent.")
     ] = None,
+    multi_scale: Annotated[
+        bool, typer.Option("--multi-scale", help="v1: its MSc. v2: maximum over three sizes.")
+    ] = False,
+    slice_stride: Annotated[
+        int | None, typer.Option(help="Of medicalnet trunks, along z: 2 for slices 5 mm thick.")
+    ] = None,
     seed: int = 0,
     as_json: Json = False,
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.crf.params import ResolvedCrf
 from pipeline.domain import Pass, SamplePass, Shape, TilePlan
 from pipeline.errors import SourceError
+from pipeline.inference.average import Average
 from pipeline.models.bundle import Bundle
 from pipeline.models.chain import Chain
 from workflows.case import Case
@@ -16,7 +17,7 @@ from workflows.config import SegmentOptions
 from workflows.crf_asked import resolve_crf, with_engine
 from workflows.fitting import check_modality, check_spacing, match_channels
 from workflows.halo_asked import (
-    average_asked,
+    check_average,
     halo_notes,
     is_exact,
     reach_asked,
@@ -42,6 +43,9 @@ class SegmentPlan:
     source_digest: str
     channels: tuple[int, ...]
     crf: ResolvedCrf | None
+    average: Average
+    """How the network sees the scene."""
+
     network_exact: bool
     """True when the halo covers the receptive field and pooling does not depend on the tile."""
 
@@ -98,7 +102,8 @@ class SegmentPlan:
             "case": sweep.case,
             "shape": sweep.grid.shape,
             "padded_shape": sweep.grid.padded_shape,
-            "output_stride": sweep.grid.stride,
+            "output_stride": self.resolved.output_stride,
+            "tile_stride": sweep.grid.stride,
             "tile": sweep.grid.tile,
             "tiles": len(sweep),
             "stages": self.stages,
@@ -149,11 +154,11 @@ def make_plan(
             "crf": crf.as_json() if crf else None,
         }
     )
-    average = average_asked(options, bundle)
-    known = traced(bundle, options.context).averaged(average)
+    check_average(options, bundle)
+    known = traced(bundle, options.context).averaged(options.average)
     # Of the layers, not as the options shorten it; pooling over a tile is held against a window's.
     tile_pooled = options.context == "tile" and bundle.architecture.windowed
-    whole = traced(bundle, "window").averaged(average) if tile_pooled else known
+    whole = traced(bundle, "window").averaged(options.average) if tile_pooled else known
     sizer = Sizer(
         bundle=bundle,
         info=info,
@@ -180,6 +185,7 @@ def make_plan(
         source_digest=case.digest,
         channels=channels,
         crf=crf,
+        average=known.average,
         network_exact=is_exact(known, reach=sizer.reach),
         receptive_field=known.receptive_field,
         stages=len(known.body.stages) if isinstance(known.body, Chain) else 1,

@@ -301,6 +301,7 @@ def _plan(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "windows": manifest.get("windows"),
         "context": manifest.get("context"),
         "mean of": manifest.get("average"),
+        "output stride": manifest.get("output_stride"),
         "CRF": "off" if crf is None else crf,
         "device": manifest.get("device"),
         "precision": manifest.get("precision"),

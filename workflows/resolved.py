@@ -37,7 +37,10 @@ class Resolved:
     context: Context
 
     average: str
-    """As asked: none, or the axes of mirror images."""
+    """As asked: none, or the sizes and the axes of mirror images."""
+
+    output_stride: int
+    """Of the network, in pixels."""
 
     halo: HaloTrial | None
     """The one that ``auto:TOL`` became; None for the exact halo, and for one that was given."""
@@ -113,6 +116,7 @@ def resolve(
         threads=team.threads,
         context=options.context,
         average=options.average,
+        output_stride=sizer.bundle.architecture.output_stride,
         halo=halo,
         canonical_px=sizer.canonical_px,
         crf_engine=engine,

@@ -13,7 +13,6 @@ from adapters.piece_files import PieceFiles
 from pipeline.certify_sample import CertifySamples, ReferenceModel
 from pipeline.domain import Region, TileKey
 from pipeline.errors import StoreError
-from pipeline.inference.average import Average
 from pipeline.inference.scene_context import SceneSums
 from pipeline.ports import Guard, PieceStore, Record
 from pipeline.stitching.certificate import Certificate, Claim, Measured, certify
@@ -89,7 +88,7 @@ def certify_work(
             bundle=product.bundle,
             device=resolved.device,
             precision=resolved.precision,
-            average=Average.named(resolved.average, dims=len(plan.sweep.grid.shape)),
+            average=plan.average,
             threads=resolved.threads,
         ),
         source=product.case.source,

@@ -10,10 +10,10 @@ from typing import Any
 
 from adapters.lease_file import LeaseFile
 from pipeline.execution.feed import FairFeed
-from pipeline.models.bundle import load_bundle
 from pipeline.ports import Guard, Record
 from pipeline.segment_image import segment_images
 from workflows.backend import make_backend
+from workflows.bundle_asked import bundle_asked
 from workflows.calibration import network_seconds
 from workflows.case import open_case
 from workflows.config import SegmentOptions
@@ -52,7 +52,8 @@ def segment(
     Raises:
         PipelineError: one line that says what was asked, what was found and what to do.
     """
-    asked, bundle = options or SegmentOptions(), load_bundle(model)
+    asked = options or SegmentOptions()
+    bundle = bundle_asked(model, asked)
     target = Path(output).absolute()
     run = RunDir((asked.run_dir or default_run_dir(target)).resolve())
     case = open_case(Path(source).absolute(), asked, scratch=run.scratch)
@@ -79,7 +80,7 @@ def plan_only(source: str | Path, *, model: str | Path, options: SegmentOptions)
 
     Raises what ``segment`` raises.
     """
-    case, bundle = open_case(Path(source).absolute(), options), load_bundle(model)
+    case, bundle = open_case(Path(source).absolute(), options), bundle_asked(model, options)
     plan = make_plan(case, bundle, options)
     return plan.as_json() | {"network_seconds": round(network_seconds(plan, bundle), 1)}
 

@@ -237,7 +237,7 @@ class Sizer:
                 pixel_bytes=pixel_bytes,
                 shape=sweep.grid.padded_shape,
                 scores=self.scores,
-                passes=self.traced.passes,
+                average=self.traced.average,
             )
         return CostModel(
             chain=self.traced.body,
@@ -248,7 +248,7 @@ class Sizer:
             pixel_bytes=pixel_bytes,
             shape=sweep.grid.padded_shape,
             scores=self.scores,
-            passes=self.traced.passes,
+            average=self.traced.average,
         )
 
     def peak_bytes(self, costs: Costs, *, workers: int, device: Literal["cpu", "cuda"]) -> int:
@@ -270,7 +270,9 @@ class Sizer:
 
         A small tile is redone, retried and reported sooner. Where none fits, the smallest.
         """
-        sides = AUTO_TILES[self.info.ndim] if asked is None else (asked,)
+        stride = self.reach.stride
+        auto = (-(-side // stride) * stride for side in AUTO_TILES[self.info.ndim])
+        sides = tuple(auto) if asked is None else (asked,)
         smallest = AUTO_TILES[self.info.ndim][0]
         choices: list[tuple[Shape, Team, float]] = []
         fitting: list[tuple[Shape, Team, float]] = []
@@ -294,7 +296,11 @@ class Sizer:
         """A square tile, no longer than the padded scene on any axis. Raises PlanError."""
         stride = self.reach.stride
         if side % stride:
-            raise PlanError(f"--tile {side}: must be a multiple of the output stride, {stride} px")
+            own = self.traced.average.own.stride
+            more = f", for sizes of the scene {stride} px" if stride > own else ""
+            raise PlanError(
+                f"--tile {side}: must be a multiple of the output stride, {own} px{more}"
+            )
         if self.canonical_px is not None and side % self.canonical_px:
             raise PlanError(
                 f"--tile {side}: must be a multiple of the canonical window, {self.canonical_px} px"

@@ -28,7 +28,8 @@ _LOCK = threading.Lock()
 class Traced:
     """A network without its weights."""
 
-    reach: Reach
+    average: Average
+    """How the network sees the scene: once, as it is, unless ``average`` says otherwise."""
 
     exact: bool
     """Whether tiles that read so much agree with the scene."""
@@ -45,12 +46,14 @@ class Traced:
     weight_bytes: int
     """Of all weights, in float32."""
 
-    passes: int = 1
-    """Times that the network sees a tile."""
+    @property
+    def reach(self) -> Reach:
+        """What tiles need, in pixels of the scene."""
+        return self.average.reach
 
-    def averaged(self, average: Average) -> Traced:
-        """The same, over mirror images."""
-        return replace(self, reach=average.reach(self.reach), passes=len(average.passes))
+    def averaged(self, text: str) -> Traced:
+        """The same, as ``--average`` asks for it. Raises PlanError."""
+        return replace(self, average=Average.named(text, own=self.average.own))
 
 
 def traced(bundle: Bundle, context: Context) -> Traced:
@@ -76,7 +79,7 @@ def of_layers(network: DeepLab, context: Context) -> Traced:
         network.pool_over(None)
     chain = stages_of(network)
     return Traced(
-        reach=reach_of(network, context=context),
+        average=Average(own=reach_of(network, context=context)),
         exact=context != "tile" or not network.architecture.pools,
         receptive_field=receptive_field(chain).shape,
         body=chain.moved(_without_values),
@@ -91,7 +94,7 @@ def _probed(network: CustomNetwork, bundle: Bundle, context: Context) -> Traced:
         sides = zip(halo.before, halo.after, strict=True)
         field = tuple(before + network.stride + after for before, after in sides)
     return Traced(
-        reach=custom_reach(network, found, crop=bundle.crop, context=context),
+        average=Average(own=custom_reach(network, found, crop=bundle.crop, context=context)),
         exact=halo is not None,
         receptive_field=field,
         body=trial_of(network),

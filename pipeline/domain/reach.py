@@ -42,6 +42,16 @@ class ContextWindow:
             stop.append(min(max(last - half, 0), length - span) + span)
         return Region(tuple(start), tuple(stop)).grow(self.outer).clip(shape)
 
+    def __or__(self, other: ContextWindow) -> ContextWindow:
+        """One that holds both, which have the same steps."""
+        assert self.steps == other.steps
+        return replace(
+            self,
+            size=tuple(max(a, b) for a, b in zip(self.size, other.size, strict=True)),
+            inner=self.inner | other.inner,
+            outer=self.outer | other.outer,
+        )
+
     @property
     def half(self) -> tuple[int, ...]:
         """Half of the window per axis, in pixels, its middle left out."""
@@ -73,6 +83,18 @@ class Reach:
     def __post_init__(self) -> None:
         if self.stride < 1:
             raise RegionError(f"an output stride is at least 1 px, got {self.stride}")
+
+    def __or__(self, other: Reach) -> Reach:
+        """What holds both, which have the same stride and steps; no mean over the scene is left."""
+        window = self.window
+        if window is not None and other.window is not None:
+            window = window | other.window
+        return Reach(
+            stride=self.stride,
+            endpoint=self.endpoint,
+            halo=self.halo | other.halo,
+            window=window or other.window,
+        )
 
     def read(self, region: Region, *, shape: Shape) -> Region:
         """The input of valid sides that ``region`` needs, cut at a scene of padded ``shape``."""

@@ -1,16 +1,21 @@
-"""Probabilities averaged over mirror images of the scene (Chen et al. 2017, section 4.1).
+"""Probabilities averaged over the scene at several sizes and its mirror images.
 
-A tile is mirrored where it lies: its place in the scene's mirror image is that of the mirrored
-tile, on the stride again, so that tiles still agree.
+Chen et al. 2017 (arXiv 1706.05587), section 4.1: scores at every scale and mirror image are
+resized to the image, and the mean of their softmax taken. A tile is resized and mirrored where it
+lies: its place in the other scene is that of the other tile, on the stride again, so that tiles
+still agree.
 
 Axes in array names: C channel, K class, S space, (y, x) or (z, y, x).
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
@@ -18,43 +23,95 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.domain import Reach, Region
+from pipeline.domain import Reach, Region, Shape
 from pipeline.errors import PlanError
+from pipeline.inference.zoom import NATURAL, Zoom
 from pipeline.models.frame import Frame
 from pipeline.models.scene_mean import GivenMean, OwnMean
 
 _AXES = "zyx"
 
+_LEAST, _MOST, _PARTS = Fraction(1, 4), Fraction(4), 4
+"""Factors of size that are taken: quarters, so that tiles lie on 4 strides at most."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Average:
-    """Along which axes the scene is mirrored.
+    """How often, and how, a network sees a tile: at every zoom, every mirror image."""
 
-    >>> Average.named("flip:yx", dims=2).passes
-    ((), (0,), (1,), (0, 1))
-    """
+    own: Reach
+    """Of the network, in pixels of what it sees."""
+
+    zooms: tuple[Zoom, ...] = (NATURAL,)
 
     axes: tuple[int, ...] = ()
-    """Of S, from 0; none: the image is seen once, as it is."""
+    """Of S, from 0, along which the scene is mirrored as well."""
 
     @classmethod
-    def named(cls, text: str, *, dims: int) -> Average:
-        """``none``, or ``flip:`` and the letters of axes. Raises PlanError."""
-        letters = "" if text == "none" else text.removeprefix("flip:")
-        known = _AXES[-dims:]
-        if not set(letters) <= set(known):
+    def named(cls, text: str, *, own: Reach) -> Average:
+        """``none``, or ``flip:yx``, ``scale:0.75,1,1.25``, or both with ``+`` between them.
+
+        Raises PlanError.
+        """
+        known, axes = _AXES[-len(own.halo.before) :], ""
+        zooms: tuple[Zoom, ...] = (NATURAL,)
+        for part in () if text == "none" else text.split("+"):
+            kind, _, values = part.partition(":")
+            if kind == "flip":
+                axes = values
+            else:
+                zooms = tuple(_zoom(factor) for factor in values.split(","))
+        if not set(axes) <= set(known):
             raise PlanError(f"--average {text}: the axes of this image are {', '.join(known)}")
-        return cls(tuple(axis for axis, letter in enumerate(known) if letter in letters))
+        return cls(
+            own=own,
+            zooms=zooms,
+            axes=tuple(axis for axis, letter in enumerate(known) if letter in axes),
+        )
 
     @property
-    def passes(self) -> tuple[tuple[int, ...], ...]:
-        """Axes that each pass mirrors: every combination, none first."""
+    def mirrors(self) -> tuple[tuple[int, ...], ...]:
+        """Axes that are mirrored at once: every combination, none first."""
         counts = range(len(self.axes) + 1)
         return tuple(p for n in counts for p in itertools.combinations(self.axes, n))
 
-    def reach(self, reach: Reach) -> Reach:
-        """What all passes together need, for a network of this ``reach``."""
+    @property
+    def passes(self) -> int:
+        """Times that the network sees a tile."""
+        return len(self.zooms) * len(self.mirrors)
+
+    @property
+    def alone(self) -> bool:
+        """Whether the network sees the scene once, as it is."""
+        return self.zooms == (NATURAL,) and not self.axes
+
+    @property
+    def reach(self) -> Reach:
+        """What all passes together need of the scene, in its pixels."""
+        return functools.reduce(Reach.__or__, (self._reach(zoom) for zoom in self.zooms))
+
+    def part(self, zoom: Zoom, read: Region, *, scored: Region, shape: Shape) -> Region:
+        """What the passes at a zoom need of ``read`` for ``scored``, in a scene of ``shape``.
+
+        Small scenes make halos wide, which large ones then need not compute.
+        """
+        reach = self._reach(zoom)
+        return reach.read(scored.align(reach.stride).clip(shape), shape=shape) & read
+
+    def _reach(self, zoom: Zoom) -> Reach:
+        stride = math.lcm(*(each.stride(self.own.stride) for each in self.zooms))
+        reach = zoom.reach(self.own, stride=stride)
         return reach.both_ways() if self.axes else reach
+
+
+def _zoom(text: str) -> Zoom:
+    factor = Fraction(text)
+    if not _LEAST <= factor <= _MOST or (factor * _PARTS).denominator > 1:
+        raise PlanError(
+            f"--average scale:{text}: sizes are quarters from {float(_LEAST)} to {_MOST}, such as"
+            " 0.5, 0.75 or 1.25: at others tiles would not lie on whole pixels"
+        )
+    return Zoom(factor.numerator, factor.denominator)
 
 
 class Logits(Protocol):
@@ -74,11 +131,26 @@ class Logits(Protocol):
         """As ``Predictor.pooled``."""
 
 
-class AveragedPredictor:
-    """A predictor that is asked once for each mirror image."""
+class ZoomedLogits(Logits, Protocol):
+    """Who predicts a tile at any zoom."""
 
-    def __init__(self, predictor: Logits, average: Average) -> None:
-        self._predictor, self._passes = predictor, average.passes
+    def logits(
+        self,
+        image_CS: NDArray[np.float32],
+        frame: Frame,
+        *,
+        scored: Region,
+        pooling: GivenMean | OwnMean | None = None,
+        zoom: Zoom = NATURAL,
+    ) -> Tensor:
+        """As ``Predictor.logits``."""
+
+
+class AveragedPredictor:
+    """A predictor that is asked once for each zoom and mirror image."""
+
+    def __init__(self, predictor: ZoomedLogits, average: Average) -> None:
+        self._predictor, self._average = predictor, average
 
     def logits(
         self,
@@ -90,39 +162,44 @@ class AveragedPredictor:
     ) -> Tensor:
         """As ``Predictor.logits``: the logarithm of the mean of all probabilities.
 
-        ``pooling`` is of the image as it is, and not to be had of its mirror images.
+        ``pooling`` is of the image as it is, and not to be had of the others.
         """
-        assert pooling is None, "the mean of a scene is not that of its mirror image"
+        assert pooling is None, "the mean of a scene is not that of another"
         shape, size = frame.shape, image_CS.shape[1:]
         read = Region(frame.origin, tuple(a + n for a, n in zip(frame.origin, size, strict=True)))
         total_KS: Tensor | None = None
-        for axes in self._passes:
+        for zoom, axes in itertools.product(self._average.zooms, self._average.mirrors):
+            part = self._average.part(zoom, read, scored=scored, shape=shape)
+            index = (slice(None), *part.slices(within=read))
             logits_KS = self._predictor.logits(
-                _mirrored(image_CS, axes),
-                Frame.of(read.mirrored(axes, shape=shape), shape=shape),
+                _mirrored(image_CS[index], axes),
+                Frame.of(part.mirrored(axes, shape=shape), shape=shape),
                 scored=scored.mirrored(axes, shape=shape),
-            )
-            part_KS = logits_KS.log_softmax(dim=0).flip([1 + axis for axis in axes])
+                zoom=zoom,
+            ).log_softmax(dim=0)
+            if axes:
+                logits_KS = logits_KS.flip([1 + axis for axis in axes])
             # Not the sum of probabilities: that of a class far behind would be 0, its logarithm
             # no number.
             if total_KS is None:
-                total_KS = part_KS
+                total_KS = logits_KS
             else:
-                torch.logaddexp(total_KS, part_KS, out=total_KS)
+                torch.logaddexp(total_KS, logits_KS, out=total_KS)
+            del logits_KS  # the next pass needs the memory
         assert total_KS is not None
-        return total_KS.sub_(math.log(len(self._passes)))
+        return total_KS.sub_(math.log(self._average.passes))
 
     def pooled(self, image_CS: NDArray[np.float32], frame: Frame, *, core: Region) -> Tensor:
         """As ``Predictor.pooled``, of the image as it is."""
         return self._predictor.pooled(image_CS, frame, core=core)
 
 
-def averaged(predictor: Logits, average: Average) -> Logits:
+def averaged(predictor: ZoomedLogits, average: Average) -> Logits:
     """The predictor, asked as often as there are passes."""
-    return AveragedPredictor(predictor, average) if average.axes else predictor
+    return predictor if average.alone else AveragedPredictor(predictor, average)
 
 
-def _mirrored(image_CS: NDArray[np.float32], axes: tuple[int, ...]) -> NDArray[np.float32]:
+def _mirrored(image_CS: NDArray[np.float32], axes: Sequence[int]) -> NDArray[np.float32]:
     """A copy in the same order of memory, which torch takes; the image where there are no axes."""
     if not axes:
         return image_CS

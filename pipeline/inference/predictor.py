@@ -19,6 +19,7 @@ from pipeline.inference.convolution import fix_convolutions
 from pipeline.inference.precision import Precision, fix_kernels
 from pipeline.inference.stage_plan import coarse_place, coarse_region, feature_region
 from pipeline.inference.staged import StagedNetwork, WholeNetwork
+from pipeline.inference.zoom import NATURAL, Zoom
 from pipeline.models.bundle import Bundle
 from pipeline.models.chain import Chain
 from pipeline.models.context_pool import Context
@@ -65,8 +66,7 @@ class Predictor:
         self._stride, self._scale = network.stride, Scale.of(network.upsample)
         if context == "tile":
             network.pool_over(None)
-        # Not the module's call, which another thread that traces a network would take for its own.
-        self._bands, self._upsample = network.bands, network.upsample.forward
+        self._bands = network.bands
         if window is None and context == "scene":
             raise BundleError("context 'scene' needs a network in stages: give it windows")
         self._canonical_px, self._window = canonical_px, window
@@ -86,12 +86,14 @@ class Predictor:
         *,
         scored: Region,
         pooling: GivenMean | OwnMean | None = None,
+        zoom: Zoom = NATURAL,
     ) -> Tensor:
         """Predict ``scored``, a region of the scene, from an input that lies at ``frame``.
 
         The input has valid sides, and its origin lies on the stride. It is freed before its logits
         are upsampled, where nobody else holds it: build it in the call. With context
         ``scene``, ``pooling`` is the scene's mean, or how to take it where the input is all of it.
+        The network sees the scene as ``zoom`` makes it, and its scores are resized to the scene.
 
         Returns:
             (K, *S) float32 logits on the device, S as ``scored``; a new tensor.
@@ -102,29 +104,31 @@ class Predictor:
                 hold ``scored``, or is smaller than the window of image pooling; or, with
                 canonical windows, does not hold all that ``scored`` needs.
         """
-        read = self._read(image_CS, frame)
-        coarse = coarse_region(read, scored=scored, upsample=self._scale)
-        network = self._network
+        read, upsample = self._read(image_CS, frame, zoom), zoom.upsample(self._scale)
+        coarse = coarse_region(read, scored=scored, upsample=upsample)
+        # Not the module's call, which another thread that traces a network would take for its own.
+        network, resized = self._network, upsample.layer.forward
         if pooling is not None:
             assert not isinstance(network, WholeNetwork)
             network = self._in_windows(pooled_by(network.chain, pooling))
         with torch.inference_mode():
-            inputs = [self._input(image_CS)]
+            inputs = [self._input(image_CS, zoom)]
             del image_CS  # and popped: the network's is the only reference
-            coarse_BKS = network.coarse_logits(inputs.pop(), frame, coarse)
-            at = coarse.move(coarse_place(frame.origin, upsample=self._scale))
+            seen = zoom.frame(frame, like=self._scale)
+            coarse_BKS = network.coarse_logits(inputs.pop(), seen, coarse)
+            at = coarse.move(coarse_place(frame.origin, upsample=upsample))
             # Interpolated in float32 in any case: bfloat16 would turn ramps into steps.
             if self._canonical_px is not None:
                 return upsampled(
-                    self._upsample,
+                    resized,
                     BoxMap(coarse_BKS.movedim(1, -1), at),
                     scored,
                     side_px=self._canonical_px,
                     shape=frame.shape,
-                    upsample=self._scale,
+                    upsample=upsample,
                 )
-            logits_BKS: Tensor = self._upsample(coarse_BKS.float().contiguous())
-        index: tuple[Any, ...] = (0, ..., *scored.slices(within=self._scale.gives(at)))
+            logits_BKS: Tensor = resized(coarse_BKS.float().contiguous())
+        index: tuple[Any, ...] = (0, ..., *scored.slices(within=upsample.gives(at)))
         return logits_BKS[index]
 
     def pooled(self, image_CS: NDArray[np.float32], frame: Frame, *, core: Region) -> Tensor:
@@ -138,11 +142,11 @@ class Predictor:
         Raises as ``logits`` does.
         """
         assert not isinstance(self._network, WholeNetwork)
-        read = self._read(image_CS, frame)
+        read = self._read(image_CS, frame, NATURAL)
         places = feature_region(read, core=core, stride=self._stride)
         network = self._in_windows(pooled_chain(self._network.chain))
         with torch.inference_mode():
-            inputs = [self._input(image_CS)]
+            inputs = [self._input(image_CS, NATURAL)]
             del image_CS
             return network.coarse_logits(inputs.pop(), frame, places)[0]
 
@@ -153,21 +157,26 @@ class Predictor:
         assert self._window is not None
         return StagedNetwork(chain, window=self._window)
 
-    def _read(self, image_CS: NDArray[np.float32], frame: Frame) -> Region:
+    def _read(self, image_CS: NDArray[np.float32], frame: Frame, zoom: Zoom) -> Region:
         """Where the input lies in the scene. Raises SourceError or RegionError."""
         if len(image_CS) != self._bands:
             raise SourceError(
                 f"the network takes {self._bands} bands, the input has {len(image_CS)}"
             )
         size = image_CS.shape[1:]
-        frame.check(size, stride=self._stride, endpoint=int(self._scale.align_corners))
+        stride = zoom.stride(self._stride)
+        frame.check(size, stride=stride, endpoint=int(self._scale.align_corners))
         return Region(frame.origin, tuple(a + n for a, n in zip(frame.origin, size, strict=True)))
 
-    def _input(self, image_CS: NDArray[np.float32]) -> Tensor:
+    def _input(self, image_CS: NDArray[np.float32], zoom: Zoom) -> Tensor:
         """(1, C, *S) on the device; of the same memory where nothing has to be moved."""
         # Here, not at construction: networks with other threads may share the process.
         torch.set_num_threads(self._threads)
-        return self._moved(torch.from_numpy(image_CS).unsqueeze(0))
+        image_BCS = torch.from_numpy(image_CS).unsqueeze(0)
+        if not zoom.natural:  # in float32: bfloat16 would turn ramps into steps
+            layer = zoom.scale(self._scale).layer
+            image_BCS = layer.forward(image_BCS.to(self._device).contiguous())
+        return self._moved(image_BCS)
 
     def _moved(self, tensor: Tensor) -> Tensor:
         """On the device, in its floats and memory format."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from pipeline.domain import Region, Shape
+from pipeline.inference.zoom import NATURAL, Zoom
 from pipeline.models.chain import Chain, Gate, Stage, Step
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.frame import Frame
@@ -84,13 +85,15 @@ def coarse_region(read: Region, *, scored: Region, upsample: Scale) -> Region:
 
 
 def coarse_shape(size: Shape, *, upsample: Scale) -> Shape:
-    """How many coarse logits an input of ``size`` px gives, per axis."""
-    return tuple(-(-side // up) for side, up in zip(size, upsample.up, strict=True))
+    """How many coarse logits an input of ``size`` px, a valid one, gives per axis."""
+    end, rows = int(upsample.align_corners), zip(size, upsample.up, upsample.down, strict=True)
+    return tuple((side - end) * down // up + end for side, up, down in rows)
 
 
 def coarse_place(pixel: tuple[int, ...], *, upsample: Scale) -> tuple[int, ...]:
     """The coarse logit at a pixel that lies on the stride, per axis."""
-    return tuple(place // up for place, up in zip(pixel, upsample.up, strict=True))
+    rows = zip(pixel, upsample.up, upsample.down, strict=True)
+    return tuple(place * down // up for place, up, down in rows)
 
 
 def feature_region(read: Region, *, core: Region, stride: int) -> Region:
@@ -109,16 +112,21 @@ def needs_of(
     scored: Region,
     shape: Shape,
     canonical_px: int | None = None,
+    zoom: Zoom = NATURAL,
 ) -> Needs:
     """What a tile that reads ``read`` of a padded scene of ``shape`` px needs for ``scored``.
 
-    With ``canonical_px``, the side of canonical windows, whole windows of it are computed.
+    With ``canonical_px``, the side of canonical windows, whole windows of it are computed. The
+    needs are of the scene as ``zoom`` makes it.
     """
+    upsample, frame = zoom.upsample(chain.upsample), Frame.of(read, shape=shape)
+    frame = zoom.frame(frame, like=chain.upsample)
     if canonical_px is not None:
-        coarse = coarse_region(Region.whole(shape), scored=scored, upsample=chain.upsample)
-        return Needs.canonical(chain, shape, coarse=coarse, side_px=canonical_px)
-    coarse = coarse_region(read, scored=scored, upsample=chain.upsample)
-    return Needs.of(chain, read.shape, frame=Frame.of(read, shape=shape), coarse=coarse)
+        coarse = coarse_region(Region.whole(shape), scored=scored, upsample=upsample)
+        return Needs.canonical(chain, frame.shape, coarse=coarse, side_px=canonical_px)
+    coarse = coarse_region(read, scored=scored, upsample=upsample)
+    size = zoom.scale(chain.upsample).shape(read.shape)
+    return Needs.of(chain, size, frame=frame, coarse=coarse)
 
 
 def stage_work(chain: Chain, needs: Needs) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pipeline.domain import Region, Shape, Tile
+from pipeline.inference.average import Average
 from pipeline.inference.map_layout import stage_bytes
 from pipeline.inference.stage_plan import (
     Needs,
@@ -15,6 +16,7 @@ from pipeline.inference.stage_plan import (
     needs_of,
     stage_work,
 )
+from pipeline.inference.zoom import Zoom
 from pipeline.models.chain import Chain
 from pipeline.models.frame import Frame
 from pipeline.models.scene_mean import GivenMean
@@ -72,30 +74,39 @@ class CostModel:
     scores: bool
     """Whether probabilities are written as well."""
 
-    passes: int
-    """Times that the network sees a tile."""
+    average: Average
 
     def of(self, tile: Tile) -> TileCost:
         """Cost of one tile. Raises RegionError where its input holds no window of pooling."""
+        kept = kept_bytes(tile, classes=self.classes, scores=self.scores)
+        mean = mean_bytes(tile.scored, classes=self.classes, average=self.average)
+        zooms = [self._of_zoom(zoom, tile) for zoom in self.average.zooms]
+        return TileCost(
+            work=sum(work for work, _ in zooms),
+            device_bytes=max(held for _, held in zooms) + mean,
+            host_bytes=self._read_bytes(tile) + kept,
+        )
+
+    def _of_zoom(self, zoom: Zoom, tile: Tile) -> tuple[int, int]:
+        """Multiply-adds of the passes at a zoom, and what the device holds in one of them."""
         chain = self.chain
+        read = self.average.part(zoom, tile.read, scored=tile.scored, shape=self.shape)
         needs = needs_of(
             chain,
-            tile.read,
+            read,
             scored=tile.scored,
             shape=self.shape,
             canonical_px=self.canonical_px,
+            zoom=zoom,
         )
         maps = stage_bytes(chain, needs, window=self.window, itemsize=self.itemsize)
-        image = tile.read.size * chain.bands * self.itemsize
-        fine = chain.upsample.gives(needs.regions[chain.logits]).size
+        size = math.prod(zoom.scale(chain.upsample).shape(read.shape))
+        image = size * chain.bands * self.itemsize
+        fine = zoom.upsample(chain.upsample).gives(needs.regions[chain.logits]).size
         upsampled = fine * self.classes * _FLOAT32
-        kept = kept_bytes(tile, classes=self.classes, scores=self.scores)
-        mean = mean_bytes(tile.scored, classes=self.classes, passes=self.passes)
-        return TileCost(
-            work=self.passes * stage_work(chain, needs),
-            device_bytes=max(maps, image + upsampled) + mean,
-            host_bytes=self._read_bytes(tile) + kept,
-        )
+        work = len(self.average.mirrors) * stage_work(chain, needs)
+        resized = resized_bytes(zoom, read.size, size, bands=chain.bands)
+        return work, max(maps, image + upsampled, resized)
 
     def of_sums(self, tile: Tile) -> TileCost:
         """Cost of one tile of a context pass; the sums themselves are few."""
@@ -116,24 +127,32 @@ class CostModel:
 
     def of_sample(self, tile: Tile) -> TileCost:
         """Cost of one sample of the certificate, over which the network runs as one."""
-        chain, size = self.chain, tile.read.shape
+        whole = Region.whole(tile.read.shape)
+        mean = 2 * mean_bytes(whole, classes=self.classes, average=self.average)  # in float64
+        zooms = [self._of_zoomed_sample(zoom, tile) for zoom in self.average.zooms]
+        return TileCost(
+            work=sum(work for work, _ in zooms),
+            device_bytes=max(held for _, held in zooms) + mean,
+            host_bytes=self._read_bytes(tile),
+        )
+
+    def _of_zoomed_sample(self, zoom: Zoom, tile: Tile) -> tuple[int, int]:
+        """As ``_of_zoom``, of a sample."""
+        chain = self.chain
+        size = zoom.scale(chain.upsample).shape(tile.read.shape)
         shapes, channels = chain.shapes(size), chain.channels
         widest = max(
             sum(math.prod(shapes[name]) * channels[name] for name in {n for _, n in stage.reads()})
             + max(step.channels for step in stage.steps) * math.prod(shapes[stage.name])
             for stage in chain.stages
         )
-        whole = Region.whole(size)
-        frame = Frame.of(tile.read, shape=self.shape)
+        frame = zoom.frame(Frame.of(tile.read, shape=self.shape), like=chain.upsample)
         coarse = Region.whole(shapes[chain.logits])
-        fine = 2 * whole.size * self.classes * _FLOAT32
+        fine = 2 * tile.read.size * self.classes * _FLOAT32
         work = stage_work(chain, Needs.of(chain, size, frame=frame, coarse=coarse))
-        mean = 2 * mean_bytes(whole, classes=self.classes, passes=self.passes)  # in float64
-        return TileCost(
-            work=self.passes * work,
-            device_bytes=int(max(_HELD * widest * self.itemsize, fine)) + mean,
-            host_bytes=self._read_bytes(tile),
-        )
+        resized = resized_bytes(zoom, tile.read.size, math.prod(size), bands=chain.bands)
+        held = int(max(_HELD * widest * self.itemsize, fine, resized))
+        return len(self.average.mirrors) * work, held
 
     def given_the_mean(self) -> CostModel:
         """Costs of the pass after a context pass; ``scene_work`` is then without pooling."""
@@ -141,30 +160,43 @@ class CostModel:
 
     def _read_bytes(self, tile: Tile) -> int:
         return read_bytes(
-            tile, bands=self.chain.bands, pixel_bytes=self.pixel_bytes, passes=self.passes
+            tile,
+            bands=self.chain.bands,
+            pixel_bytes=self.pixel_bytes,
+            average=self.average,
         )
 
     @property
     def scene_work(self) -> int:
         """Multiply-adds of one pass over the padded scene, which halo work is measured against."""
         whole = Region.whole(self.shape)
-        needs = needs_of(self.chain, whole, scored=whole, shape=self.shape)
-        return self.passes * stage_work(self.chain, needs)
+        return len(self.average.mirrors) * sum(
+            stage_work(
+                self.chain,
+                needs_of(self.chain, whole, scored=whole, shape=self.shape, zoom=zoom),
+            )
+            for zoom in self.average.zooms
+        )
 
 
-def read_bytes(tile: Tile, *, bands: int, pixel_bytes: int, passes: int) -> int:
+def resized_bytes(zoom: Zoom, pixels: int, resized: int, *, bands: int) -> int:
+    """Bytes of an image of so many ``pixels`` while it is ``resized``: two values for each made."""
+    return 0 if zoom.natural else (pixels + 3 * max(pixels, resized)) * bands * _FLOAT32
+
+
+def read_bytes(tile: Tile, *, bands: int, pixel_bytes: int, average: Average) -> int:
     """Bytes of what is read, in the host's memory.
 
     Of three tiles: on the device, being refined, and being read, of which the bands are picked in
     a copy. The image is kept for further passes.
     """
-    images = 1 + (passes > 1)
+    images = 1 + (not average.alone)
     return tile.read.size * (4 * (pixel_bytes + 1) + (images * bands + 2) * _FLOAT32)
 
 
-def mean_bytes(region: Region, *, classes: int, passes: int) -> int:
-    """Bytes of the mean of several passes and of what is made to add one to it; 0 for one."""
-    return 3 * (passes > 1) * region.size * classes * _FLOAT32
+def mean_bytes(region: Region, *, classes: int, average: Average) -> int:
+    """Bytes of the mean of all passes and of what is made to add one to it; 0 where all is one."""
+    return 3 * (not average.alone) * region.size * classes * _FLOAT32
 
 
 def kept_bytes(tile: Tile, *, classes: int, scores: bool) -> int:

@@ -18,7 +18,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.domain import Region, Shape, Tile
-from pipeline.inference.tile_cost import TileCost, kept_bytes, mean_bytes, read_bytes
+from pipeline.inference.average import Average
+from pipeline.inference.tile_cost import (
+    TileCost,
+    kept_bytes,
+    mean_bytes,
+    read_bytes,
+    resized_bytes,
+)
+from pipeline.inference.zoom import Zoom
 from pipeline.models.custom_network import CustomNetwork
 
 _FLOAT32 = 4
@@ -113,12 +121,11 @@ class WholeCostModel:
     scores: bool
     """Whether probabilities are written as well."""
 
-    passes: int
-    """Times that the network sees a tile."""
+    average: Average
 
     def of(self, tile: Tile) -> TileCost:
-        """Cost of one tile: of all that it reads."""
-        cost = self.of_sample(tile)
+        """Cost of one tile: of all that each pass needs of it."""
+        cost = self._of([self._part(zoom, tile) for zoom in self.average.zooms], tile)
         kept = kept_bytes(tile, classes=self.classes, scores=self.scores)
         return TileCost(
             work=cost.work,
@@ -128,22 +135,38 @@ class WholeCostModel:
 
     def of_sample(self, tile: Tile) -> TileCost:
         """Cost of one sample of the certificate."""
-        read, trial = tile.read, self.trial
-        logits = 2 * read.size * self.classes * _FLOAT32
-        values = _SCRATCH * trial.bytes_px * read.size * self.itemsize / _FLOAT32
-        mean = 2 * mean_bytes(read, classes=self.classes, passes=self.passes)  # in float64
+        return self._of([tile.read for _ in self.average.zooms], tile)
+
+    def _of(self, parts: Sequence[Region], tile: Tile) -> TileCost:
+        """Cost of a tile of which each zoom computes a part."""
+        trial, held = self.trial, 0
+        for zoom, part in zip(self.average.zooms, parts, strict=True):
+            size = self._resized(zoom, part)
+            values = _SCRATCH * trial.bytes_px * size * self.itemsize / _FLOAT32
+            values += 2 * max(size, part.size) * self.classes * _FLOAT32
+            resized = resized_bytes(zoom, part.size, size, bands=trial.bands)
+            held = max(held, int(values), resized)
+        mean = 2 * mean_bytes(tile.read, classes=self.classes, average=self.average)  # in float64
         return TileCost(
-            work=self._work(read),
-            device_bytes=int(values + logits) + mean,
+            work=self._work(parts),
+            device_bytes=held + mean,
             host_bytes=read_bytes(
-                tile, bands=trial.bands, pixel_bytes=self.pixel_bytes, passes=self.passes
+                tile, bands=trial.bands, pixel_bytes=self.pixel_bytes, average=self.average
             ),
         )
+
+    def _part(self, zoom: Zoom, tile: Tile) -> Region:
+        return self.average.part(zoom, tile.read, scored=tile.scored, shape=self.shape)
 
     @property
     def scene_work(self) -> int:
         """Multiply-adds of one pass over the padded scene, which halo work is measured against."""
-        return self._work(Region.whole(self.shape))
+        return self._work([Region.whole(self.shape) for _ in self.average.zooms])
 
-    def _work(self, region: Region) -> int:
-        return max(1, math.ceil(self.passes * self.trial.work_px * region.size))
+    def _work(self, parts: Sequence[Region]) -> int:
+        pixels = sum(map(self._resized, self.average.zooms, parts))
+        return max(1, math.ceil(len(self.average.mirrors) * self.trial.work_px * pixels))
+
+    def _resized(self, zoom: Zoom, part: Region) -> int:
+        """Pixels of a part of the scene, resized."""
+        return math.prod(side * zoom.up // zoom.down for side in part.shape)

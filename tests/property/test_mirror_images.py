@@ -20,6 +20,7 @@ from pipeline.errors import PlanError
 from pipeline.inference.average import Average, AveragedPredictor
 from pipeline.inference.precision import Precision
 from pipeline.inference.predictor import Predictor
+from pipeline.inference.zoom import Zoom
 from pipeline.models.architecture import Architecture
 from pipeline.models.deeplab import DeepLab, build_network
 from pipeline.models.frame import Frame
@@ -65,9 +66,7 @@ class Plain:
 
     network: DeepLab
 
-    def logits(
-        self, image_CS: NDArray[Any], frame: Frame, *, scored: Region, pooling: None = None
-    ) -> Tensor:
+    def logits(self, image_CS: NDArray[Any], frame: Frame, *, scored: Region, zoom: Zoom) -> Tensor:
         frame.check(
             image_CS.shape[1:],
             stride=self.network.stride,
@@ -134,15 +133,14 @@ def mean_of_mirrors(
 @pytest.mark.parametrize(("name", "letters"), CASES)
 def test_tiles_agree_with_the_mean_over_whole_mirrored_scenes(name: str, letters: str) -> None:
     """A mirrored tile would lie beside its place, or read too little on its other side."""
-    average = Average.named(f"flip:{letters}", dims=NETWORKS[name][0].dims)
-    reach = average.reach(reach_of(network_of(name)))
-    assert worst(name, average, reach) <= 1e-9
+    average = Average.named(f"flip:{letters}", own=reach_of(network_of(name)))
+    assert worst(name, average, average.reach) <= 1e-9
 
 
 def test_a_halo_of_the_other_side_is_too_short() -> None:
     """The comparison above would pass whatever the halo, and prove nothing."""
-    average = Average.named("flip:x", dims=2)
-    reach = average.reach(reach_of(network_of("strides")))
+    average = Average.named("flip:x", own=reach_of(network_of("strides")))
+    reach = average.reach
     short = replace(reach, halo=Halo.uniform(reach.halo.largest - reach.stride, ndim=2))
     assert worst("strides", average, short) > 1e-9
 
@@ -150,7 +148,7 @@ def test_a_halo_of_the_other_side_is_too_short() -> None:
 def test_canonical_windows_give_mirrored_tiles_of_any_size_the_same_bits(tmp_path: Path) -> None:
     """Windows would be anchored at the mirrored tile's corner instead of the mirrored scene's."""
     bundle = new_bundle(tmp_path / "model", architecture=SLIM, bands=2, classes=3, seed=1)
-    average = Average.named("flip:yx", dims=2)
+    average = Average.named("flip:yx", own=reach_of(bundle.network()))
     floats = Precision(name="fp32", channels_last=True, why="asked")
     predictor = AveragedPredictor(
         Predictor(
@@ -158,7 +156,7 @@ def test_canonical_windows_give_mirrored_tiles_of_any_size_the_same_bits(tmp_pat
         ),
         average,
     )
-    reach, none = average.reach(reach_of(bundle.network())), Halo.uniform(0, ndim=2)
+    reach, none = average.reach, Halo.uniform(0, ndim=2)
     scenes = []
     for side in (64, 128):
         grid = Grid(shape=(75, 187), tile=(side, side), stride=reach.stride)
@@ -184,7 +182,8 @@ def test_a_class_far_behind_has_a_finite_logit() -> None:
             turned = frame.origin[1] > 0
             return torch.tensor([0.0, 2000.0 + 500 * turned])[:, None, None]
 
-    predictor = AveragedPredictor(Sure(network_of("strides")), Average((1,)))
+    own = Reach(stride=1, halo=Halo.uniform(0, ndim=2))
+    predictor = AveragedPredictor(Sure(network_of("strides")), Average(own=own, axes=(1,)))
     image_CS = np.zeros((2, 1, 1), np.float32)
     found_KS = predictor.logits(image_CS, Frame((0, 0), (1, 2)), scored=Region((0, 0), (1, 1)))
     assert found_KS.flatten().tolist() == pytest.approx([-2000 - math.log(2), 0.0])
@@ -193,4 +192,4 @@ def test_a_class_far_behind_has_a_finite_logit() -> None:
 def test_axes_that_an_image_does_not_have_are_refused() -> None:
     """A flip along z would be ignored for a raster, and the run recorded as if it had been done."""
     with pytest.raises(PlanError, match="axes of this image are y, x"):
-        Average.named("flip:zx", dims=2)
+        Average.named("flip:zx", own=Reach(stride=4, halo=Halo.uniform(8, ndim=2)))

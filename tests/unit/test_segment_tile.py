@@ -47,7 +47,7 @@ def model(bundle: Bundle) -> SegmentModel:
         device="cpu",
         precision=FP32,
         context="window",
-        average=Average(),
+        average=Average(own=reach_of(bundle.network())),
         threads=1,
         canonical_px=None,
     )
