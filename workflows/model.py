@@ -68,13 +68,19 @@ def create(
     """Write an untrained bundle. Raises BundleError for a network that does not exist."""
     trunk = backbone or _TRUNKS.get(family, "slim")
     form = ("features" if family == "v1" else "inputs") if multi_scale else None
-    asked = {"multi_scale": form, "slice_ratio": slice_ratio, "slice_stride": slice_stride}
-    asked = {key: value for key, value in asked.items() if value is not None}
+    changes: dict[str, Any] = {
+        "multi_scale": form,
+        "slice_ratio": slice_ratio,
+        "slice_stride": slice_stride,
+    }
+    asked = {key: value for key, value in changes.items() if value is not None}
     architecture: Architecture | CustomArchitecture
     if family in BASELINES:
         if asked or output_stride is not None:
             given = ", ".join([*asked, *["output_stride"] * (output_stride is not None)])
-            raise BundleError(f"family {family} has no options of its own, {given} asked")
+            raise BundleError(
+                f"family {family} has a stride of its own and no options: {given} asked"
+            )
         architecture = baseline(family, trunk, dims=dims, bands=bands, classes=classes)
     else:
         architecture = published(family, trunk, dims=dims, output_stride=output_stride)
