@@ -45,7 +45,7 @@ class RowFiles:
                 " again"
             ) from error
         for array in rows.values():
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def read(self, turn: int, number: int, name: str) -> NDArray[Any]:

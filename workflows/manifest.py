@@ -127,6 +127,18 @@ def _crf(plan: SegmentPlan) -> dict[str, Any] | None:
     }
 
 
+def lattice(outcome: Outcome) -> dict[str, int] | None:
+    """What became of the lattice under all tiles; None where each had its own."""
+    records = [r for r in outcome.records.values() if r.vertices]
+    if not records:
+        return None
+    first = [r for r in records if r.key.stage == records[0].key.stage]
+    return {
+        "vertices": sum(r.vertices for r in first),
+        "sent_bytes": sum(r.sent_bytes for r in records),
+    }
+
+
 def throughput(info: ImageInfo, new: Sequence[Record], seconds: float) -> dict[str, float]:
     """Million pixels or voxels a second, of what this command did."""
     pixels = sum(sum(record.counts.values()) for record in new)

@@ -29,9 +29,6 @@ from pipeline.domain import Grid, Halo
 from pipeline.errors import CrfError
 from pipeline.ports import Block, RowStore
 
-Rows = Mapping[str, NDArray[Any]]
-"""What a tile tells in a round, by name: what it keeps for itself, and what is for each other."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ScenePixels:
@@ -58,6 +55,32 @@ class Heard:
 
     sums: Sequence[NDArray[np.int64]] | None
     """(V, columns); None in the second round, when nobody has told any."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Told:
+    """What a tile says in a round."""
+
+    own: Sequence[NDArray[np.int64]]
+    """(V, columns) of each kernel: sums of all vertices that its pixels touch."""
+
+    sent: Mapping[str, NDArray[Any]]
+    """What is for others, by the names that they ask for."""
+
+    @property
+    def rows(self) -> Mapping[str, NDArray[Any]]:
+        """All of it, by name."""
+        return {**{_own(kernel): own_V for kernel, own_V in enumerate(self.own)}, **self.sent}
+
+    @property
+    def vertices(self) -> int:
+        """That the tile's pixels touch, all kernels summed."""
+        return sum(len(own_V) for own_V in self.own)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Of what is for others."""
+        return sum(array.nbytes for array in self.sent.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +117,9 @@ class SceneCrf:
         """What the tile is to know in this round; nothing in the first. Raises StoreError."""
         if turn == 0:
             return None
-        keys, ones, sums = [], [], []
+        keys: list[NDArray[Any]] = []
+        ones: list[NDArray[Any]] = []
+        sums: list[NDArray[Any]] = []
         for kernel in range(len(self.params.kernels)):
             others = self.neighbours(kernel, number)
             names = [_own(kernel), *[_for(number, kernel)] * len(others)]
@@ -104,30 +129,30 @@ class SceneCrf:
                 told.append(_joined(store.read(since, n, name) for n, name in pairs))
         return Heard(keys=keys, ones=ones, sums=sums if turn > 1 else None)
 
-    def tell(self, found: ScenePixels, heard: Heard | None) -> Rows:
+    def tell(self, found: ScenePixels, heard: Heard | None) -> Told:
         """What the tile says in this round, to itself and to its neighbours.
 
         Raises:
             CrfError: a valid pixel is not finite, or the lattice cannot address the scene.
             ImportError: the native engine was not built here.
         """
+        kernels = range(len(self.params.kernels))
         if not found.block.valid_S.any():
-            return self._silence(found)
+            return self._silence(found.number)
         tile = self._placed(found)
         if heard is None:
-            told = [tile.ones(kernel) for kernel in range(len(self.params.kernels))]
+            own = [tile.ones(kernel) for kernel in kernels]
         else:
             prob_KN = _updated(tile, heard)
-            told = [tile.sums(kernel, prob_KN) for kernel in range(len(self.params.kernels))]
-        rows: dict[str, NDArray[Any]] = {}
-        for kernel, own_V in enumerate(told):
-            rows[_own(kernel)] = own_V
+            own = [tile.sums(kernel, prob_KN) for kernel in kernels]
+        sent: dict[str, NDArray[Any]] = {}
+        for kernel in kernels:
             keys_V = tile.keys(kernel) if heard is None else None
             for other, chosen_V in self._wanted(tile, kernel, found.number):
-                rows[_for(other, kernel)] = own_V[chosen_V]
+                sent[_for(other, kernel)] = own[kernel][chosen_V]
                 if keys_V is not None:
-                    rows[_keys(other, kernel)] = keys_V[chosen_V]
-        return rows
+                    sent[_keys(other, kernel)] = keys_V[chosen_V]
+        return Told(own=own, sent=sent)
 
     def finish(self, found: ScenePixels, heard: Heard) -> NDArray[np.float32]:
         """The tile's refined probabilities, (K, *S) float32, as ``dense.refine``; a new array."""
@@ -174,15 +199,16 @@ class SceneCrf:
             near_VS &= position_VS <= np.array(core.stop) + margin
             yield other, np.flatnonzero(near_VS.all(axis=1))
 
-    def _silence(self, found: ScenePixels) -> Rows:
+    def _silence(self, number: int) -> Told:
         """Of a tile without a valid pixel."""
-        rows: dict[str, NDArray[Any]] = {}
-        for kernel in range(len(self.params.kernels)):
-            rows[_own(kernel)] = np.zeros((0, 0), np.int64)
-            for other in self.neighbours(kernel, found.number):
-                rows[_for(other, kernel)] = np.zeros((0, 0), np.int64)
-                rows[_keys(other, kernel)] = np.zeros((0, 0), np.uint64)
-        return rows
+        nothing = np.zeros((0, 0), np.int64)
+        sent = {
+            name(other, kernel): nothing
+            for kernel in range(len(self.params.kernels))
+            for other in self.neighbours(kernel, number)
+            for name in (_for, _keys)
+        }
+        return Told(own=[nothing] * len(self.params.kernels), sent=sent)
 
 
 def _updated(tile: Any, heard: Heard) -> NDArray[np.float32]:
