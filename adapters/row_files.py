@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -48,13 +48,12 @@ class RowFiles:
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
-    def read(self, turn: int, number: int, name: str) -> NDArray[Any]:
+    def read(self, turn: int, number: int, names: Sequence[str]) -> list[NDArray[Any]]:
         """Some of what a tile told in a round. Raises StoreError."""
         file = self._file(turn, number)
         try:
             with np.load(file, allow_pickle=False) as rows:
-                array: NDArray[Any] = rows[name]
-                return array
+                return [rows[name] for name in names]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise StoreError(
                 f"{file} could not be read: {error}; start over with --fresh"

@@ -6,7 +6,7 @@ open files lazily, in the process that uses them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -68,7 +68,7 @@ class RowStore(Protocol):
     def write(self, turn: int, number: int, rows: Mapping[str, NDArray[Any]]) -> str:
         """Keep all that a tile tells in a round, or nothing; its SHA-256. Raises StoreError."""
 
-    def read(self, turn: int, number: int, name: str) -> NDArray[Any]:
+    def read(self, turn: int, number: int, names: Sequence[str]) -> list[NDArray[Any]]:
         """Some of what a tile told in a round. Raises StoreError, where it told nothing as well."""
 
 

@@ -15,7 +15,7 @@ Axes in array names: K class, C channel, S space, N valid pixel, V vertex, D pos
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,17 +117,35 @@ class SceneCrf:
         """What the tile is to know in this round; nothing in the first. Raises StoreError."""
         if turn == 0:
             return None
-        keys: list[NDArray[Any]] = []
-        ones: list[NDArray[Any]] = []
-        sums: list[NDArray[Any]] = []
-        for kernel in range(len(self.params.kernels)):
-            others = self.neighbours(kernel, number)
-            names = [_own(kernel), *[_for(number, kernel)] * len(others)]
-            keys.append(_joined(store.read(0, n, _keys(number, kernel)) for n in others))
-            for told, since in ((ones, 0), (sums, turn - 1)):
-                pairs = zip([number, *others], names, strict=True)
-                told.append(_joined(store.read(since, n, name) for n, name in pairs))
-        return Heard(keys=keys, ones=ones, sums=sums if turn > 1 else None)
+        own = [_own(kernel) for kernel in range(len(self.params.kernels))]
+
+        def sums(since: int) -> list[NDArray[np.int64]]:
+            told = [[rows_V] for rows_V in store.read(since, number, own)]
+            return self._joined(store, since, number, name=_for, told=told)
+
+        return Heard(
+            keys=self._joined(store, 0, number, name=_keys, told=[[] for _ in own]),
+            ones=sums(0),
+            sums=sums(turn - 1) if turn > 1 else None,
+        )
+
+    def _joined(
+        self,
+        store: RowStore,
+        turn: int,
+        number: int,
+        *,
+        name: Callable[[int, int], str],
+        told: list[list[NDArray[Any]]],
+    ) -> list[NDArray[Any]]:
+        """``told`` and what the others told this tile, for each kernel, in their order."""
+        near = [self.neighbours(kernel, number) for kernel in range(len(told))]
+        for other in sorted(set().union(*near)):
+            asked = [kernel for kernel, others in enumerate(near) if other in others]
+            found = store.read(turn, other, [name(number, kernel) for kernel in asked])
+            for kernel, rows_V in zip(asked, found, strict=True):
+                told[kernel].append(rows_V)
+        return [_one(parts) for parts in told]
 
     def tell(self, found: ScenePixels, heard: Heard | None) -> Told:
         """What the tile says in this round, to itself and to its neighbours.
@@ -233,7 +251,7 @@ def _keys(other: int, kernel: int) -> str:
     return f"{kernel} keys to {other}"
 
 
-def _joined(parts: Iterable[NDArray[Any]]) -> NDArray[Any]:
+def _one(parts: Iterable[NDArray[Any]]) -> NDArray[Any]:
     """One after another; those without a row are of no width either."""
     some = [part for part in parts if len(part)]
     return np.concatenate(some) if some else np.zeros((0, 0), np.int64)
