@@ -52,8 +52,7 @@ def expected_lattice(source: Source, sweep: Pass, crf: SceneCrf, *, classes: int
     vertices = sent = heard_bytes = 0
     for kernel, shares in enumerate(zip(*counts, strict=True)):
         vertices += math.ceil(max(shares) * math.prod(sweep.grid.shape))
-        near = _heard_pixels(sweep.grid, crf, kernel)
-        heard = [math.ceil(max(shares) * pixels) for pixels in near]
+        heard = [math.ceil(max(shares) * pixels) for pixels in _heard(sweep.grid, crf, kernel)]
         sent += sum(heard)
         heard_bytes += max(heard) * _vertex_bytes(crf, kernel, columns=columns)
     first, each = _KEY_BYTES + _SUM_BYTES, _SUM_BYTES * columns
@@ -82,17 +81,22 @@ def _vertices(source: Source, core: Region, crf: SceneCrf, *, classes: int) -> t
     return tuple(len(own_V) / max(int(block.valid_S.sum()), 1) for own_V in told.own)
 
 
-def _heard_pixels(grid: Grid, crf: SceneCrf, kernel: int) -> Iterator[int]:
-    """For each tile, pixels over which others touch vertices that it needs, each other's summed."""
+def _heard(grid: Grid, crf: SceneCrf, kernel: int) -> Iterator[float]:
+    """For each tile, how many pixels of others touch vertices that it needs, as if spread evenly.
+
+    What a tile touches lies over its core and half a reach around it; what one needs, over its
+    core and one and a half.
+    """
     reach = crf.reach(kernel)
     touched = tuple(math.ceil(0.5 * width) for width in reach)
     needed = tuple(math.ceil(1.5 * width) + 1 for width in reach)
     for number in range(len(grid)):
-        near = grid.core(number).grow(Halo(needed, needed))
-        yield sum(
-            (grid.core(other).grow(Halo(touched, touched)) & near).size
-            for other in crf.neighbours(kernel, number)
-        )
+        near, pixels = grid.core(number).grow(Halo(needed, needed)), 0.0
+        for other in crf.neighbours(kernel, number):
+            core = grid.core(other)
+            over = core.grow(Halo(touched, touched))
+            pixels += core.size * (over & near).size / over.size
+        yield pixels
 
 
 def _vertex_bytes(crf: SceneCrf, kernel: int, *, columns: int) -> int:
