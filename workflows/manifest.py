@@ -34,7 +34,7 @@ def manifest(
     ``seconds``, throughput, stages and memory are of this command, which did the ``new`` tiles.
     """
     plan, info, bundle = product.plan, product.case.source.info, product.bundle
-    mask, needed = outcome.of(plan.sweep), outcome.without(plan.samples)
+    mask, needed = outcome.of(plan.last), outcome.without(plan.samples)
     return {
         "status": "interrupted" if outcome.interrupted else "partial" if needed.failed else "done",
         "output": str(product.output.resolve()) if seam else None,
@@ -58,14 +58,14 @@ def manifest(
         "context": plan.resolved.context if _mixes(plan, bundle) else "none",
         "average": plan.resolved.average,
         "scene_mean": None,
-        "crf": _crf(plan),
+        "crf": plan.scene.manifest(lattice(outcome)) if plan.scene else _crf(plan),
         "precision": plan.resolved.precision.name,
         "device": plan.resolved.device,
         "classes": classes(mask, info, bundle.legend),
         "nodata_pixels": counts(mask).get(bundle.mask_nodata, 0),
         "seam": seam.certificate.as_json() if seam else None,
         "seconds": round(seconds, 3),
-        "throughput": throughput(info, new, seconds),
+        "throughput": throughput(info, [r for r in new if r.key.stage == plan.last.name], seconds),
         "stages": stages(new),
         "peak_memory_bytes": peak_memory(new),
         "mlflow_run_id": None,

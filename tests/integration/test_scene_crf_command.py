@@ -250,14 +250,15 @@ def test_a_scene_without_a_valid_pixel_is_nodata(terravox, made, tmp_path):
     assert (labels_of(tmp_path / "mask.tif") == 255).all()
 
 
-def test_scores_of_a_run_are_refined_from_its_directory(scene, slim, terravox, tmp_path):
-    """What ``segment`` says to do instead would be a dead end, or number the classes anew."""
+def test_segment_gives_what_refine_makes_of_its_scores(scene, slim, terravox, tmp_path):
+    """The two ways would not say the same, or number the classes anew."""
     crf = CRF | {"appearance": CRF["appearance"] | {"bands": ["1", "2", "3"]}}
     (tmp_path / "crf.yaml").write_text(yaml.safe_dump(crf))
     given = ("--model", slim, "--tile", 64, "--backend", "serial", "--tracking-uri", "none")
     asked = terravox(
-        "segment", scene, "-o", tmp_path / "raw.tif", *given, "--crf", tmp_path / "crf.yaml"
-    )
+        "segment", scene, "-o", tmp_path / "raw.tif", *given, "--crf", tmp_path / "crf.yaml",
+        "--scores", "float16",
+    )  # fmt: skip
     asked.refuses("--crf off --scores float16")
     raw = terravox(
         "segment", scene, "-o", tmp_path / "raw.tif", *given, "--crf", "off",
@@ -268,6 +269,21 @@ def test_scores_of_a_run_are_refined_from_its_directory(scene, slim, terravox, t
     scores = ("--scores", tmp_path / "raw.tif.run")
     answer = terravox("refine", scene, *scores, "-o", tmp_path / "mask.tif", *refined)
     assert answer.code == 0, answer.err
+    at_once = terravox(
+        "segment", scene, "-o", tmp_path / "once.tif", *given, "--crf", tmp_path / "crf.yaml",
+        "--json",
+    )  # fmt: skip
+    assert at_once.code == 0, at_once.err
+    np.testing.assert_array_equal(
+        labels_of(tmp_path / "once.tif"), labels_of(tmp_path / "mask.tif")
+    )
+    found = at_once.manifest
+    assert found["classes"] == answer.manifest["classes"]
+    assert (found["crf"]["scope"], found["crf"]["lattice"]["sent_bytes"] > 0) == ("scene", True)
+    assert found["seam"] == raw.manifest["seam"]
+    assert found["seam"]["passed"]
+    assert not (tmp_path / "once.tif.run" / "lattice").exists()
+    assert terravox("certify", tmp_path / "once.tif.run").code == 0
     names = [(row["id"], row["name"], row["color"]) for row in raw.manifest["classes"]]
     assert names == [(row["id"], row["name"], row["color"]) for row in answer.manifest["classes"]]
     before_YX, after_YX = labels_of(tmp_path / "raw.tif"), labels_of(tmp_path / "mask.tif")
@@ -276,6 +292,42 @@ def test_scores_of_a_run_are_refined_from_its_directory(scene, slim, terravox, t
     other = write_raster(tmp_path / "other.tif", np.ones((3, 9, 9), np.uint16))
     answer = terravox("refine", other, *scores, "-o", tmp_path / "no.tif", *refined)
     answer.refuses("is another image")
+
+
+def test_segment_is_finished_by_the_same_command_wherever_it_was_killed(
+    scene, slim, terravox, tmp_path
+):
+    """Scores or sums of half a pass would be taken for those of the whole."""
+    crf = CRF | {"appearance": CRF["appearance"] | {"bands": ["1", "2", "3"]}, "iterations": 2}
+    (tmp_path / "crf.yaml").write_text(yaml.safe_dump(crf))
+    given = (
+        "--model", slim, "--tile", 64, "--backend", "serial", "--tracking-uri", "none",
+        "--crf", tmp_path / "crf.yaml",
+    )  # fmt: skip
+    once = terravox("segment", scene, "-o", tmp_path / "once.tif", *given, "--json")
+    assert once.code == 0, once.err
+    tiles = once.manifest["tiles"]["total"]
+    script, output = Path(sys.executable).with_name("terravox"), tmp_path / "killed.tif"
+    command = [str(part) for part in (script, "segment", scene, "-o", output, *given)]
+    for share in (0.5, 1.5, 4.5):  # in the network's pass, in the first round, in the last
+        process = subprocess.Popen(
+            command, env=os.environ | {"HOME": str(tmp_path)}, stderr=subprocess.DEVNULL
+        )
+        ledger, deadline = Path(f"{output}.run/ledger"), time.monotonic() + 90
+        while len(LedgerFile(ledger, owner="test").records()) < share * tiles:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not output.exists()
+    again = terravox("segment", scene, "-o", output, *given, "--json")
+    assert again.code == 0, again.err
+    assert again.manifest["output_sha256"] == once.manifest["output_sha256"]
+    output.unlink()  # what led to the mask is gone, and of no use
+    again = terravox("segment", scene, "-o", output, *given, "--json")
+    assert again.manifest["output_sha256"] == once.manifest["output_sha256"]
+    assert again.manifest["stages"] == {}
 
 
 @pytest.mark.parametrize(
