@@ -201,19 +201,21 @@ class ImageRun:
         store.sweep()
         return SceneSums(store, grid)
 
-    def _works(self) -> dict[str, Work]:
-        """What is done in each pass."""
-        plan, resolved = self.plan, self.plan.resolved
-        grid, source = plan.sweep.grid, self._source()
-        model = SegmentModel(
+    def _model(self) -> SegmentModel:
+        resolved = self.plan.resolved
+        return SegmentModel(
             bundle=self.product.bundle,
             device=resolved.device,
             precision=resolved.precision,
             context=resolved.context,
-            average=Average.named(resolved.average, dims=len(grid.shape)),
+            average=Average.named(resolved.average, dims=len(self.plan.sweep.grid.shape)),
             threads=resolved.threads,
             canonical_px=resolved.canonical_px,
         )
+
+    def _works(self) -> dict[str, Work]:
+        """What is done in each pass."""
+        plan, grid, source, model = self.plan, self.plan.sweep.grid, self._source(), self._model()
         segment = SegmentTiles(
             key=plan.tiles.fingerprint,
             model=model,

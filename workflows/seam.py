@@ -108,8 +108,7 @@ def seam_of(
 ) -> Seam:
     """Compare what was kept of the tiles, and the mask, with what they should be.
 
-    Where one lattice lies under all tiles it is the network alone that can leave a seam: then the
-    labels by its logits stand for the mask's.
+    Under one lattice the network alone can leave a seam: labels by its logits stand for the mask's.
 
     Raises StoreError, and what ``read_mask`` raises.
     """
