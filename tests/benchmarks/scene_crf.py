@@ -97,7 +97,10 @@ def differing(one: Path, other: Path) -> int:
 
 
 def run(folder: Path, asked: Run) -> tuple[str, Path]:
-    """A row of the table but for its last column, and the mask."""
+    """A row of the table but for its last column, and the mask.
+
+    Raises SystemExit where more was taken than the plan said.
+    """
     own = {"scope": "scene"} if asked.scope == "scene" else {"halo": HALO}
     crf = folder / f"{asked.scope}.yaml"
     mask = folder / f"{asked.scope}-{asked.tile}-{asked.actors}.tif"
@@ -114,6 +117,9 @@ def run(folder: Path, asked: Run) -> tuple[str, Path]:
     lattice, expected = found["crf"]["lattice"], plan["lattice"]
     sent = "".join(f"{x['sent_bytes'] / 2**20 if x else 0:>9.1f}" for x in (lattice, expected))
     ledger = LedgerFile(Path(f"{mask}.run", "ledger"), owner="bench").records().values()
+    over = measured.peak_bytes > plan["peak_memory_bytes"]
+    if over or (lattice and lattice["sent_bytes"] > expected["sent_bytes"]):
+        sys.exit(f"{asked} took {measured} and {lattice}, the plan said {plan}")
     row = (
         f"{asked.scope:6}{plan['tiles']:>6}{asked.actors:>7}{measured.seconds:>9.1f}"
         f"{found['seconds']:>9.1f}{max(r.peak_bytes for r in ledger) / 2**20:>9.0f}"
