@@ -101,7 +101,7 @@ class SegmentPlan:
 
     def as_json(self) -> dict[str, Any]:
         """What plan.json holds and ``terravox plan --json`` prints."""
-        sweep = self.sweep
+        sweep, crf = self.sweep, self.scene.crf.params if self.scene else self.crf
         return {
             "fingerprint": self.tiles.fingerprint,
             "request_digest": self.request_digest,
@@ -123,7 +123,7 @@ class SegmentPlan:
             "windows": windows_json(self),
             "peak_memory_bytes": self.tiles.peak_bytes,
             "store_bytes": self.tiles.store_bytes,
-            "crf": self.crf.as_json() if self.crf else None,
+            "crf": crf.as_json() if crf else None,
             "lattice": self.scene.as_json() if self.scene else None,
             "channels": self.channels,
             "samples": [asdict(sample) for sample in self.samples.samples],
