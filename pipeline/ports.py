@@ -6,7 +6,7 @@ open files lazily, in the process that uses them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -62,6 +62,16 @@ class PieceStore(Protocol):
         """What was kept of exactly this region; None where nothing was. Raises StoreError."""
 
 
+class RowStore(Protocol):
+    """What the tiles of a scene tell one another, round by round, on storage that all share."""
+
+    def write(self, turn: int, number: int, rows: Mapping[str, NDArray[Any]]) -> str:
+        """Keep all that a tile tells in a round, or nothing; its SHA-256. Raises StoreError."""
+
+    def read(self, turn: int, number: int, names: Sequence[str]) -> list[NDArray[Any]]:
+        """Some of what a tile told in a round. Raises StoreError, where it told nothing as well."""
+
+
 Status = Literal["done", "failed"]
 
 
@@ -99,6 +109,12 @@ class Record:
 
     counts: Mapping[int, int] = field(default_factory=dict)
     """Pixels per value written, nodata included."""
+
+    sent_bytes: int = 0
+    """Of what this tile told its neighbours, in a pass where tiles do."""
+
+    vertices: int = 0
+    """Of a lattice under all tiles, those that this tile's pixels touch."""
 
     deaths: int = 0
     """How many workers died while they held this tile."""

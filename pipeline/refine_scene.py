@@ -1,81 +1,95 @@
-"""STORY 5, tiles under one lattice: gather it from all of them -> each as in story 4.
+"""STORY 5, a tile under one lattice, a round: read, hear the neighbours -> mean field -> tell them.
 
-There is no halo. Tiles are read once for each pass over them, by the process that holds the
-lattice.
+In the last round, as in story 4: keep core -> write. There is no halo.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from numpy.typing import NDArray
 
-from pipeline.crf.whole_scene import SceneCrf, SceneTile
+from pipeline.crf.engine import Engine
+from pipeline.crf.whole_scene import Heard, SceneCrf, ScenePixels, Told
 from pipeline.domain import Pass, Tile
-from pipeline.ports import Record
-from pipeline.refine_tile import Given, Refined, RefineTiles
+from pipeline.ports import Record, RowStore
+from pipeline.refine_tile import CrfModel, Given, Refined, RefineTiles
+
+
+def rounds_of(sweep: Pass, crf: SceneCrf) -> tuple[Pass, ...]:
+    """The passes of the lattice, of which each needs the one before, and ``sweep`` as the last."""
+    passes: list[Pass] = []
+    for turn in range(crf.rounds - 1):
+        after = passes[-1].name if passes else sweep.after
+        passes.append(replace(sweep, name=f"lattice-{turn}", after=after))
+    return (*passes, replace(sweep, after=passes[-1].name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SceneLattice:
-    """The lattice, which stands where a network would; it never leaves its process."""
+class Attentive:
+    """What a tile was given, and what it heard; nothing in the first round."""
 
-    key: str
-    """The plan's fingerprint."""
-
-    crf: SceneCrf
-
-    def load(self) -> SceneCrf:
-        """The lattice that was gathered."""
-        return self.crf
+    given: Given
+    heard: Heard | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RefineScene:
-    """The tiles of a scene, after all of them were gathered."""
+    """The picklable recipe of one round."""
 
     tiles: RefineTiles
-    model: SceneLattice
+    crf: SceneCrf
+    rows: RowStore
+
+    turn: int
+    """Of the round, from 0."""
 
     @property
     def key(self) -> str:
-        """The plan's fingerprint."""
-        return self.tiles.key
+        """The plan's fingerprint, marked as the round's."""
+        return f"{self.tiles.key} lattice {self.turn}"
 
-    def gather(self, sweep: Pass) -> Iterator[int]:
-        """Visit all tiles in each pass; yield the pass's number, from 1, after each visit.
+    @property
+    def model(self) -> CrfModel:
+        """That of the tiles."""
+        return self.tiles.model
 
-        Raises SourceReadError or CrfError: without one tile there is no lattice for the others.
-        """
+    @property
+    def last(self) -> bool:
+        """Whether the mask is written in this round."""
+        return self.turn == self.crf.rounds - 1
 
-        def load(number: int) -> SceneTile:
-            tile = sweep.tile(number)
-            return _placed(tile, self.read(tile))
+    def read(self, tile: Tile) -> Attentive:
+        """Image, probabilities, and what was told in the rounds before."""
+        assert tile.read == tile.core
+        heard = self.crf.hear(self.rows, self.turn, tile.key.number)
+        return Attentive(given=self.tiles.read(tile), heard=heard)
 
-        return self.model.crf.gather(range(len(sweep)), load=load)
+    def compute(self, model: Engine, tile: Tile, data: Attentive) -> Told | Refined:
+        """What the tile tells, or what became of it; ``model`` shows that the engine is here."""
+        block, heard = data.given.block, data.heard
+        found = ScenePixels(number=tile.key.number, prob_KS=data.given.prob_KS, block=block)
+        if heard is None or not self.last:
+            return self.crf.tell(found, heard)
+        some = bool(block.valid_S.any())
+        prob_KS = self.crf.finish(found, heard) if some else None
+        return Refined(valid_S=block.valid_S, prob_KS=prob_KS)
 
-    def read(self, tile: Tile) -> Given:
-        """As a tile with a halo is read."""
-        return self.tiles.read(tile)
+    def refine(self, tile: Tile, data: Told | Refined) -> Told | NDArray[Any]:
+        """Labels (*S) in the last round."""
+        return self.tiles.refine(tile, data) if isinstance(data, Refined) else data
 
-    def compute(self, model: SceneCrf, tile: Tile, data: Given) -> Refined:
-        """What the lattice says of the tile; nothing where no pixel is valid."""
-        valid_S = data.block.valid_S
-        if not valid_S.any():
-            return Refined(valid_S=valid_S, prob_KS=None)
-        return Refined(valid_S=valid_S, prob_KS=model.finish(_placed(tile, data)))
-
-    def refine(self, tile: Tile, data: Refined) -> NDArray[Any]:
-        """Labels (*S) of the tile."""
-        return self.tiles.refine(tile, data)
-
-    def write(self, tile: Tile, result: NDArray[Any]) -> Record:
-        """As a tile with a halo is written."""
-        return self.tiles.write(tile, result)
-
-
-def _placed(tile: Tile, data: Given) -> SceneTile:
-    assert tile.read == tile.core
-    return SceneTile(prob_KS=data.prob_KS, block=data.block, origin=tile.core.start)
+    def write(self, tile: Tile, result: Told | NDArray[Any]) -> Record:
+        """As in story 4, or what the neighbours are told."""
+        if not isinstance(result, Told):
+            return self.tiles.write(tile, result)
+        self.tiles.guard.check()
+        digest = self.rows.write(self.turn, tile.key.number, result.rows)
+        return Record(
+            key=tile.key,
+            status="done",
+            digest=digest,
+            sent_bytes=result.sent_bytes,
+            vertices=result.vertices,
+        )

@@ -95,11 +95,18 @@ class ImageTiles:
             return
         lost = [r for r in self.outcome.failed if r.key.stage == stage]
         if lost:
-            why = f"{stage} pass: tile {lost[0].key.number} failed: {lost[0].error}"
-            for sweep in self._plan.passes:
-                for tile in sweep.tiles() if sweep.needs == stage else ():
-                    if tile.key not in self.outcome.records:
-                        self._note(Record(key=tile.key, status="failed", error=why))
+            self._give_up({stage}, lost[0])
+
+    def _give_up(self, stages: set[str], cause: Record) -> None:
+        """Fail the tiles of all passes that need one of ``stages``, or one that does."""
+        why = f"{cause.key.stage} pass: tile {cause.key.number} failed: {cause.error}"
+        for sweep in self._plan.passes:
+            if sweep.needs not in stages:
+                continue
+            stages.add(sweep.name)
+            for tile in sweep.tiles():
+                if tile.key not in self.outcome.records:
+                    self._note(Record(key=tile.key, status="failed", error=why))
 
     def _note(self, record: Record) -> None:
         self._ledger.append(record)

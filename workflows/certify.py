@@ -72,7 +72,7 @@ def _certify(product: Product, *, guard: Guard) -> dict[str, Any]:
         if record.status == "failed":
             raise ExecutionError(f"sample {record.key.number} failed: {record.error}")
     output = open_source(str(product.output), scratch=run.scratch)
-    seam = seam_of(plan, files=fresh, read_mask=lambda region: output.read(region).image_CS[0])
+    seam = seam_of(product, files=fresh, read_mask=lambda region: output.read(region).image_CS[0])
     values = seam.as_json()
     write_json(run.certificate, values)
     return values

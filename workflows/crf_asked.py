@@ -45,13 +45,7 @@ def crf_params(asked: str, bundle: Bundle) -> CrfParams | None:
     """
     if asked == "off" or (asked == "auto" and bundle.crf is None):
         return None
-    params = read_crf(Path(asked)) if asked != "auto" else CrfParams.from_mapping(bundle.crf or {})
-    if params.scope == "scene":
-        raise CrfError(
-            "crf.scope: scene asked, a network's tiles are refined one by one: write the scores"
-            " (--crf off --scores float16) and run `terravox refine`"
-        )
-    return params
+    return read_crf(Path(asked)) if asked != "auto" else CrfParams.from_mapping(bundle.crf or {})
 
 
 def read_crf(path: Path) -> CrfParams:

@@ -132,7 +132,7 @@ def _write_raster(product: Product, store: ArrayStore, seam: Certificate) -> Non
             "TERRAVOX_AVERAGE": plan.resolved.average,
             "TERRAVOX_OUTPUT_STRIDE": str(plan.resolved.output_stride),
             "TERRAVOX_PRECISION": plan.resolved.precision.name,
-            "TERRAVOX_CRF": "on" if plan.crf else "off",
+            "TERRAVOX_CRF": "on" if plan.crf or plan.scene else "off",
             **_seam_tags(seam),
         },
     )

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from adapters.ledger_file import LedgerFile
 from adapters.zarr_store import ZarrStore
 from pipeline.context_tile import ContextTiles
+from pipeline.domain import Pass, TileKey
 from pipeline.errors import PlanError
 from pipeline.inference.scene_context import MISSING, SceneInOneTile, SceneSums, sums_layout
 from pipeline.models.architecture import Architecture
@@ -24,6 +28,7 @@ from workflows.finish import Product, lost_chunks, write_product
 from workflows.manifest import manifest
 from workflows.publish import Publisher
 from workflows.run_dir import read_plan, write_json
+from workflows.scene_run import SceneRun
 from workflows.seam import SampleFiles, Seam, certify_work, lost_samples, seam_of
 
 log = logging.getLogger(__name__)
@@ -47,6 +52,8 @@ class ImageRun:
         self.run.sweep()
         self._keep_plan()
         self.mask = self._store(self.run.mask, dtype=product.bundle.mask_dtype)
+        under_all = self.plan.scene
+        self.scene = None if under_all is None else SceneRun(product, under_all)
         self._samples = SampleFiles.of(self.run)
         self.sums = self._scene_sums() if self.plan.samples.needs else None
         self._new: list[Record] = []
@@ -60,6 +67,8 @@ class ImageRun:
             observers=[self._new.append],
         )
         self.watch(publisher.tile_done)
+        if self.scene is not None:
+            self.tiles.observers.append(self.scene.rows.note)
 
     def watch(self, observer: Observer) -> None:
         """Tell ``observer`` of every tile that the mask needs: of all but the samples."""
@@ -93,7 +102,10 @@ class ImageRun:
             total_C = self.sums.total
             digest = hashlib.sha256(total_C.tobytes()).hexdigest()
             values["scene_mean"] = {"digest": digest, "features": int(total_C[-1])}
-        return self._publisher.finish(values, outcome=self.outcome, store=self.mask, seam=seam)
+        answer = self._publisher.finish(values, outcome=self.outcome, store=self.mask, seam=seam)
+        if seam is not None:
+            shutil.rmtree(self.run.lattice, ignore_errors=True)
+        return answer
 
     def close(self) -> None:
         """Close the ledger."""
@@ -103,7 +115,7 @@ class ImageRun:
         """The certificate, kept and, where it fails or lacks samples, told."""
         for record in self.tiles.outcome.of(self.plan.samples).failed:
             log.warning("sample %d failed: %s", record.key.number, record.error)
-        seam = seam_of(self.plan, files=self._samples, read_mask=self.mask.read)
+        seam = seam_of(self.product, files=self._samples, read_mask=self.mask.read)
         write_json(self.run.certificate, seam.as_json())
         if seam.complaint:
             log.warning("%s: %s", self.product.case.name, seam.complaint)
@@ -111,30 +123,32 @@ class ImageRun:
 
     def _trusted(self) -> list[Record]:
         """Records of tiles that are done and whose chunk still holds what they say."""
-        scores = self._scores()
         self.mask.sweep()
-        stores: dict[str, list[ArrayStore]] = {"segment": [self.mask]}
-        if scores is not None:
-            stores["segment"].append(scores.store)
-        if self.sums is not None:
-            stores["context"] = [self.sums]
         found = [r for r in self._ledger.records().values() if r.status == "done"]
-        done = [r for r in found if r.key.stage in stores]
         lost = {*lost_samples(found, self.plan, self._samples)}
-        lost |= {
-            key
-            for stage, parts in stores.items()
-            for key in lost_chunks(
-                (r for r in done if r.key.stage == stage), self.plan.sweep, parts
-            )
-        }
+        scores = self._scores()
+        written = [self.mask] if scores is None else [self.mask, scores.store]
+        lost |= self._damaged(found, self.plan.last, written)
+        if self.sums is not None:
+            lost |= self._damaged(found, replace(self.plan.sweep, name="context"), [self.sums])
+        if self.scene is not None:
+            mask = [r for r in found if r.key.stage == self.plan.last.name and r.key not in lost]
+            if len(mask) < len(self.plan.last):  # else what led to it is of no use any more
+                lost |= self._damaged(found, self.plan.sweep, self.scene.stores)
+            lost |= {*self.scene.rows.lost(r for r in found if r.key not in lost)}
         for key in lost:
             log.warning("%s %d: what it wrote is damaged; done again", key.stage, key.number)
             self._ledger.append(Record(key=key, status="failed", error="damaged"))
+        done = [r for r in found if r.key.stage != self.plan.samples.name]
         if done:
             name, total = self.product.case.name, len(self.plan.tiles) - len(self.plan.samples)
             log.warning("resuming %s: %d of %d tiles are done", name, len(done), total)
         return [record for record in done if record.key not in lost]
+
+    @staticmethod
+    def _damaged(done: Iterable[Record], sweep: Pass, stores: Sequence[ArrayStore]) -> set[TileKey]:
+        """Tiles of one pass whose chunks do not hold what their records say."""
+        return {*lost_chunks((r for r in done if r.key.stage == sweep.name), sweep, stores)}
 
     def _keep_plan(self) -> None:
         """Write plan.json, or prove that the one that is there is this run's."""
@@ -186,11 +200,9 @@ class ImageRun:
         store.sweep()
         return SceneSums(store, grid)
 
-    def _works(self) -> dict[str, Work]:
-        """What is done in each pass."""
-        plan, resolved = self.plan, self.plan.resolved
-        grid, source = plan.sweep.grid, self._source()
-        model = SegmentModel(
+    def _model(self) -> SegmentModel:
+        resolved = self.plan.resolved
+        return SegmentModel(
             bundle=self.product.bundle,
             device=resolved.device,
             precision=resolved.precision,
@@ -199,6 +211,10 @@ class ImageRun:
             threads=resolved.threads,
             canonical_px=resolved.canonical_px,
         )
+
+    def _works(self) -> dict[str, Work]:
+        """What is done in each pass."""
+        plan, grid, source, model = self.plan, self.plan.sweep.grid, self._source(), self._model()
         segment = SegmentTiles(
             key=plan.tiles.fingerprint,
             model=model,
@@ -207,13 +223,15 @@ class ImageRun:
             padded_shape=grid.padded_shape,
             scene=None if plan.sweep.reach.pooled is None else self.sums or SceneInOneTile(grid),
             crf=plan.crf,
-            mask=self.mask,
-            scores=self._scores(),
+            mask=self.mask if self.scene is None else self.scene.labels,
+            scores=self._scores() if self.scene is None else self.scene.scores,
             samples=self._samples.sink(plan),
             guard=self.guard,
         )
         certify = certify_work(self.product, files=self._samples, sums=self.sums, guard=self.guard)
         works: dict[str, Work] = {"segment": segment, plan.samples.name: certify}
+        if self.scene is not None:
+            works |= self.scene.works(self.mask, guard=self.guard)
         if self.sums is None:
             return works
         context = ContextTiles(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.crf.params import ResolvedCrf, ResolvedKernel
-from pipeline.crf.whole_scene import SceneCrf, SceneTile
-from pipeline.domain import Pass, Region
+from pipeline.crf.whole_scene import SceneCrf, ScenePixels
+from pipeline.domain import Grid, Halo, Pass, Region
 from pipeline.ports import Source
 
 PLACES = 5
@@ -17,27 +18,53 @@ PLACES = 5
 SIDE = {2: 1024, 3: 128}
 """The most that is read of one, in pixels, by number of axes."""
 
+_KEY_BYTES, _SUM_BYTES = 16, 8
+
 _TABLE_BYTES = 288
 """Of a vertex: its key, twice while the list grows, and up to eight slots of the hash table."""
 
 
-def expected_lattice(source: Source, sweep: Pass, crf: ResolvedCrf, *, classes: int) -> int:
-    """Bytes of the lattice, were all the scene like the place where it is densest.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatticeSize:
+    """Expected of the lattice, were all the scene like the place where it is densest."""
 
-    A place counts the vertices that its neighbours touch as well, so that this is rather too much.
+    vertices: int
+    """Summed over tiles: one that several tiles touch counts for each."""
+
+    sent_bytes: int
+    """What tiles tell one another, all rounds summed."""
+
+    kept_bytes: int
+    """The most that lies in the run directory at a time."""
+
+    tile_bytes: int
+    """Of memory, for what the largest tile hears of others."""
+
+
+def expected_lattice(source: Source, sweep: Pass, crf: SceneCrf, *, classes: int) -> LatticeSize:
+    """From the vertices that a few places touch.
 
     Raises SourceReadError or CrfError.
     """
     numbers = sorted({place * (len(sweep) - 1) // (PLACES - 1) for place in range(PLACES)})
     counts = [_vertices(source, sweep.tile(n).core, crf, classes=classes) for n in numbers]
-    pixels = math.prod(sweep.grid.shape)
-    expected = 0
-    for kernel, shares in zip(crf.kernels, zip(*counts, strict=True), strict=True):
-        expected += math.ceil(max(shares) * pixels) * _vertex_bytes(kernel, classes=classes)
-    return expected
+    columns = classes - 1 + (crf.params.compatibility is not None)
+    vertices = sent = heard_bytes = 0
+    for kernel, shares in enumerate(zip(*counts, strict=True)):
+        vertices += math.ceil(max(shares) * math.prod(sweep.grid.shape))
+        heard = [math.ceil(max(shares) * pixels) for pixels in _heard(sweep.grid, crf, kernel)]
+        sent += sum(heard)
+        heard_bytes += max(heard) * _vertex_bytes(crf, kernel, columns=columns)
+    first, each = _KEY_BYTES + _SUM_BYTES, _SUM_BYTES * columns
+    return LatticeSize(
+        vertices=vertices,
+        sent_bytes=sent * (first + crf.params.iterations * each),
+        kept_bytes=vertices * (_SUM_BYTES + 2 * each) + sent * (first + 2 * each),
+        tile_bytes=heard_bytes,
+    )
 
 
-def _vertices(source: Source, core: Region, crf: ResolvedCrf, *, classes: int) -> tuple[float, ...]:
+def _vertices(source: Source, core: Region, crf: SceneCrf, *, classes: int) -> tuple[float, ...]:
     """Vertices of each kernel per pixel, at the start of ``core``."""
     side = SIDE[core.ndim]
     region = Region(
@@ -45,14 +72,36 @@ def _vertices(source: Source, core: Region, crf: ResolvedCrf, *, classes: int) -
     )
     block = source.read(region)
     even_KS = np.full((classes, *region.shape), 1 / classes, np.float32)
-    lattice = SceneCrf(shape=source.info.shape, params=crf, threads=1)
-    lattice.visit(SceneTile(prob_KS=even_KS, block=block, origin=region.start))
-    count = int(block.valid_S.sum())
-    return tuple(found / count for found in lattice.vertices) or (0.0,) * len(crf.kernels)
+    alone = SceneCrf(
+        grid=Grid(shape=region.shape, tile=region.shape, stride=1),
+        params=crf.params,
+        threads=crf.threads,
+    )
+    told = alone.tell(ScenePixels(number=0, prob_KS=even_KS, block=block), None)
+    return tuple(len(own_V) / max(int(block.valid_S.sum()), 1) for own_V in told.own)
 
 
-def _vertex_bytes(kernel: ResolvedKernel, *, classes: int) -> int:
-    """Its place in the tables, two neighbours an axis, two masses, and two rows of differences."""
-    axes = len(kernel.position_px) + len(kernel.channels) + 1
-    width = classes + classes // 2 + 1  # no less than the engine rounds up to
-    return _TABLE_BYTES + 4 * (2 * axes + 2 + 2 * width)
+def _heard(grid: Grid, crf: SceneCrf, kernel: int) -> Iterator[float]:
+    """For each tile, how many pixels of others touch vertices that it needs, as if spread evenly.
+
+    What a tile touches lies over its core and half a reach around it; what one needs, over its
+    core and one and a half.
+    """
+    reach = crf.reach(kernel)
+    touched = tuple(math.ceil(0.5 * width) for width in reach)
+    needed = tuple(math.ceil(1.5 * width) + 1 for width in reach)
+    for number in range(len(grid)):
+        near, pixels = grid.core(number).grow(Halo(needed, needed)), 0.0
+        for other in crf.neighbours(kernel, number):
+            core = grid.core(other)
+            over = core.grow(Halo(touched, touched))
+            pixels += core.size * (over & near).size / over.size
+        yield pixels
+
+
+def _vertex_bytes(crf: SceneCrf, kernel: int, *, columns: int) -> int:
+    """Key and sums as heard and joined, its place in the tables, two neighbours an axis, rows."""
+    features = crf.params.kernels[kernel]
+    axes = len(features.position_px) + len(features.channels) + 1
+    heard = 2 * (_KEY_BYTES + _SUM_BYTES + _SUM_BYTES * columns)
+    return heard + _TABLE_BYTES + 4 * (2 * axes + 4 * (columns + columns // 2 + 1))

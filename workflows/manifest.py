@@ -34,7 +34,7 @@ def manifest(
     ``seconds``, throughput, stages and memory are of this command, which did the ``new`` tiles.
     """
     plan, info, bundle = product.plan, product.case.source.info, product.bundle
-    mask, needed = outcome.of(plan.sweep), outcome.without(plan.samples)
+    mask, needed = outcome.of(plan.last), outcome.without(plan.samples)
     return {
         "status": "interrupted" if outcome.interrupted else "partial" if needed.failed else "done",
         "output": str(product.output.resolve()) if seam else None,
@@ -59,14 +59,14 @@ def manifest(
         "average": plan.resolved.average,
         "output_stride": plan.resolved.output_stride,
         "scene_mean": None,
-        "crf": _crf(plan),
+        "crf": plan.scene.manifest(lattice(outcome)) if plan.scene else _crf(plan),
         "precision": plan.resolved.precision.name,
         "device": plan.resolved.device,
         "classes": classes(mask, info, bundle.legend),
         "nodata_pixels": counts(mask).get(bundle.mask_nodata, 0),
         "seam": seam.certificate.as_json() if seam else None,
         "seconds": round(seconds, 3),
-        "throughput": throughput(info, new, seconds),
+        "throughput": throughput(info, [r for r in new if r.key.stage == plan.last.name], seconds),
         "stages": stages(new),
         "peak_memory_bytes": peak_memory(new),
         "mlflow_run_id": None,
@@ -125,6 +125,18 @@ def _crf(plan: SegmentPlan) -> dict[str, Any] | None:
         "scope": "tile",
         "iterations": plan.crf.iterations,
         "halo": plan.sweep.crf_halo.before,
+    }
+
+
+def lattice(outcome: Outcome) -> dict[str, int] | None:
+    """What became of the lattice under all tiles; None where each had its own."""
+    records = [r for r in outcome.records.values() if r.vertices]
+    if not records:
+        return None
+    first = [r for r in records if r.key.stage == records[0].key.stage]
+    return {
+        "vertices": sum(r.vertices for r in first),
+        "sent_bytes": sum(r.sent_bytes for r in records),
     }
 
 

@@ -26,6 +26,7 @@ from workflows.halo_asked import (
 from workflows.plan_json import halo_json, windows_json, windows_words
 from workflows.resolved import Resolved, resolve, resolved_before
 from workflows.run_dir import canonical_digest
+from workflows.scene_plan import ScenePlan, plan_scene, refuse_scores
 from workflows.sizing import Costs, Sizer, canonical_side, over_budget, store_bytes
 from workflows.tracing import traced
 from workflows.workplace import workers, workplace
@@ -43,6 +44,11 @@ class SegmentPlan:
     source_digest: str
     channels: tuple[int, ...]
     crf: ResolvedCrf | None
+    """Of each tile with its halo; None for none, and where one lattice lies under all tiles."""
+
+    scene: ScenePlan | None
+    """The rounds under one lattice; None without one."""
+
     average: Average
     """How the network sees the scene."""
 
@@ -69,8 +75,13 @@ class SegmentPlan:
         return self.network_exact and self.crf is None
 
     @property
-    def sweep(self) -> Pass:
+    def last(self) -> Pass:
         """The pass that writes the mask."""
+        return self.sweep if self.scene is None else self.scene.rounds[-1]
+
+    @property
+    def sweep(self) -> Pass:
+        """The network's pass, which writes the mask but where a lattice lies under all tiles."""
         return next(p for p in self.tiles.passes if isinstance(p, Pass) and p.name == "segment")
 
     @property
@@ -82,18 +93,19 @@ class SegmentPlan:
     def summary(self) -> str:
         """One line for people, before the run."""
         sweep, resolved = self.sweep, self.resolved
+        crf = f"CRF {f'by {self.crf.engine}' if self.crf else 'off'}"
         side = " x ".join(map(str, sweep.grid.tile))
         return (
             f"{len(sweep)} tiles of {side} px, halo {sweep.reach.halo_with_window.largest} px,"
             f" work {self.costs.halo_work_ratio:.2f} times that of one pass, {windows_words(self)},"
             f" {resolved.precision.name} on {resolved.device} ({resolved.precision.why}),"
             f"{f' mean of {resolved.average},' if resolved.average != 'none' else ''}"
-            f" CRF {f'by {self.crf.engine}' if self.crf else 'off'}"
+            f" {self.scene.summary if self.scene else crf}"
         )
 
     def as_json(self) -> dict[str, Any]:
         """What plan.json holds and ``terravox plan --json`` prints."""
-        sweep = self.sweep
+        sweep, crf = self.sweep, self.scene.crf.params if self.scene else self.crf
         return {
             "fingerprint": self.tiles.fingerprint,
             "request_digest": self.request_digest,
@@ -116,7 +128,8 @@ class SegmentPlan:
             "windows": windows_json(self),
             "peak_memory_bytes": self.tiles.peak_bytes,
             "store_bytes": self.tiles.store_bytes,
-            "crf": self.crf.as_json() if self.crf else None,
+            "crf": crf.as_json() if crf else None,
+            "lattice": self.scene.as_json() if self.scene else None,
             "channels": self.channels,
             "samples": [asdict(sample) for sample in self.samples.samples],
             "asked": self.asked,
@@ -154,6 +167,10 @@ def make_plan(
             "crf": crf.as_json() if crf else None,
         }
     )
+    under_all = crf if crf is not None and crf.scope == "scene" else None
+    if under_all is not None:
+        refuse_scores(options)
+        crf = None
     check_average(options, bundle)
     known = traced(bundle, options.context).averaged(options.average)
     # Of the layers, not as the options shorten it; pooling over a tile is held against a window's.
@@ -178,14 +195,20 @@ def make_plan(
     crf = with_engine(crf, resolved.crf_engine, shape=info.shape, classes=len(bundle.classes))
     sizer = replace(sizer, crf=crf, reach=reach_asked(known.reach, options, resolved.halo))
     sweep = sizer.sweep(resolved.tile, case=case.name)
+    scene = None
+    if under_all is not None:
+        scene = plan_scene(
+            under_all, case.source, sweep, channels=channels, classes=len(bundle.classes)
+        )
     plan = SegmentPlan(
-        tiles=_tile_plan(case, options, sizer, resolved, channels),
+        tiles=_tile_plan(case, options, sizer, resolved, channels, scene),
         resolved=resolved,
         request_digest=request,
         source_digest=case.digest,
         channels=channels,
         crf=crf,
         average=known.average,
+        scene=scene,
         network_exact=is_exact(known, reach=sizer.reach),
         receptive_field=known.receptive_field,
         stages=len(known.body.stages) if isinstance(known.body, Chain) else 1,
@@ -219,9 +242,10 @@ def _tile_plan(
     sizer: Sizer,
     resolved: Resolved,
     channels: tuple[int, ...],
+    scene: ScenePlan | None,
 ) -> TilePlan:
     """The passes, their name, and what they take."""
-    bundle, crf = sizer.bundle, sizer.crf
+    bundle, crf = sizer.bundle, sizer.crf if scene is None else scene.crf.params
     sweep = sizer.sweep(resolved.tile, case=case.name)
     fingerprint = canonical_digest(
         {
@@ -234,13 +258,15 @@ def _tile_plan(
             "scores": options.scores,
         }
     )
+    count = _workers(options, sweep, resolved)
     peak = sizer.peak_bytes(
-        sizer.costs(sweep, resolved.precision),
-        workers=_workers(options, sweep, resolved),
-        device=resolved.device,
+        sizer.costs(sweep, resolved.precision), workers=count, device=resolved.device
     )
+    rounds = () if scene is None else scene.rounds
+    if scene is not None:
+        peak += count * scene.tile_bytes
     return TilePlan(
-        passes=(*sweep.with_context(), sizer.samples(sweep, seed=fingerprint)),
+        passes=(*sweep.with_context(), *rounds, sizer.samples(sweep, seed=fingerprint)),
         fingerprint=fingerprint,
         peak_bytes=peak,
         store_bytes=store_bytes(bundle, sweep, scores=options.scores),

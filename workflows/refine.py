@@ -17,7 +17,6 @@ from pipeline.crf.params import CrfParams
 from pipeline.errors import SourceError
 from pipeline.execution.feed import FairFeed
 from pipeline.ports import Guard
-from pipeline.refine_scene import RefineScene
 from pipeline.segment_image import segment_images
 from workflows.backend import make_backend
 from workflows.case import Case, stem
@@ -30,6 +29,7 @@ from workflows.manifest import (
     classes,
     counts,
     default_run_dir,
+    lattice,
     peak_memory,
     stages,
     throughput,
@@ -37,7 +37,7 @@ from workflows.manifest import (
 )
 from workflows.progress import RunProgress, stderr_console
 from workflows.publish import open_tracker
-from workflows.refine_plan import Wish, in_one_process, make_refine_plan
+from workflows.refine_plan import Wish, make_refine_plan
 from workflows.refine_run import RefineProduct, RefineRun
 from workflows.run_dir import RunDir, file_digest, read_plan, write_json
 from workflows.run_scores import open_scores
@@ -87,8 +87,6 @@ def refine(
         crf=crf if isinstance(crf, CrfParams) else read_crf(Path(crf)),
         classes=own_legend if legend is None else Path(legend),
     )
-    if wish.crf.scope == "scene":
-        asked = in_one_process(asked)
     check_output(target, source=wish.case.path, info=wish.case.source.info, run=run)
     if target.exists() and target.samefile(wish.scores_path):
         raise SourceError(f"output {target} is the scores themselves; choose another output")
@@ -156,8 +154,6 @@ def _tiles(image: RefineRun, *, stop: Callable[[], bool]) -> None:
     console.print(plan.summary)
     for note in plan.notes:
         log.warning("%s", note)
-    if image.scene is not None and not _gathered(image, image.scene, stop=stop):
-        return
     done = len(image.tiles.outcome.records)
     progress = RunProgress(
         "tiles", total=len(plan.tiles), done=done, file=image.run.progress, console=console
@@ -183,24 +179,6 @@ def _tiles(image: RefineRun, *, stop: Callable[[], bool]) -> None:
             segment_images(feed, images, backend=backend, ended=lambda _: None, stop=stop)
 
 
-def _gathered(image: RefineRun, scene: RefineScene, *, stop: Callable[[], bool]) -> bool:
-    """Whether the lattice has seen all tiles, where any is left to write; False if told to stop."""
-    if not image.tiles.outcome.interrupted:
-        return True
-    sweep, passes, console = image.plan.sweep, scene.model.crf.passes, stderr_console()
-    total, began = passes * len(sweep), 0
-    visits = RunProgress("visits", total=total, done=0, file=image.run.progress, console=console)
-    with visits:
-        for number in scene.gather(sweep):
-            if number != began:
-                began = number
-                console.print(f"lattice: pass {number} of {passes}")
-            visits.add()
-            if stop():
-                return False
-    return True
-
-
 def _finish(image: RefineRun, tracker: MlflowTracker | NoTracker) -> dict[str, Any]:
     """The product if its tiles allow it, then the papers; returns the manifest."""
     outcome, run = image.tiles.outcome, image.run
@@ -220,7 +198,8 @@ def _finish(image: RefineRun, tracker: MlflowTracker | NoTracker) -> dict[str, A
         values["notes"] = (*values["notes"], f"MLflow: {tracker.error}")
     if seam is not None:
         write_json(run.manifest, values)
-        shutil.rmtree(run.scratch, ignore_errors=True)
+        for spent in (run.scratch, run.lattice):
+            shutil.rmtree(spent, ignore_errors=True)
     return values
 
 
@@ -252,7 +231,7 @@ def _manifest(image: RefineRun, *, seam: Mapping[str, Any] | None) -> dict[str, 
             "scope": plan.crf.scope,
             "iterations": plan.crf.iterations,
             "halo": plan.sweep.crf_halo.before,
-            "vertices": image.scene.model.crf.vertices if image.scene else None,
+            "lattice": lattice(outcome),
         },
         "device": plan.resolved.device,
         "classes": classes(mask, info, plan.legend),

@@ -13,15 +13,16 @@ import torch
 
 from pipeline.crf.engine import EngineName, pick_engine
 from pipeline.crf.params import CrfParams, ResolvedCrf
-from pipeline.crf.whole_scene import PASSES_BEFORE
+from pipeline.crf.whole_scene import SceneCrf
 from pipeline.domain import Grid, ImageInfo, Pass, Reach, SamplePass, Shape, TilePlan
 from pipeline.errors import PlanError
 from pipeline.models.input_spec import Legend
 from pipeline.ports import Source
+from pipeline.refine_scene import rounds_of
 from pipeline.stitching.given_scores import check_scores
 from workflows.case import Case
 from workflows.config import RefineOptions
-from workflows.lattice_size import expected_lattice
+from workflows.lattice_size import LatticeSize, expected_lattice
 from workflows.legend import read_legend
 from workflows.resolved import versions_here
 from workflows.run_dir import canonical_digest
@@ -90,8 +91,8 @@ class RefinePlan:
     scores_digest: str
     workers: int
 
-    lattice_bytes: int
-    """Expected of the lattice under all tiles; 0 where each tile has its own."""
+    lattice: LatticeSize | None
+    """Expected of the lattice under all tiles; None where each tile has its own."""
 
     asked: Mapping[str, Any]
     notes: tuple[str, ...]
@@ -99,7 +100,17 @@ class RefinePlan:
     @property
     def sweep(self) -> Pass:
         """The pass that writes the mask."""
-        return next(p for p in self.tiles.passes if isinstance(p, Pass))
+        return self.rounds[-1]
+
+    @property
+    def rounds(self) -> tuple[Pass, ...]:
+        """Those of the lattice under all tiles, and last the pass that writes the mask."""
+        return tuple(p for p in self.tiles.passes if isinstance(p, Pass))
+
+    @property
+    def scene(self) -> SceneCrf:
+        """The mean field of the scene, where one lattice lies under all tiles."""
+        return SceneCrf(grid=self.sweep.grid, params=self.crf, threads=self.resolved.threads)
 
     @property
     def samples(self) -> SamplePass:
@@ -111,11 +122,13 @@ class RefinePlan:
         """One line for people, before the run."""
         side = " x ".join(map(str, self.sweep.grid.tile))
         tiles = f"{len(self.sweep)} tiles of {side} px, {len(self.legend.classes)} classes, CRF by"
-        if self.crf.scope == "scene":
+        if self.lattice is not None:
             return (
-                f"{tiles} one lattice under all of them, in this process, expected to take"
-                f" {self.lattice_bytes / 1e9:.1f} GB, {self.tiles.peak_bytes / 1e9:.1f} GB in all;"
-                f" each tile is visited {PASSES_BEFORE + self.crf.iterations + 1} times"
+                f"{tiles} one lattice under all of them; each is visited {len(self.rounds)} times;"
+                f" expected: {self.lattice.vertices / 1e6:.1f} million vertices,"
+                f" {self.lattice.sent_bytes / 1e9:.2f} GB from tile to tile,"
+                f" {self.lattice.kept_bytes / 1e9:.2f} GB in the run directory,"
+                f" {self.tiles.peak_bytes / 1e9:.1f} GB of memory"
             )
         return (
             f"{tiles} {self.resolved.engine} on {self.resolved.device} with a halo of"
@@ -139,7 +152,7 @@ class RefinePlan:
             "halo_work_ratio": round(self.sweep.read_ratio, 4),
             "workers": self.workers,
             "peak_memory_bytes": self.tiles.peak_bytes,
-            "lattice_bytes": self.lattice_bytes,
+            "lattice": None if self.lattice is None else asdict(self.lattice),
             "store_bytes": self.tiles.store_bytes,
             "crf": self.crf.as_json(),
             "classes": [asdict(look) for look in self.legend.classes],
@@ -147,20 +160,6 @@ class RefinePlan:
             "asked": self.asked,
             "notes": self.notes,
         }
-
-
-def in_one_process(options: RefineOptions) -> RefineOptions:
-    """Options of a CRF with one lattice under all tiles. Raises PlanError for those it lacks."""
-    several = options.workers not in (None, 1) and options.workers
-    asked = {"--workers": several, "--ray-address": options.ray_address}
-    asked["--device"] = options.device == "cuda" and "cuda"
-    for name, value in asked.items():
-        if value:
-            raise PlanError(
-                f"{name} {value} asked with crf.scope scene: one process of the CPU holds the"
-                f" lattice; leave out {name}"
-            )
-    return options.model_copy(update={"backend": "serial", "device": "cpu"})
 
 
 def make_refine_plan(
@@ -182,10 +181,17 @@ def make_refine_plan(
     sweep = _sweep(crf, info, resolved.tile, case=wish.case.name)
     count = min(len(sweep), workers(options, device=resolved.device, threads=resolved.threads))
     tiles = _tile_plan(wish, sweep, {**fitted.content, "resolved": asdict(resolved)}, workers=count)
-    lattice = 0
+    lattice = None
     if crf.scope == "scene":
-        lattice = expected_lattice(wish.case.source, sweep, crf, classes=len(fitted.legend.classes))
-        tiles = replace(tiles, peak_bytes=tiles.peak_bytes + lattice)
+        scene = SceneCrf(grid=sweep.grid, params=crf, threads=resolved.threads)
+        lattice = expected_lattice(
+            wish.case.source, sweep, scene, classes=len(fitted.legend.classes)
+        )
+        tiles = replace(
+            tiles,
+            passes=(*rounds_of(sweep, scene), *tiles.passes[1:]),
+            peak_bytes=tiles.peak_bytes + count * lattice.tile_bytes,
+        )
     notes = over_budget(
         tiles.peak_bytes,
         asked=options.memory_budget,
@@ -202,7 +208,7 @@ def make_refine_plan(
         source_digest=wish.case.digest,
         scores_digest=fitted.content["scores"],
         workers=count,
-        lattice_bytes=lattice,
+        lattice=lattice,
         asked=_asked(wish),
         notes=fitted.notes + notes,
     )
@@ -228,15 +234,18 @@ def _fit(wish: Wish) -> _Fitted:
 def _resolve(crf: ResolvedCrf, info: ImageInfo, options: RefineOptions) -> RefineResolved:
     place = workplace(options)
     device: Literal["cpu", "cuda"] = "cuda" if options.device == "cuda" else "cpu"
-    if options.device == "auto" and place.gpus:
+    if crf.scope == "scene" and device == "cuda":
+        raise PlanError(
+            "--device cuda asked with crf.scope scene, whose lattice the native engine of the CPU"
+            " computes; leave out --device"
+        )
+    if options.device == "auto" and place.gpus and crf.scope == "tile":
         device = "cuda"
     if device == "cuda" and place.here and not torch.cuda.is_available():
         raise PlanError("--device cuda: torch sees no CUDA device here; use --device cpu")
     side = options.tile or TILE_PX[info.ndim]
     tile = tuple(min(side, n) for n in info.shape)
     threads = -(-place.cores // 8) if device == "cpu" else min(4, place.cores)
-    if crf.scope == "scene":
-        threads = place.cores
     usual = usual_workers(place, device=device, threads=threads)
     team = Team(workers=usual, threads=threads, device=device, alone=True)
     engine = pick_engine(crf.engine, device=device)

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, cast
 from adapters.ledger_file import LedgerFile
 from adapters.piece_files import PieceFiles
 from adapters.zarr_store import ZarrStore
-from pipeline.crf.whole_scene import SceneCrf
 from pipeline.errors import PlanError
-from pipeline.ports import Guard, Record, Work
-from pipeline.refine_scene import RefineScene, SceneLattice
+from pipeline.ports import Guard, Record, RowStore, Work
+from pipeline.refine_scene import RefineScene
 from pipeline.refine_tile import CrfModel, RefineSamples, RefineTiles
 from pipeline.segment_image import ImageTiles
 from pipeline.stitching.certificate import Disagreement
 from workflows.config import RefineOptions
 from workflows.finish import lost_chunks, mark_output
+from workflows.lattice_rows import LatticeRows
 from workflows.refine_plan import RefinePlan, Wish
 from workflows.run_dir import RunDir, read_plan, write_json
 
@@ -58,12 +58,16 @@ class RefineRun:
         self._labels = PieceFiles(self.run.samples / "labels")
         self.new: list[Record] = []
         self._ledger = LedgerFile(self.run.ledger, owner=f"pid{time.time_ns()}")
+        self.rows = None
+        if self.plan.lattice is not None:
+            self.rows = LatticeRows(self.run.lattice, self.plan.rounds)
         self._distrust()
         self.run.manifest.unlink(missing_ok=True)  # its presence means that the product exists
-        self.scene = self._scene() if self.plan.crf.scope == "scene" else None
         self.tiles = ImageTiles(
             self.plan.tiles, self._works(), ledger=self._ledger, observers=[self.new.append]
         )
+        if self.rows is not None:
+            self.tiles.observers.append(self.rows.note)
 
     def close(self) -> None:
         """Close the ledger."""
@@ -96,8 +100,8 @@ class RefineRun:
         seam = {
             **values["seam"],
             "interior": values["interior"],
-            "exact": len(self.plan.sweep) == 1 or self.scene is not None,
-            "reason": "one lattice under all tiles leaves no seam" if self.scene else None,
+            "exact": len(self.plan.sweep) == 1 or self.rows is not None,
+            "reason": "one lattice under all tiles leaves no seam" if self.rows else None,
         }
         write_json(self.run.certificate, seam)
         return seam
@@ -133,28 +137,29 @@ class RefineRun:
         lost = lost_chunks(tiles, self.plan.sweep, [self.mask])
         places = self.plan.samples.samples
         lost += [r.key for r in samples if self._labels.read(places[r.key.number].region) is None]
+        lost += [] if self.rows is None else self.rows.lost(r for r in done if r.key not in lost)
         for key in lost:
             log.warning("%s %d: what it wrote is damaged; done again", key.stage, key.number)
             self._ledger.append(Record(key=key, status="failed", error="damaged"))
-        if tiles:
-            log.warning("resuming: %d of %d tiles are done", len(tiles), len(self.plan.sweep))
+        if done:
+            log.warning("resuming: %d of %d tiles are done", len(done), len(self.plan.tiles))
 
     def _works(self) -> dict[str, Work]:
         """What is done in each pass."""
-        if self.scene is not None:
-            return {self.plan.sweep.name: self.scene}
+        if self.rows is not None:
+            return self._rounds(self.rows.store)
         tiles, samples = self._each(), self.plan.samples
         key = f"{tiles.key} {samples.name}"
         again = RefineSamples(key=key, tiles=tiles, labels=self._labels)
         return {self.plan.sweep.name: tiles, samples.name: again}
 
-    def _scene(self) -> RefineScene:
-        """The tiles under one lattice, which is empty as yet."""
-        plan = self.plan
-        shape, threads = plan.sweep.grid.shape, plan.resolved.threads
-        crf = SceneCrf(shape=shape, params=plan.crf, threads=threads)
-        model = SceneLattice(key=plan.tiles.fingerprint, crf=crf)
-        return RefineScene(tiles=self._each(), model=model)
+    def _rounds(self, rows: RowStore) -> dict[str, Work]:
+        """The tiles under one lattice, round by round."""
+        tiles, crf = self._each(), self.plan.scene
+        return {
+            sweep.name: RefineScene(tiles=tiles, crf=crf, rows=rows, turn=turn)
+            for turn, sweep in enumerate(self.plan.rounds)
+        }
 
     def _each(self) -> RefineTiles:
         plan, wish = self.plan, self.product.wish

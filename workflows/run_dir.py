@@ -60,6 +60,11 @@ class RunDir:
         return self.path / "context.zarr"
 
     @property
+    def lattice(self) -> Path:
+        """What tiles under one lattice told one another; deleted when the run is done."""
+        return self.path / "lattice"
+
+    @property
     def progress(self) -> Path:
         """How far the run is; rewritten about once a second."""
         return self.path / "progress.json"
@@ -88,8 +93,8 @@ class RunDir:
     def parts(self) -> tuple[Path, ...]:
         """All that a run makes here, the lease apart."""
         files = (self.plan, self.progress, self.tracking, self.report, self.manifest)
-        folders = (self.ledger, self.mask, self.scores, self.sums, self.samples, self.scratch)
-        return (*folders, *files, self.certificate, self.path / "finishing.json")
+        folders = (self.ledger, self.mask, self.scores, self.sums, self.samples, self.lattice)
+        return (*folders, self.scratch, *files, self.certificate, self.path / "finishing.json")
 
     @property
     def cases(self) -> Path:

@@ -103,13 +103,16 @@ def certify_work(
 
 
 def seam_of(
-    plan: SegmentPlan, *, files: SampleFiles, read_mask: Callable[[Region], NDArray[Any]]
+    product: Product, *, files: SampleFiles, read_mask: Callable[[Region], NDArray[Any]]
 ) -> Seam:
     """Compare what was kept of the tiles, and the mask, with what they should be.
 
+    Under one lattice the network alone can leave a seam: labels by its logits stand for the mask's.
+
     Raises StoreError, and what ``read_mask`` raises.
     """
-    measured = []
+    plan, legend, measured = product.plan, product.bundle.legend, []
+    values = np.array(legend.values)
     for sample in plan.samples.samples:
         region = sample.region
         reference_KS, wanted_S = files.logits.read(region), files.labels.read(region)
@@ -121,13 +124,15 @@ def seam_of(
             if kept_KS is not None:  # no number is as far off as can be, not absent
                 index = (slice(None), *part.slices(within=region))
                 tiles_KS[index] = np.nan_to_num(kept_KS, nan=float(np.finfo(np.float32).max))
+        by_logits_S = np.where(wanted_S == legend.nodata, legend.nodata, values[tiles_KS.argmax(0)])
+        mask_S = read_mask(region) if plan.scene is None else by_logits_S
         measured.append(
             Measured(
                 sample=sample,
                 reference_KS=reference_KS,
                 tiles_KS=tiles_KS,
                 wanted_S=wanted_S,
-                mask_S=read_mask(region),
+                mask_S=mask_S,
             )
         )
     claim = Claim(

@@ -1,36 +1,40 @@
 """Dense CRF of a scene in tiles, through one lattice under all of them: the tiling does not show.
 
-The lattice and one tile are in memory; tiles are loaded again for each pass. There are three
-passes before the iterations (which vertices exist, and two for the normalisation), then one for
-each iteration, and one that hands out what came of it.
+Each tile sums up what its pixels add to the lattice's vertices, tells its neighbours about the
+vertices that they need as well, and reads its pixels' values from its own and their sums. What
+tiles tell one another is kept in a store, so that any worker can go on with any tile, and nothing
+of the scene is in memory but one tile. Sums are whole numbers: no tiling, no order and no number of
+workers changes a bit of the result.
+
+Rounds: in the first, tiles tell which vertices they touch. In each of the others they hear what
+was told in the one before, and tell what follows from it; in the last it is the probabilities.
+
+Axes in array names: K class, C channel, S space, N valid pixel, V vertex, D position feature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.crf.dense import to_engine
-from pipeline.crf.engine import Pairwise
 from pipeline.crf.native_engine import module_for_this_processor, penalties
 from pipeline.crf.params import ResolvedCrf
-from pipeline.domain import Shape
+from pipeline.domain import Grid, Halo
 from pipeline.errors import CrfError
-from pipeline.ports import Block
-
-PASSES_BEFORE = 3
-"""Vertices, ones, mass: see pipeline/crf/native/scene.hpp."""
-
-T = TypeVar("T")
+from pipeline.ports import Block, RowStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SceneTile:
+class ScenePixels:
     """A tile without halo: tiles are disjoint, and together the scene."""
+
+    number: int
 
     prob_KS: NDArray[np.float32]
     """(K, *S), sums to 1 over K where valid."""
@@ -38,82 +42,216 @@ class SceneTile:
     block: Block
     """What guides, over the same pixels."""
 
-    origin: tuple[int, ...]
-    """Scene coordinates of the first pixel, per axis."""
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Heard:
+    """What tile and neighbours told, for each kernel: its own rows, then those of the others."""
+
+    keys: Sequence[NDArray[np.uint64]]
+    """(V, 2) of the others' vertices."""
+
+    ones: Sequence[NDArray[np.int64]]
+    """(V, 1)."""
+
+    sums: Sequence[NDArray[np.int64]] | None
+    """(V, columns); None in the second round, when nobody has told any."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Told:
+    """What a tile says in a round."""
+
+    own: Sequence[NDArray[np.int64]]
+    """(V, columns) of each kernel: sums of all vertices that its pixels touch."""
+
+    sent: Mapping[str, NDArray[Any]]
+    """What is for others, by the names that they ask for."""
+
+    @property
+    def rows(self) -> Mapping[str, NDArray[Any]]:
+        """All of it, by name."""
+        return {**{_own(kernel): own_V for kernel, own_V in enumerate(self.own)}, **self.sent}
+
+    @property
+    def vertices(self) -> int:
+        """That the tile's pixels touch, all kernels summed."""
+        return sum(len(own_V) for own_V in self.own)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Of what is for others."""
+        return sum(array.nbytes for array in self.sent.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SceneCrf:
-    """The mean field of a scene: gathered from all tiles, then asked for each of them."""
+    """The mean field of a scene in tiles. Picklable."""
 
-    def __init__(self, *, shape: Shape, params: ResolvedCrf, threads: int) -> None:
-        """Begin without a vertex.
+    grid: Grid
+    params: ResolvedCrf
 
-        Args:
-            shape: of the scene, in pixels.
-            params: the CRF on this image's grid.
-            threads: those that may be used; the result does not depend on them.
+    threads: int
+    """Those that may be used; the result does not depend on them."""
+
+    @property
+    def rounds(self) -> int:
+        """How often each tile is visited."""
+        return self.params.iterations + 2
+
+    def reach(self, kernel: int) -> tuple[float, ...]:
+        """How far a blur carries along each axis, in pixels: ``reach_of`` in scene.hpp."""
+        deviations = self.params.kernels[kernel].position_px
+        steps = [2 * math.sqrt(1.5 * (k + 1) / (k + 2)) for k in range(len(deviations))]
+        return tuple(d * step for d, step in zip(deviations, reversed(steps), strict=True))
+
+    def neighbours(self, kernel: int, number: int) -> list[int]:
+        """Tiles that may need to know of a tile's vertices, and the other way round.
+
+        A vertex lies within half a reach of its pixels, on both sides of the blur.
         """
-        self._shape, self._params, self._threads = shape, params, threads
-        self._scene: Any = None
+        widths = tuple(math.ceil(2 * reach) + 2 for reach in self.reach(kernel))
+        near = self.grid.core(number).grow(Halo(widths, widths)).clip(self.grid.shape)
+        return [other for other in self.grid.meeting(near) if other != number]
 
-    @property
-    def passes(self) -> int:
-        """How often ``gather`` visits each tile."""
-        return PASSES_BEFORE + self._params.iterations
+    def hear(self, store: RowStore, turn: int, number: int) -> Heard | None:
+        """What the tile is to know in this round; nothing in the first. Raises StoreError."""
+        if turn == 0:
+            return None
+        own = [_own(kernel) for kernel in range(len(self.params.kernels))]
 
-    @property
-    def vertices(self) -> tuple[int, ...]:
-        """Of each kernel's lattice, so far."""
-        return () if self._scene is None else tuple(self._scene.vertices)
+        def sums(since: int) -> list[NDArray[np.int64]]:
+            told = [[rows_V] for rows_V in store.read(since, number, own)]
+            return self._joined(store, since, number, name=_for, told=told)
 
-    def gather(self, tiles: Collection[T], *, load: Callable[[T], SceneTile]) -> Iterator[int]:
-        """Run all passes, once; yield the number of the pass, from 1, after each visit.
+        return Heard(
+            keys=self._joined(store, 0, number, name=_keys, told=[[] for _ in own]),
+            ones=sums(0),
+            sums=sums(turn - 1) if turn > 1 else None,
+        )
 
-        What comes of it holds only when it has been run to its end.
+    def _joined(
+        self,
+        store: RowStore,
+        turn: int,
+        number: int,
+        *,
+        name: Callable[[int, int], str],
+        told: list[list[NDArray[Any]]],
+    ) -> list[NDArray[Any]]:
+        """``told`` and what the others told this tile, for each kernel, in their order."""
+        near = [self.neighbours(kernel, number) for kernel in range(len(told))]
+        for other in sorted(set().union(*near)):
+            asked = [kernel for kernel, others in enumerate(near) if other in others]
+            found = store.read(turn, other, [name(number, kernel) for kernel in asked])
+            for kernel, rows_V in zip(asked, found, strict=True):
+                told[kernel].append(rows_V)
+        return [_one(parts) for parts in told]
 
-        Args:
-            tiles: in a fixed order, which decides that of the sums.
-            load: gives a tile, the same each time that it is asked.
+    def tell(self, found: ScenePixels, heard: Heard | None) -> Told:
+        """What the tile says in this round, to itself and to its neighbours.
 
         Raises:
             CrfError: a valid pixel is not finite, or the lattice cannot address the scene.
             ImportError: the native engine was not built here.
         """
-        for number in range(1, self.passes + 1):
-            for tile in tiles:
-                self.visit(load(tile))
-                yield number
-            if self._scene is not None:
-                self._scene.advance()
-
-    def visit(self, found: SceneTile) -> None:
-        """Take what the pass under way takes of a tile. Raises as ``gather``."""
+        kernels = range(len(self.params.kernels))
         if not found.block.valid_S.any():
-            return
-        energy_KN, kernels = self._to_engine(found)
-        try:
-            if self._scene is None:
-                self._scene = self._empty(kernels, classes=len(energy_KN))
-            self._scene.visit(energy_KN, [kernel.features_DN for kernel in kernels])
-        except (OverflowError, ValueError) as error:
-            raise CrfError(f"crf: native engine: {error}") from error
+            return self._silence(found.number)
+        tile = self._placed(found)
+        if heard is None:
+            own = [tile.ones(kernel) for kernel in kernels]
+        else:
+            prob_KN = _updated(tile, heard)
+            own = [tile.sums(kernel, prob_KN) for kernel in kernels]
+        sent: dict[str, NDArray[Any]] = {}
+        for kernel in kernels:
+            keys_V = tile.keys(kernel) if heard is None else None
+            for other, chosen_V in self._wanted(tile, kernel, found.number):
+                sent[_for(other, kernel)] = own[kernel][chosen_V]
+                if keys_V is not None:
+                    sent[_keys(other, kernel)] = keys_V[chosen_V]
+        return Told(own=own, sent=sent)
 
-    def finish(self, found: SceneTile) -> NDArray[np.float32]:
+    def finish(self, found: ScenePixels, heard: Heard) -> NDArray[np.float32]:
         """The tile's refined probabilities, (K, *S) float32, as ``dense.refine``; a new array."""
         refined_KS = found.prob_KS.astype(np.float32, order="C")
         valid_S = found.block.valid_S
         if valid_S.any():
-            energy_KN, kernels = self._to_engine(found)
-            features = [kernel.features_DN for kernel in kernels]
-            refined_KS[:, valid_S] = self._scene.finish(energy_KN, features)
+            refined_KS[:, valid_S] = _updated(self._placed(found), heard)
         return refined_KS
 
-    def _to_engine(self, found: SceneTile) -> tuple[NDArray[np.float32], list[Pairwise]]:
-        return to_engine(found.prob_KS, block=found.block, origin=found.origin, params=self._params)
+    def _placed(self, found: ScenePixels) -> Any:
+        """The tile's pixels in the lattice; keys have room for all that the scene allows."""
+        energy_KN, kernels = to_engine(
+            found.prob_KS,
+            block=found.block,
+            origin=self.grid.core(found.number).start,
+            params=self.params,
+        )
+        tops = [kernel.greatest(self.grid.shape) for kernel in self.params.kernels]
+        try:
+            return module_for_this_processor().place_tile(
+                energy_KN,
+                [kernel.features_DN for kernel in kernels],
+                [[0.0] * len(top) for top in tops],
+                tops,
+                penalties(kernels, classes=len(energy_KN)),
+                self.threads,
+            )
+        except (OverflowError, ValueError) as error:
+            raise CrfError(f"crf: native engine: {error}") from error
 
-    def _empty(self, kernels: Sequence[Pairwise], *, classes: int) -> Any:
-        """Keys have room for all that the scene's shape and guides allow."""
-        tops = [kernel.greatest(self._shape) for kernel in self._params.kernels]
-        lows = [[0.0] * len(top) for top in tops]
-        module = module_for_this_processor()
-        return module.scene(lows, tops, penalties(kernels, classes=classes), self._threads)
+    def _wanted(
+        self, tile: Any, kernel: int, number: int
+    ) -> Iterator[tuple[int, NDArray[np.intp]]]:
+        """Each neighbour, and which of the tile's vertices it needs.
+
+        Those within one and a half reaches of its pixels: a blur ends half a reach from them.
+        """
+        deviations = np.array(self.params.kernels[kernel].position_px)
+        margin = 1.5 * np.array(self.reach(kernel)) + 1
+        position_VS = tile.positions(kernel, len(margin))[:, ::-1] * deviations
+        for other in self.neighbours(kernel, number):
+            core = self.grid.core(other)
+            near_VS = position_VS >= np.array(core.start) - margin
+            near_VS &= position_VS <= np.array(core.stop) + margin
+            yield other, np.flatnonzero(near_VS.all(axis=1))
+
+    def _silence(self, number: int) -> Told:
+        """Of a tile without a valid pixel."""
+        nothing = np.zeros((0, 0), np.int64)
+        sent = {
+            name(other, kernel): nothing
+            for kernel in range(len(self.params.kernels))
+            for other in self.neighbours(kernel, number)
+            for name in (_for, _keys)
+        }
+        return Told(own=[nothing] * len(self.params.kernels), sent=sent)
+
+
+def _updated(tile: Any, heard: Heard) -> NDArray[np.float32]:
+    """Probabilities (K, N) of the round."""
+    for kernel, (keys_V, ones_V) in enumerate(zip(heard.keys, heard.ones, strict=True)):
+        tile.meet(kernel, keys_V, ones_V)
+    if heard.sums is not None:
+        tile.read(heard.sums)
+    prob_KN: NDArray[np.float32] = tile.update()
+    return prob_KN
+
+
+def _own(kernel: int) -> str:
+    return f"{kernel}"
+
+
+def _for(other: int, kernel: int) -> str:
+    return f"{kernel} to {other}"
+
+
+def _keys(other: int, kernel: int) -> str:
+    return f"{kernel} keys to {other}"
+
+
+def _one(parts: Iterable[NDArray[Any]]) -> NDArray[Any]:
+    """One after another; those without a row are of no width either."""
+    some = [part for part in parts if len(part)]
+    return np.concatenate(some) if some else np.zeros((0, 0), np.int64)

@@ -80,11 +80,27 @@ class Grid:
         >>> [part.start for part in grid.parts(Region((2, 6), (4, 9)))]
         [(2, 6), (2, 8)]
         """
-        first = tuple(a // t for a, t in zip(region.start, self.tile, strict=True))
-        stop = tuple(-(-b // t) for b, t in zip(region.stop, self.tile, strict=True))
-        for index in Region(first, stop).blocks((1,) * region.ndim):
+        for index in self._indices(region):
             core = Region(
                 tuple(n * t for n, t in zip(index.start, self.tile, strict=True)),
                 tuple(n * t for n, t in zip(index.stop, self.tile, strict=True)),
             )
             yield core & region
+
+    def meeting(self, region: Region) -> Iterator[int]:
+        """Numbers of the cores that a region of the scene meets, ascending.
+
+        >>> list(Grid(shape=(5, 9), tile=(4, 4), stride=4).meeting(Region((2, 6), (4, 9))))
+        [1, 2]
+        """
+        for index in self._indices(region):
+            number = 0
+            for count, at in zip(self.counts, index.start, strict=True):
+                number = number * count + at
+            yield number
+
+    def _indices(self, region: Region) -> Iterator[Region]:
+        """Of the cores that a region meets, a box of one each; row-major."""
+        first = tuple(a // t for a, t in zip(region.start, self.tile, strict=True))
+        stop = tuple(-(-b // t) for b, t in zip(region.stop, self.tile, strict=True))
+        return Region(first, stop).blocks((1,) * region.ndim)

@@ -61,6 +61,9 @@ class Pass:
     crf_halo: Halo
     """Context of the CRF around the core, on top of the network's, in pixels; zero without CRF."""
 
+    after: str = ""
+    """The pass that must have ended before, by name; empty where the network's reach says it."""
+
     def __len__(self) -> int:
         return len(self.grid)
 
@@ -79,6 +82,8 @@ class Pass:
     @property
     def needs(self) -> str:
         """The pass whose results this one reads, by name; empty where there is none."""
+        if self.after:
+            return self.after
         return "context" if self.reach.pooled is not None and len(self) > 1 else ""
 
     def with_context(self) -> tuple[Pass, ...]:

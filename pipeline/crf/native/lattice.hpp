@@ -89,6 +89,18 @@ struct Packing {
         return packing;
     }
 
+    // What was packed: D + 1 coordinates, which sum to 0.
+    std::array<int64_t, MOST_FEATURES + 1> coordinates(Wide key) const {
+        std::array<int64_t, MOST_FEATURES + 1> found{};
+        for (int i = 0; i < d; ++i) {
+            const int end = i + 1 < d ? shift[i + 1] : bits;
+            const Wide field = (key >> shift[i]) & ((Wide(1) << (end - shift[i])) - 1);
+            found[i] = int64_t(field) + least[i];
+            found[d] -= found[i];
+        }
+        return found;
+    }
+
     template <class Key> Key unit(int i) const { return i < d ? Key(1) << shift[i] : Key(0); }
 
     template <class Key> Key ones() const {

@@ -11,6 +11,8 @@ namespace nb = nanobind;
 using namespace terravox;
 
 using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Keys = nb::ndarray<const uint64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Counts = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Result = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
 
 namespace {
@@ -111,19 +113,31 @@ nb::object mean_field(Matrix energy, std::vector<Matrix> features, std::vector<M
     return answer.array();
 }
 
-std::unique_ptr<Scene> make_scene(std::vector<std::vector<float>> low,
-                                  std::vector<std::vector<float>> high,
-                                  std::vector<Matrix> penalties, int threads) {
-    const int classes = int(penalties.at(0).shape(0)), width = rounded(classes - 1);
-    auto scene = at_width(width, [&](auto v) -> std::unique_ptr<Scene> {
-        return std::make_unique<SceneOf<decltype(v)::value>>(classes, width, threads);
+// Rows of numbers that Python gets.
+template <class T> nb::object rows_of(std::vector<T> values, size_t columns) {
+    auto *held = new std::vector<T>(std::move(values));
+    nb::capsule owner(held, [](void *p) noexcept { delete static_cast<std::vector<T> *>(p); });
+    return nb::cast(nb::ndarray<nb::numpy, T, nb::ndim<2>>(
+        held->data(), {held->size() / columns, columns}, owner));
+}
+
+std::unique_ptr<SceneTile> place_tile(Matrix energy, std::vector<Matrix> features,
+                                      std::vector<std::vector<float>> low,
+                                      std::vector<std::vector<float>> high,
+                                      std::vector<Matrix> penalties, int threads) {
+    nb::gil_scoped_release release;
+    const int classes = int(energy.shape(0)), width = rounded(classes - 1);
+    auto tile = at_width(width, [&](auto v) -> std::unique_ptr<SceneTile> {
+        return std::make_unique<SceneTileOf<decltype(v)::value>>(classes, width, threads);
     });
+    tile->pixels.resize(low.size());
     for (size_t m = 0; m < low.size(); ++m) {
-        auto shared = std::make_unique<Shared>(low[m], high[m]);
-        set_penalty(shared->kernel, penalties[m].data(), classes, width);
-        scene->shared.push_back(std::move(shared));
+        tile->around.emplace_back(low[m], high[m]);
+        set_penalty(tile->around[m].kernel, penalties[m].data(), classes, width);
+        tile->pixels[m].constant = tile->around[m].kernel.constant;
     }
-    return scene;
+    tile->place(energy.data(), int64_t(energy.shape(1)), pointers(features));
+    return tile;
 }
 
 }  // namespace
@@ -139,25 +153,33 @@ NB_MODULE(TERRAVOX_MODULE, module) {
     });
     module.def("mean_field", &mean_field, nb::arg("energy"), nb::arg("features"),
                nb::arg("penalties"), nb::arg("iterations"), nb::arg("threads"));
-    module.def("scene", &make_scene, nb::arg("low"), nb::arg("high"), nb::arg("penalties"),
-               nb::arg("threads"));
-    nb::class_<Scene>(module, "Scene")
-        .def("visit", [](Scene &scene, Matrix energy, std::vector<Matrix> features) {
+    nb::class_<SceneTile>(module, "SceneTile")
+        .def("keys", [](const SceneTile &tile, size_t m) { return rows_of(tile.keys(m), 2); })
+        .def("positions", [](const SceneTile &tile, size_t m, int axes) {
+            return rows_of(tile.positions(m, axes), axes);
+        }, nb::arg("m"), nb::arg("axes"))
+        .def("ones", [](SceneTile &tile, size_t m) { return rows_of(tile.ones(m), 1); })
+        .def("meet", [](SceneTile &tile, size_t m, Keys keys, Counts ones) {
             nb::gil_scoped_release release;
-            scene.visit(energy.data(), int64_t(energy.shape(1)), pointers(features), nullptr);
-        }, nb::arg("energy"), nb::arg("features"))
-        .def("finish", [](Scene &scene, Matrix energy, std::vector<Matrix> features) {
-            Answer answer(energy.shape(0), energy.shape(1));
+            tile.meet(m, keys.data(), int64_t(keys.shape(0)), ones.data());
+        }, nb::arg("m"), nb::arg("keys"), nb::arg("ones"))
+        .def("read", [](SceneTile &tile, std::vector<Counts> sums) {
+            nb::gil_scoped_release release;
+            std::vector<const int64_t *> found;
+            for (const auto &each : sums) found.push_back(each.data());
+            tile.read(found);
+        }, nb::arg("sums"))
+        .def("update", [](SceneTile &tile) {
+            Answer answer(tile.classes, size_t(tile.pixels[0].plan.pixels));
             {
                 nb::gil_scoped_release release;
-                scene.visit(energy.data(), int64_t(answer.pixels), pointers(features), answer.prob);
+                tile.update(answer.prob);
             }
             return answer.array();
-        }, nb::arg("energy"), nb::arg("features"))
-        .def("advance", &Scene::advance, Free())
-        .def_prop_ro("vertices", [](const Scene &scene) {
-            std::vector<int64_t> found;
-            for (const auto &one : scene.shared) found.push_back(int64_t(one->numbering.size()));
-            return found;
-        });
+        })
+        .def("sums", [](SceneTile &tile, size_t m, Matrix prob) {
+            return rows_of(tile.sums(m, prob.data()), tile.columns(m));
+        }, nb::arg("m"), nb::arg("prob"));
+    module.def("place_tile", &place_tile, nb::arg("energy"), nb::arg("features"), nb::arg("low"),
+               nb::arg("high"), nb::arg("penalties"), nb::arg("threads"));
 }

@@ -1,163 +1,217 @@
-// One lattice under all tiles of a scene, so that a tiling does not change the result.
+// One lattice under all tiles of a scene, of which each tile knows its own surroundings.
 //
-// A tile keeps a table of its own for the vertices that its pixels touch. What it adds is merged by
-// key into the scene's, in the order of the tiles; the scene's is blurred once, and tiles read from
-// it. All tiles are visited once for each pass, and nothing of a tile is kept between two: memory is
-// the lattice and one tile, whatever the scene. A tile in the middle of a pass must come as before.
+// A tile sums up what its pixels add to the vertices that they touch. Those sums are what tiles tell
+// one another: a tile adds up its own and its neighbours', blurs the result, and reads its pixels'
+// values from it. It needs all vertices that a blur can carry to the ones that it touches, and no
+// more; the rim of them comes out wrong, and nobody reads it.
+//
+// Sums are whole numbers of 2^-32, so no order of pixels, tiles or processes shows in them: a pixel
+// gets the same bits whichever tile it lies in.
 #pragma once
+
+#include <optional>
 
 #include "mean_field.hpp"
 
 namespace terravox {
 
-// A kernel over the whole scene. Its packing must hold for every tile, so it comes from bounds.
-struct Shared {
-    Packing packing;
-    Numbering<Wide> numbering;
-    Kernel kernel;
-    Large<float> ones, mass;      // blurred 1: with plain weights, and with normalised ones
+constexpr double UNITS = 4294967296.0;  // of a sum, in 1
 
-    Shared(std::vector<float> low, std::vector<float> high) {
+using Sums = std::vector<int64_t>;  // (vertices, columns)
+
+// How far a blur carries along feature k, in its deviations. A simplex reaches half as far.
+inline double reach_of(int k) { return 2 * std::sqrt(1.5 * (k + 1) / (k + 2)); }
+
+// One kernel's lattice, as far as a tile needs it.
+struct Surroundings {
+    Packing packing;
+    Numbering<Wide> numbering;  // the tile's own vertices, then its neighbours'
+    std::vector<Wide> own;      // keys of the tile's
+    std::vector<int32_t> rows;  // of each row of sums that comes in
+    Kernel kernel;              // over all vertices; no pixels
+
+    Surroundings(std::vector<float> low, std::vector<float> high) {
         const auto scale = scales(int(low.size()));
         for (size_t k = 0; k < low.size(); ++k) low[k] *= scale[k], high[k] *= scale[k];
         packing = Packing::of(low, high);
         kernel.plan.d = packing.d;
     }
-};
 
-// A visited tile's share of one kernel.
-struct Share {
-    Kernel kernel;
-    std::vector<int32_t> rows;  // in the scene's table, of each of the tile's vertices
-
-    // The tile's sums are added to the scene's.
-    template <int V> void push(Shared &shared, int width, Team &team) {
-        const Rows<V> table{width};
-        table.gather(kernel, team);
-        float *sums = shared.kernel.sums.data();
-        for (size_t i = 0; i < rows.size(); ++i)
-            table.add(sums + int64_t(rows[i]) * width, &kernel.sums[(1 + i) * width], 1.0f);
+    void meet(const uint64_t *keys, int64_t count, Team &team) {
+        for (size_t i = 0; i < own.size(); ++i) rows.push_back(int32_t(1 + i));
+        for (int64_t i = 0; i < count; ++i) {
+            const Wide key = Wide(keys[2 * i + 1]) << 64 | keys[2 * i];
+            rows.push_back(1 + numbering.number(key));
+        }
+        kernel.plan.link(numbering, packing, team);
+        numbering = Numbering<Wide>();  // the largest part, and of no use any more
     }
 
-    template <int V> void pull(const Large<float> &values, int width, Team &team) {
+    // Columns [first, first + count) of what came in, added up; the rows of `values` are `width` wide.
+    void total(const int64_t *sums, int columns, int first, int count, int width) {
         kernel.widen(width);
+        Sums added((1 + kernel.plan.vertices) * count);
         for (size_t i = 0; i < rows.size(); ++i)
-            std::copy_n(&values[int64_t(rows[i]) * width], width, &kernel.values[(1 + i) * width]);
-        Rows<V>{width}.spread(kernel, team);
+            for (int k = 0; k < count; ++k)
+                added[int64_t(rows[i]) * count + k] += sums[int64_t(i) * columns + first + k];
+        for (int64_t row = 0; row <= kernel.plan.vertices; ++row)
+            for (int k = 0; k < count; ++k)
+                kernel.sums[row * width + k] = float(double(added[row * count + k]) / UNITS);
     }
 
-    std::vector<float> slice(const Large<float> &values, Team &team) {
-        pull<1>(values, 1, team);
-        return slice_ones(kernel, team);
+    // What the vertices hold after the blur, to those that the tile's pixels read.
+    template <int V> void lend(Kernel &pixels, int width, Team &team) const {
+        pixels.widen(width);
+        std::copy_n(&kernel.values[width], int64_t(own.size()) * width, &pixels.values[width]);
+        Rows<V>{width}.spread(pixels, team);
+    }
+
+    // The blurred first column of `sums`, per pixel.
+    std::vector<float> slice(Kernel &pixels, const int64_t *sums, int columns, int column,
+                             Team &team) {
+        const float gain = kernel.plan.gain();
+        total(sums, columns, column, 1, 1);
+        Rows<1>{1}.blur(kernel, team, [gain](float *row) { *row *= gain; });
+        lend<1>(pixels, 1, team);
+        return slice_ones(pixels, team);
     }
 };
 
-class Scene {
-public:
-    enum class Pass { touch, ones, mass, first, step };
+// `fill(at, q)` says what pixel `at` adds; the sums of the vertices that the pixels touch.
+template <class Fill> Sums splat(const Plan &plan, int columns, Team &team, const Fill &fill) {
+    Sums sums(plan.rows() * columns);
+    const int size = plan.d + 1;
+    team.ranges(plan.pixels, PART, [&](int64_t begin, int64_t end) {
+        std::vector<float> q(columns);
+        for (int64_t at = begin; at < end; ++at) {
+            fill(at, q.data());
+            for (int r = 0; r < size; ++r) {
+                int64_t *to = &sums[int64_t(plan.row[at * size + r]) * columns];
+                const float weight = plan.weight[at * size + r];
+                for (int k = 0; k < columns; ++k) to[k] += int64_t(double(weight * q[k]) * UNITS);
+            }
+        }
+    });
+    for (size_t m = 0; m < plan.mirrored.size(); ++m)
+        for (int k = 0; k < columns; ++k)
+            sums[int64_t(plan.mirrored[m]) * columns + k] +=
+                sums[(1 + plan.vertices + int64_t(m)) * columns + k];
+    sums.resize((1 + plan.vertices) * columns);
+    sums.erase(sums.begin(), sums.begin() + columns);
+    return sums;
+}
 
-    Scene(int classes, int width, int threads) : team(threads), classes(classes), width(width) {}
-    virtual ~Scene() = default;
+// The pixels of one tile. Rows of keys and sums that come in are the tile's own, then its
+// neighbours' in one order throughout.
+class SceneTile {
+public:
+    SceneTile(int classes, int width, int threads)
+        : team(threads), classes(classes), width(width) {}
+    virtual ~SceneTile() = default;
 
     Team team;
     int classes, width;
-    std::vector<std::unique_ptr<Shared>> shared;
+    std::vector<Surroundings> around;  // of each kernel
+    std::vector<Kernel> pixels;        // theirs over the tile's pixels
 
-    // What this pass does with a tile. In a step, `prob` (classes, pixels) is what is wanted instead
-    // of another iteration, where it is given.
-    virtual void visit(const float *energy, int64_t pixels,
-                       const std::vector<const float *> &features, float *prob) = 0;
+    virtual void place(const float *energy, int64_t count,
+                       const std::vector<const float *> &features) = 0;
 
-    // After all tiles: on to the next pass. Every step but the first follows another.
-    void advance() {
-        for (auto &one : shared) {
-            Kernel &kernel = one->kernel;
-            const float gain = kernel.plan.gain();
-            const auto louder = [gain](float *row) { *row *= gain; };
-            if (pass == Pass::touch) {
-                kernel.plan.link(one->numbering, one->packing, team);
-                kernel.widen(1);
-            } else if (pass == Pass::ones) {
-                Rows<1>{1}.filter(kernel, team, louder);
-                one->ones = kernel.values;
-            } else if (pass == Pass::mass) {
-                Rows<1>{1}.filter(kernel, team, louder);
-                one->mass = kernel.values;
-                kernel.widen(width);
-            } else {
-                blur(kernel);
+    // Differences to the last class, and the mass where a matrix wants it.
+    int columns(size_t m) const { return classes - 1 + !pixels[m].constant.empty(); }
+
+    // (own vertices, 2): low and high words of their keys.
+    std::vector<uint64_t> keys(size_t m) const {
+        std::vector<uint64_t> words;
+        for (const Wide key : around[m].own) {
+            words.push_back(uint64_t(key));
+            words.push_back(uint64_t(key >> 64));
+        }
+        return words;
+    }
+
+    // (own vertices, axes): where they lie by the first features, in deviations.
+    std::vector<float> positions(size_t m, int axes) const {
+        const Packing &packing = around[m].packing;
+        const auto scale = scales(packing.d);
+        std::vector<float> found;
+        for (const Wide key : around[m].own) {
+            const auto at = packing.coordinates(key);
+            double sum = 0;
+            for (int k = 0; k < axes; ++k) {
+                sum += double(at[k]);
+                found.push_back(float((sum - (k + 1) * double(at[k + 1])) / (k + 1) / (k + 2) / scale[k]));
             }
         }
-        if (pass != Pass::step) pass = Pass(int(pass) + 1);
+        return found;
     }
 
-protected:
-    virtual void blur(Kernel &kernel) = 0;
-    Pass pass = Pass::touch;
+    Sums ones(size_t m) {
+        return splat(pixels[m].plan, 1, team, [](int64_t, float *q) { *q = 1; });
+    }
+
+    // keys: (others, 2); ones: (own and others, 1). Weights are normalised by them.
+    void meet(size_t m, const uint64_t *keys, int64_t count, const int64_t *ones) {
+        around[m].meet(keys, count, team);
+        normalise(pixels[m], around[m].slice(pixels[m], ones, 1, 0, team), team);
+    }
+
+    // sums: (own and others, columns) of each kernel, that the pixels are to read.
+    virtual void read(const std::vector<const int64_t *> &sums) = 0;
+
+    // The softmax of energies and of what was read, if anything; prob: (classes, pixels).
+    virtual void update(float *prob) = 0;
+
+    // What these probabilities add to the tile's own vertices.
+    Sums sums(size_t m, const float *prob) {
+        const Plan &plan = pixels[m].plan;
+        const int64_t count = plan.pixels;
+        const int last = classes - 1;
+        const bool massive = columns(m) > last;
+        return splat(plan, columns(m), team, [&](int64_t at, float *q) {
+            for (int k = 0; k < last; ++k) q[k] = prob[k * count + at] - prob[last * count + at];
+            if (massive) q[last] = 1;
+        });
+    }
 };
 
-template <int V> class SceneOf : public Scene {
+template <int V> class SceneTileOf : public SceneTile {
 public:
-    using Scene::Scene;
+    using SceneTile::SceneTile;
 
-    void visit(const float *energy, int64_t pixels, const std::vector<const float *> &features,
-               float *prob) override {
-        std::vector<Kernel> kernels(features.size());  // one field reads and fills them together
-        std::vector<Share> shares = place(pixels, features);
-        if (pass == Pass::touch) return;
-        if (pass == Pass::ones) return splat_ones_of(shares);
-        for (size_t m = 0; m < shares.size(); ++m)
-            normalise(shares[m].kernel, shares[m].slice(shared[m]->ones, team), team);
-        if (pass == Pass::mass) return splat_ones_of(shares);
-        std::vector<std::vector<float>> masses;
-        if (pass == Pass::step)
-            for (size_t m = 0; m < shares.size(); ++m)
-                masses.push_back(shares[m].slice(shared[m]->mass, team));
-        for (size_t m = 0; m < shares.size(); ++m) {
-            if (pass == Pass::step)
-                shares[m].template pull<V>(shared[m]->kernel.values, width, team);
-            else
-                shares[m].kernel.widen(width);
-            kernels[m] = std::move(shares[m].kernel);
+    void place(const float *energy, int64_t count,
+               const std::vector<const float *> &features) override {
+        for (size_t m = 0; m < features.size(); ++m) {
+            Plan &plan = pixels[m].plan;
+            plan.d = around[m].packing.d;
+            plan.pixels = count;
+            around[m].numbering = plan.place<Wide>(features[m], around[m].packing, team);
+            around[m].own = around[m].numbering.keys();
         }
-        MeanField<V> field(energy, classes, width, kernels, team);
-        for (size_t m = 0; m < masses.size(); ++m)
-            field.add_constant(masses[m], shared[m]->kernel.constant);
-        field.update(pass == Pass::step, prob);
-        if (prob) return;
-        for (size_t m = 0; m < shares.size(); ++m) {
-            shares[m].kernel = std::move(kernels[m]);
-            shares[m].template push<V>(*shared[m], width, team);
-        }
+        field_.emplace(energy, classes, width, pixels, team);
     }
 
-protected:
-    void blur(Kernel &kernel) override {
+    void read(const std::vector<const int64_t *> &sums) override {
         const Rows<V> rows{width};
-        rows.with_compatibility(kernel, [&](auto finish) { rows.filter(kernel, team, finish); });
+        for (size_t m = 0; m < sums.size(); ++m) {
+            Surroundings &here = around[m];
+            const int all = columns(m), last = classes - 1;
+            if (all > last && !read_)
+                field_->add_constant(here.slice(pixels[m], sums[m], all, last, team),
+                                     pixels[m].constant);
+            here.total(sums[m], all, 0, last, width);
+            rows.with_compatibility(here.kernel,
+                                    [&](auto finish) { rows.blur(here.kernel, team, finish); });
+            here.template lend<V>(pixels[m], width, team);
+        }
+        read_ = true;
     }
+
+    void update(float *prob) override { field_->update(read_, prob); }
 
 private:
-    std::vector<Share> place(int64_t pixels, const std::vector<const float *> &features) {
-        std::vector<Share> shares(features.size());
-        for (size_t m = 0; m < features.size(); ++m) {
-            Plan &plan = shares[m].kernel.plan;
-            plan.d = shared[m]->packing.d;
-            plan.pixels = pixels;
-            const auto own = plan.place<Wide>(features[m], shared[m]->packing, team);
-            for (const Wide key : own.keys())
-                shares[m].rows.push_back(1 + shared[m]->numbering.number(key));
-        }
-        return shares;
-    }
-
-    void splat_ones_of(std::vector<Share> &shares) {
-        for (size_t m = 0; m < shares.size(); ++m) {
-            shares[m].kernel.widen(1);
-            splat_ones(shares[m].kernel, team);
-            shares[m].push<1>(*shared[m], 1, team);
-        }
-    }
+    std::optional<MeanField<V>> field_;
+    bool read_ = false;
 };
 
 }  // namespace terravox

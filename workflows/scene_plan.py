@@ -1,0 +1,116 @@
+"""What one lattice under all tiles adds to the plan of a network: rounds over its scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pipeline.crf.params import ResolvedCrf
+from pipeline.crf.whole_scene import SceneCrf
+from pipeline.domain import Grid, Halo, Pass, Reach
+from pipeline.errors import PlanError
+from pipeline.ports import Source
+from pipeline.refine_scene import rounds_of
+from pipeline.stitching.scores import ScoreType
+from workflows.config import SegmentOptions
+from workflows.lattice_size import LatticeSize, expected_lattice
+from workflows.sizing import crf_bytes
+
+SCORES: ScoreType = "float16"
+"""How the network's probabilities are kept until the rounds have read them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScenePlan:
+    """The rounds, and what they take."""
+
+    crf: SceneCrf
+
+    rounds: tuple[Pass, ...]
+    """After the network's pass; the last one writes the mask."""
+
+    lattice: LatticeSize
+
+    classes: int
+
+    @property
+    def kept_bytes(self) -> int:
+        """The most that lies in the run directory until the end: scores, and what tiles told."""
+        pixels = math.prod(self.crf.grid.shape)
+        return pixels * self.classes * np.dtype(SCORES).itemsize + self.lattice.kept_bytes
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of a worker's memory, for the largest tile."""
+        pixels = math.prod(self.crf.grid.tile)
+        given = self.classes * (np.dtype(SCORES).itemsize + 3 * 4)
+        return pixels * given + crf_bytes(pixels, classes=self.classes) + self.lattice.tile_bytes
+
+    @property
+    def summary(self) -> str:
+        """What is added to the line for people."""
+        return (
+            f"CRF by one lattice under all tiles in {len(self.rounds)} rounds, expected:"
+            f" {self.lattice.vertices / 1e6:.1f} million vertices,"
+            f" {self.lattice.sent_bytes / 1e9:.2f} GB from tile to tile,"
+            f" {self.kept_bytes / 1e9:.2f} GB of scores and sums until it is done"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """What plan.json holds."""
+        return asdict(self.lattice) | {"rounds": len(self.rounds), "kept_bytes": self.kept_bytes}
+
+    def manifest(self, lattice: Mapping[str, int] | None) -> dict[str, Any]:
+        """The manifest's ``crf``."""
+        return {
+            "engine": self.crf.params.engine,
+            "scope": "scene",
+            "iterations": self.crf.params.iterations,
+            "halo": self.rounds[-1].crf_halo.before,
+            "lattice": lattice,
+        }
+
+
+def plan_scene(
+    crf: ResolvedCrf, source: Source, sweep: Pass, *, channels: tuple[int, ...], classes: int
+) -> ScenePlan:
+    """The rounds over the tiles of ``sweep``, the network's pass.
+
+    Args:
+        crf: over the network's bands.
+        source: the image.
+        sweep: what writes the scores.
+        channels: index in the image of each of the network's bands.
+        classes: of the network.
+
+    Raises CrfError or SourceReadError.
+    """
+    crf.check_classes(classes)
+    crf.check_extent(sweep.grid.shape)
+    bands = tuple(
+        replace(kernel, channels=tuple(channels[band] for band in kernel.channels))
+        for kernel in crf.kernels
+    )
+    grid = Grid(shape=sweep.grid.shape, tile=sweep.grid.tile, stride=1)
+    reach = Reach(stride=1, halo=Halo.uniform(0, ndim=len(grid.shape)))
+    alone = replace(sweep, name="refine", grid=grid, reach=reach, after=sweep.name)
+    scene = SceneCrf(grid=grid, params=replace(crf, kernels=bands), threads=1)
+    return ScenePlan(
+        crf=scene,
+        rounds=rounds_of(alone, scene),
+        lattice=expected_lattice(source, alone, scene, classes=classes),
+        classes=classes,
+    )
+
+
+def refuse_scores(options: SegmentOptions) -> None:
+    """Scores beside one lattice are those of the network, for the rounds. Raises PlanError."""
+    if options.scores != "none":
+        raise PlanError(
+            f"--scores {options.scores} asked with crf.scope scene, which leaves none: run with"
+            f" --crf off --scores {options.scores}, then `terravox refine`"
+        )
