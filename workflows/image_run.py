@@ -207,7 +207,7 @@ class ImageRun:
             device=resolved.device,
             precision=resolved.precision,
             context=resolved.context,
-            average=plan.average,
+            average=self.plan.average,
             threads=resolved.threads,
             canonical_px=resolved.canonical_px,
         )
