@@ -55,6 +55,12 @@ class Pairwise:
     A weight w is the matrix w (1 - I), and equals -w I: what all labels pay alike cancels.
     """
 
+    recurring: bool = False
+    """Whether the same features are likely to come again: an engine may keep what it built of them.
+
+    That changes no byte.
+    """
+
 
 class Engine(Protocol):
     """Mean field by a permutohedral lattice. Safe to call from several threads."""
