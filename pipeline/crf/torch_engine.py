@@ -152,7 +152,7 @@ class _Messages:
                 if isinstance(matrix_RR, float)
                 else filter_.lattice.blur(part_MR) @ matrix_RR
                 for filter_, matrix_RR, part_MR in zip(
-                    self.filters, self.matrices_RR, splat_MR.split(sizes), strict=True
+                    self.filters, self.matrices_RR, splat_MR.split_with_sizes(sizes), strict=True
                 )
             ]
         )
