@@ -68,7 +68,7 @@ class Engine(Protocol):
     def mean_field(
         self, energy_KN: NDArray[np.float32], kernels: Sequence[Pairwise], *, iterations: int
     ) -> NDArray[np.float32]:
-        """Return (K, N) float32 probabilities, which sum to 1 over K; a new array.
+        """Return (K, N) float32 probabilities, which sum to 1 over K; a new array, C-ordered.
 
         Q starts as softmax(-energy); each iteration updates all pixels at once. N >= 1.
 
