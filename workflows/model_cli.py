@@ -57,7 +57,7 @@ def new(
         bool, typer.Option("--multi-scale", help="v1: its MSc. v2: maximum over three sizes.")
     ] = False,
     slice_stride: Annotated[
-        int | None, typer.Option(help="Of medicalnet trunks, along z: 2 for slices 5 mm thick.")
+        int | None, typer.Option(help="Of volumes, px along z between features.")
     ] = None,
     seed: int = 0,
     as_json: Json = False,

@@ -54,7 +54,10 @@ def refine(
     if not valid_S.any():
         return refined_KS
     energy_KN, kernels = to_engine(refined_KS, block=block, origin=origin, params=params)
-    refined_KS[:, valid_S] = engine.mean_field(energy_KN, kernels, iterations=params.iterations)
+    found_KN = engine.mean_field(energy_KN, kernels, iterations=params.iterations)
+    if valid_S.all():  # a boolean index takes as long as an iteration
+        return found_KN.reshape(refined_KS.shape)
+    refined_KS[:, valid_S] = found_KN
     return refined_KS
 
 
@@ -74,13 +77,17 @@ def to_engine(
         index + first for index, first in zip(np.nonzero(valid_S), origin, strict=True)
     )
     params.check_extent(tuple(int(axis.max()) + 1 for axis in position_SN))
-    energy_KN = -np.log(np.clip(prob_KS[:, valid_S], _LEAST_PROB, 1.0))
+    whole = bool(valid_S.all())
+    prob_KN = prob_KS.reshape(len(prob_KS), -1) if whole else prob_KS[:, valid_S]
+    energy_KN = -np.log(np.clip(prob_KN, _LEAST_PROB, 1.0))
     kernels = [
         Pairwise(
             features_DN=_checked(
                 _features(kernel, block=block, position_SN=position_SN), what="guide value"
             ),
             compatibility=_cost(kernel, params),
+            # As in every image of this shape.
+            recurring=kernel.guide is None and whole and not any(origin),
         )
         for kernel in params.kernels
     ]

@@ -55,6 +55,12 @@ class Pairwise:
     A weight w is the matrix w (1 - I), and equals -w I: what all labels pay alike cancels.
     """
 
+    recurring: bool = False
+    """Whether the same features are likely to come again: an engine may keep what it built of them.
+
+    That changes no byte.
+    """
+
 
 class Engine(Protocol):
     """Mean field by a permutohedral lattice. Safe to call from several threads."""
@@ -62,7 +68,7 @@ class Engine(Protocol):
     def mean_field(
         self, energy_KN: NDArray[np.float32], kernels: Sequence[Pairwise], *, iterations: int
     ) -> NDArray[np.float32]:
-        """Return (K, N) float32 probabilities, which sum to 1 over K; a new array.
+        """Return (K, N) float32 probabilities, which sum to 1 over K; a new array, C-ordered.
 
         Q starts as softmax(-energy); each iteration updates all pixels at once. N >= 1.
 

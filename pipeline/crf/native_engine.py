@@ -20,12 +20,22 @@ MOST_CLASSES = 257
 """The widest row of the lattice's table is one less."""
 
 
+MOST_KEPT_BYTES = 64 << 20
+"""Of plans that are kept for recurring features: of one image of 1,300 px a side, or of several."""
+
+
 class NativeEngine:
     """Mean field on ``threads`` threads; Python's lock is not held."""
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
         self._module = module_for_this_processor()
+        self._shelf = self._module.Shelf(MOST_KEPT_BYTES)
+
+    @property
+    def plans_reused(self) -> int:
+        """How often a kernel's plan was not built, because it had been kept."""
+        return int(self._shelf.found)
 
     def mean_field(
         self, energy_KN: NDArray[np.float32], kernels: Sequence[Pairwise], *, iterations: int
@@ -34,9 +44,11 @@ class NativeEngine:
         costs = penalties(kernels, classes=len(energy_KN))
         try:
             prob_KN: NDArray[np.float32] = self._module.mean_field(
+                self._shelf,
                 energy_KN,
                 [kernel.features_DN for kernel in kernels],
                 costs,
+                [kernel.recurring for kernel in kernels],
                 iterations,
                 self._threads,
             )

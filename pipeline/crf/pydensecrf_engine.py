@@ -34,4 +34,4 @@ class PydensecrfEngine:
                 kernel=densecrf.DIAG_KERNEL,
                 normalization=densecrf.NORMALIZE_SYMMETRIC,
             )
-        return np.array(field.inference(iterations), dtype=np.float32)
+        return np.array(field.inference(iterations), dtype=np.float32, order="C")

@@ -10,6 +10,7 @@ D feature, N pixel, K class, M vertex, V = D + 1 vertices of a pixel's simplex.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ from pipeline.errors import CrfError
 class TorchEngine:
     """Mean field on one device; the CPU's threads are those given.
 
-    Probabilities sum to 1, so that the last class is left out throughout: what is called R holds
-    the others, and logits are those above the last one's.
+    Everything is relative to the last class, which is left out: logits are those above its, and
+    differences are probabilities less its. What is called R holds the others.
     """
 
     def __init__(self, *, device: Device, threads: int) -> None:
@@ -41,63 +42,135 @@ class TorchEngine:
         """As ``Engine.mean_field``."""
         torch.set_num_threads(self._threads)
         energy_NK = torch.from_numpy(energy_KN).to(self._device).T.contiguous()
-        logit_NR = energy_NK[:, -1:] - energy_NK[:, :-1]
-        prob_NR = _probabilities(logit_NR.clone())
-        messages = [_Message.of(kernel, device=self._device) for kernel in kernels]
-        for message in messages:
-            logit_NR += message.constant
+        base_NR = energy_NK[:, -1:] - energy_NK[:, :-1]
+        if not base_NR.shape[1]:
+            return np.ones_like(energy_KN)
+        odds = _Odds.of(base_NR.clone())
+        messages = _Messages.of(kernels, device=self._device)
+        messages.add_constants(base_NR)
         for _ in range(iterations):
-            sum_NR = logit_NR.clone()
-            for message in messages:
-                sum_NR += message.of_last(message.filter(prob_NR))
-            prob_NR = _probabilities(sum_NR)
-        last_N1 = 1 - prob_NR.sum(1, keepdim=True)
-        prob_NK = torch.cat([prob_NR, last_N1.clamp_(min=0)], 1)
-        found_KN: NDArray[np.float32] = prob_NK.T.contiguous().cpu().numpy()
+            odds = _Odds.of(messages(odds.differences()).add_(base_NR))
+        found_KN: NDArray[np.float32] = odds.probabilities().T.contiguous().cpu().numpy()
         return found_KN
 
 
-def _probabilities(logit_NR: Tensor) -> Tensor:
-    """Softmax where the class left out has logit 0; in place.
-
-    torch's own softmax over so short an axis took ten times as long (measured at 6 classes).
-    """
-    if not logit_NR.shape[1]:
-        return logit_NR
-    top_N1 = logit_NR.amax(1, keepdim=True).clamp_(min=0)
-    odds_NR = logit_NR.sub_(top_N1).exp_()
-    return odds_NR.div_(odds_NR.sum(1, keepdim=True).add_(top_N1.neg_().exp_()))
+_SAFE = 80.0
+"""A logit whose exp, times the classes, float32 holds."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Message:
-    """What a kernel adds to the logits."""
+class _Odds:
+    """Probabilities before they are divided by their sum."""
 
-    filter: _Filter
-    weight: float
-    matrix_RR: Tensor | None
-    """None for Potts: the weight is all."""
+    of_others_NR: Tensor
+    of_last: Tensor | float
+    """(N, 1)."""
 
-    constant: Tensor
-    """(N, R): the part that no probability changes, because those of a pixel sum to 1."""
+    sum_N1: Tensor
 
     @classmethod
-    def of(cls, kernel: Pairwise, *, device: Device) -> _Message:
-        """Build its lattice, on the device."""
-        filter_ = _Filter.of(torch.from_numpy(kernel.features_DN).to(device))
-        if not isinstance(kernel.compatibility, np.ndarray):
-            weight = float(kernel.compatibility)
-            return cls(filter_, weight, None, -weight * filter_.ones_N1)
-        penalty_KK = torch.from_numpy(kernel.compatibility).to(device)
-        above_RK = penalty_KK[-1:] - penalty_KK[:-1]
-        last_R1 = above_RK[:, -1:]
-        return cls(filter_, 1.0, (above_RK[:, :-1] - last_R1).T, filter_.ones_N1 @ last_R1.T)
+    def of(cls, logit_NR: Tensor) -> _Odds:
+        """Overwrites the logits.
 
-    def of_last(self, near_NR: Tensor) -> Tensor:
-        """(N, R) from the filtered probabilities, which it overwrites."""
-        if self.matrix_RR is not None:
-            return near_NR @ self.matrix_RR
-        return near_NR.add_(near_NR.sum(1, keepdim=True)).mul_(self.weight)
+        A torch softmax over so short an axis takes ten times as long, and a row's greatest logit
+        as long as all the rest; so that is only sought where exp could overflow.
+        """
+        of_last: Tensor | float = 1.0
+        if float(logit_NR.amax()) > _SAFE:
+            top_N1 = logit_NR.amax(1, keepdim=True).clamp_(min=0)
+            logit_NR -= top_N1
+            of_last = top_N1.neg_().exp_()
+        odds_NR = logit_NR.exp_()
+        ones_R1 = odds_NR.new_ones(odds_NR.shape[1], 1)
+        return cls(odds_NR, of_last, (odds_NR @ ones_R1).add_(of_last))
+
+    def differences(self) -> Tensor:
+        """(N, R), each less the last class's; overwrites the odds."""
+        return self.of_others_NR.sub_(self.of_last).div_(self.sum_N1)
+
+    def probabilities(self) -> Tensor:
+        """(N, K); a new tensor."""
+        last_N1 = torch.as_tensor(self.of_last, device=self.sum_N1.device).expand_as(self.sum_N1)
+        return torch.cat([self.of_others_NR, last_N1], 1).div_(self.sum_N1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Messages:
+    """What all kernels add to the logits: one splat, each its blur, one slice.
+
+    With a penalty matrix mu, a(k, l) = mu(k, l) - mu(K, l) and A_k = sum over l of a(k, l), a
+    kernel G adds sum over l of T(k, l) G r_l, with T = A_k / K - a(k, l), and -A_k / K times G 1.
+    """
+
+    filters: list[_Filter]
+    matrices_RR: list[Tensor | float]
+    """T transposed; the weight of a Potts kernel."""
+
+    constants_R: list[Tensor | None]
+    pixel: Tensor
+    start: Tensor
+    splat_weight: Tensor
+    vertex_NV: Tensor
+    slice_weight_NV: Tensor
+
+    @classmethod
+    def of(cls, kernels: Sequence[Pairwise], *, device: Device) -> _Messages:
+        """Build the lattices, on the device. Raises CrfError."""
+        filters = [_Filter.of(torch.from_numpy(k.features_DN).to(device)) for k in kernels]
+        terms = [_matrix_and_constant(k.compatibility, device=device) for k in kernels]
+        lattices = [filter_.lattice for filter_ in filters]
+        vertices = [0, *itertools.accumulate(lattice.vertices for lattice in lattices)]
+        entries = [0, *itertools.accumulate(len(lattice.pixel) for lattice in lattices)]
+        starts = [lattice.start + first for lattice, first in zip(lattices, entries, strict=False)]
+        rows = [lattice.vertex_NV + v for lattice, v in zip(lattices, vertices, strict=False)]
+        return cls(
+            filters=filters,
+            matrices_RR=[matrix for matrix, _ in terms],
+            constants_R=[constant for _, constant in terms],
+            pixel=torch.cat([lattice.pixel for lattice in lattices]),
+            start=torch.cat(starts),
+            splat_weight=torch.cat([filter_.splat_weight for filter_ in filters]),
+            vertex_NV=torch.cat(rows, 1),
+            slice_weight_NV=torch.cat([filter_.slice_weight_NV for filter_ in filters], 1),
+        )
+
+    def add_constants(self, logit_NR: Tensor) -> None:
+        """What no probability changes, because those of a pixel sum to 1."""
+        for filter_, constant_R in zip(self.filters, self.constants_R, strict=True):
+            if constant_R is not None:
+                logit_NR += filter_.of_ones() * constant_R
+
+    def __call__(self, difference_NR: Tensor) -> Tensor:
+        """(N, R), to be added to the logits; a new tensor."""
+        splat_MR = F.embedding_bag(
+            self.pixel, difference_NR, self.start, mode="sum", per_sample_weights=self.splat_weight
+        )
+        sizes = [filter_.lattice.vertices for filter_ in self.filters]
+        near_MR = torch.cat(
+            [
+                filter_.lattice.blur(part_MR) * matrix_RR
+                if isinstance(matrix_RR, float)
+                else filter_.lattice.blur(part_MR) @ matrix_RR
+                for filter_, matrix_RR, part_MR in zip(
+                    self.filters, self.matrices_RR, splat_MR.split_with_sizes(sizes), strict=True
+                )
+            ]
+        )
+        return F.embedding_bag(
+            self.vertex_NV, near_MR, mode="sum", per_sample_weights=self.slice_weight_NV
+        )
+
+
+def _matrix_and_constant(
+    compatibility: float | NDArray[np.float32], *, device: Device
+) -> tuple[Tensor | float, Tensor | None]:
+    """T, transposed, and what G 1 is multiplied by: see ``_Messages``."""
+    if not isinstance(compatibility, np.ndarray):
+        return float(compatibility), None
+    penalty_KK = torch.from_numpy(compatibility).to(device)
+    above_RK = penalty_KK[:-1] - penalty_KK[-1:]
+    mean_R1 = above_RK.mean(1, keepdim=True)
+    return (mean_R1 - above_RK[:, :-1]).T.contiguous(), -mean_R1[:, 0]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,36 +181,30 @@ class _Filter:
     splat_weight: Tensor
     slice_weight_NV: Tensor
 
-    ones_N1: Tensor
-    """(N, 1): what a row of ones becomes."""
-
     @classmethod
     def of(cls, features_DN: Tensor) -> _Filter:
         """Build the lattice and its weights. Raises CrfError."""
         lattice, weight_NV = _Lattice.of(features_DN)
         alpha = 1 / (1 + 2.0 ** -len(features_DN))
-        one_N1 = torch.ones_like(weight_NV[:, :1])
-        plain = cls(lattice, weight_NV.ravel()[lattice.order], weight_NV * alpha, one_N1)
-        norm_N1 = (plain(one_N1) + 1e-20).rsqrt()
-        splat, slice_NV = norm_N1[:, 0][lattice.pixel], plain.slice_weight_NV * norm_N1
-        splat *= plain.splat_weight
-        return cls(lattice, splat, slice_NV, cls(lattice, splat, slice_NV, one_N1)(one_N1))
+        # index_select: an index in brackets takes ten times as long.
+        splat = weight_NV.ravel().index_select(0, lattice.order)
+        plain = cls(lattice, splat, weight_NV * alpha)
+        norm_N1 = (plain.of_ones() + 1e-20).rsqrt()
+        splat = splat * norm_N1[:, 0].index_select(0, lattice.pixel)
+        return cls(lattice, splat, plain.slice_weight_NV * norm_N1)
 
-    def __call__(self, value_NR: Tensor) -> Tensor:
-        """(N, R) float32, filtered; a new tensor."""
+    def of_ones(self) -> Tensor:
+        """(N, 1): what a row of ones becomes."""
         lattice = self.lattice
-        if not value_NR.shape[1]:
-            return value_NR.clone()
-        value_MR = F.embedding_bag(
-            lattice.pixel, value_NR, lattice.start, mode="sum",
-            per_sample_weights=self.splat_weight,
-        )  # fmt: skip
-        for neighbour_M3 in lattice.neighbours:
-            value_MR = F.embedding_bag(
-                neighbour_M3, value_MR, mode="sum", per_sample_weights=lattice.blur_M3
-            )
+        one_N1 = torch.ones_like(self.slice_weight_NV[:, :1])
+        value_M1 = F.embedding_bag(
+            lattice.pixel, one_N1, lattice.start, mode="sum", per_sample_weights=self.splat_weight
+        )
         return F.embedding_bag(
-            lattice.vertex_NV, value_MR, mode="sum", per_sample_weights=self.slice_weight_NV
+            lattice.vertex_NV,
+            lattice.blur(value_M1),
+            mode="sum",
+            per_sample_weights=self.slice_weight_NV,
         )
 
 
@@ -163,6 +230,19 @@ class _Lattice:
     blur_M3: Tensor
     """(M, 3) float32: 1, 0.5, 0.5."""
 
+    @property
+    def vertices(self) -> int:
+        """M, with the last."""
+        return len(self.blur_M3)
+
+    def blur(self, value_MR: Tensor) -> Tensor:
+        """(M, R), along each axis in turn; a new tensor."""
+        for neighbour_M3 in self.neighbours:
+            value_MR = F.embedding_bag(
+                neighbour_M3, value_MR, mode="sum", per_sample_weights=self.blur_M3
+            )
+        return value_MR
+
     @classmethod
     def of(cls, features_DN: Tensor) -> tuple[_Lattice, Tensor]:
         """The lattice and barycentric weights (N, V). Raises CrfError for too wide a span."""
@@ -173,7 +253,7 @@ class _Lattice:
         first[1:] = sorted_[1:] != sorted_[:-1]
         known = sorted_[first]
         number = torch.empty_like(order, dtype=torch.int32)
-        number[order] = (first.cumsum(0) - 1).to(torch.int32)
+        number.scatter_(0, order, first.cumsum(0).to(torch.int32) - 1)
         shape = weight_NV.shape
         start = first.nonzero()[:, 0]
         end = torch.full_like(start[:1], len(order))
@@ -234,9 +314,10 @@ def _ranks(rest_VN: Tensor) -> Tensor:
 
 
 def _keys(corner_VN: Tensor, rank_NV: Tensor) -> tuple[Tensor, list[int]]:
-    """One number for each vertex of each pixel (N, V) int64, and the stride of each coordinate.
+    """One number for each vertex of each pixel (N, V), and the stride of each coordinate.
 
-    The last coordinate follows from the others. Raises CrfError where 64 bits do not hold them.
+    The last coordinate follows from the others. In 32 bits where those hold them, which are sorted
+    twice as fast. Raises CrfError where 64 do not.
     """
     d = len(corner_VN) - 1
     margin = 2 * (d + 1)  # vertices of a simplex, and their neighbours, lie so far around
@@ -251,9 +332,10 @@ def _keys(corner_VN: Tensor, rank_NV: Tensor) -> tuple[Tensor, list[int]]:
             f"crf: features span {reach:.1e} lattice points, 64 bits number 9.2e+18: use smaller"
             " tiles or larger deviations"
         )
+    dtype = torch.int32 if reach < 2**30 else torch.int64  # with room for a step
     # Vertex r adds r to each coordinate, and takes V off those that come last in the order.
-    key_NV = torch.empty(corner_VN.T.shape, dtype=torch.int64, device=corner_VN.device)
-    stride_V = torch.tensor([*strides, 0], device=corner_VN.device)
+    key_NV = torch.empty(corner_VN.T.shape, dtype=dtype, device=corner_VN.device)
+    stride_V = torch.tensor([*strides, 0], dtype=dtype, device=corner_VN.device)
     by_rank_NV = torch.empty_like(key_NV).scatter_(1, rank_NV, stride_V.expand_as(rank_NV))
     key_NV[:, 0] = sum(
         (row - a) * s for row, a, s in zip(corner_VN[:-1], low, strides, strict=True)
@@ -271,11 +353,12 @@ def _steps(strides: Sequence[int]) -> list[int]:
 def _beside(known: Tensor, step: int) -> Tensor:
     """(M, 3) int32: each vertex, and its two neighbours along an axis; M where absent."""
     count = len(known)
-    beside_M3 = torch.full((count + 1, 3), count, dtype=torch.int32, device=known.device)
-    place = torch.arange(count + 1, dtype=torch.int32, device=known.device)
-    beside_M3[:, 0] = place
-    after = torch.searchsorted(known, known + step).clamp_(max=count - 1)
-    met = (known[after] == known + step).nonzero()[:, 0]
-    beside_M3[met, 1] = after[met].to(torch.int32)
-    beside_M3[after[met], 2] = place[met]
-    return beside_M3
+    place_M = torch.arange(count + 1, dtype=torch.int32, device=known.device)
+    found = torch.searchsorted(known, known + step).clamp_(max=count - 1)
+    met = known.index_select(0, found) == known + step
+    after_M, before_M = torch.full_like(place_M, count), torch.full_like(place_M, count)
+    found = torch.where(met, found, count)
+    after_M[:-1] = found
+    before_M.scatter_(0, found, place_M[:-1])
+    before_M[-1] = count  # where all that met none were put
+    return torch.stack([place_M, after_M, before_M], 1)

@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.crf.dense import refine
 from pipeline.crf.engine import Pairwise, engine_named, installed
+from pipeline.crf.native_engine import NativeEngine
+from pipeline.crf.params import CrfParams
 from pipeline.errors import CrfError
+from pipeline.ports import Block
 
 if not installed("native"):
     pytest.skip("the native CRF engine was not built here", allow_module_level=True)
@@ -149,7 +153,8 @@ def test_neither_threads_nor_the_processor_change_a_byte(classes):
     if module_for_this_processor() is not _native:
         apart = 1 - np.eye(classes, dtype=np.float32)
         features = [kernel.features_DN for kernel in kernels]
-        plain = _native.mean_field(energy_KN, features, [3 * apart, 4 * apart], 3, 2)
+        shelf, costs = _native.Shelf(0), [3 * apart, 4 * apart]
+        plain = _native.mean_field(shelf, energy_KN, features, costs, [True, False], 3, 2)
         seen.add(plain.tobytes())
     assert len(seen) == 1
 
@@ -215,3 +220,53 @@ def test_threads_that_run_out_of_memory_say_so_and_the_process_lives():
     """An exception in a thread ended the worker with all its tiles, and no word why."""
     run = subprocess.run([sys.executable, "-c", STARVED], capture_output=True, text=True)
     assert (run.returncode, run.stdout.strip()) == (0, "refused"), run.stderr
+
+
+def test_a_kept_plan_gives_the_bytes_of_a_new_one():
+    """Another image would get the lattice of the first, or weights normalised twice."""
+    image_CS = guide((40, 44))
+    energy_KN = energies(image_CS[0], 3)
+    near, like = two_kernels(image_CS, position=9, value=20)
+    moved = Pairwise(features_DN=near.features_DN + 100, compatibility=3.0, recurring=True)
+    near = Pairwise(features_DN=near.features_DN, compatibility=3.0, recurring=True)
+    fresh = [NativeEngine(1).mean_field(energy_KN, [k, like], iterations=5) for k in (near, moved)]
+    engine = NativeEngine(1)
+    for kernel, expected_KN in zip((near, moved) * 2, fresh * 2, strict=True):
+        found_KN = engine.mean_field(energy_KN, [kernel, like], iterations=5)
+        assert found_KN.tobytes() == expected_KN.tobytes()
+    assert engine.plans_reused == 2
+
+
+def test_kept_plans_stay_within_their_bytes():
+    """A worker that sees many shapes would grow by each of them."""
+    from pipeline.crf import _native
+
+    shelf = _native.Shelf(200_000)
+    costs, energy_KN = [1 - np.eye(2, dtype=np.float32)], np.zeros((2, 4000), np.float32)
+    rows = [np.arange(8000, dtype=np.float32).reshape(2, 4000) / 50 + n for n in range(3)]
+    for features_DN in (rows[0], rows[1], rows[1], rows[0]):
+        _native.mean_field(shelf, energy_KN, [features_DN], costs, [True], 1, 1)
+    assert shelf.found == 1
+
+
+def test_only_the_places_of_a_whole_image_are_kept_for_the_next():
+    """Kept for every tile of a scene they would never be met again; a hole makes them others."""
+    params = CrfParams.from_mapping(
+        {
+            "smoothness": {"weight": 3, "position": 3},
+            "appearance": {"weight": 4, "position": 9, "value": 9, "bands": ["1"], "range": [0, 9]},
+        }
+    ).resolve((1, 1), unit="px", channels=("1",))
+    prob_KS, valid_S = np.full((2, 20, 20), 0.5, np.float32), np.ones((20, 20), bool)
+    engine = NativeEngine(1)
+
+    def reused(valid_S: np.ndarray, *, level: float = 0, row: int = 0) -> int:
+        block = Block(np.full((1, 20, 20), level), valid_S)
+        refine(prob_KS, block=block, origin=(row, 0), params=params, engine=engine)
+        return engine.plans_reused
+
+    assert reused(valid_S) == 0
+    assert reused(valid_S, level=5) == 1
+    assert [reused(valid_S, row=8) for _ in range(2)] == [1, 1]
+    assert [reused(np.tri(20, dtype=bool)) for _ in range(2)] == [1, 1]
+    assert reused(valid_S) == 2

@@ -95,6 +95,14 @@ def test_a_compatibility_matrix_is_that_of_pydensecrf():
     assert_equal(found_KN, wanted_KN)
 
 
+def test_scores_that_leave_no_doubt_do_not_overflow():
+    """An exp of the logits as they are would be infinite, and its share of the sum NaN."""
+    energy_KN, (near, _) = problem((40, 36), classes=3, deviations=(9, 9), values=(9,))
+    found_KN, wanted_KN = both(60 * energy_KN, [Pairwise(features_DN=near, compatibility=3.0)])
+    assert (60 * np.ptp(energy_KN, axis=0)).max() > 100
+    assert_equal(found_KN, wanted_KN)
+
+
 @pytest.mark.parametrize(("classes", "pixels"), [(1, 5), (2, 1), (254, 40)])
 def test_any_number_of_classes_and_pixels_is_computed(classes, pixels):
     """A tile with one valid pixel, or a class id for each byte, would break the sums."""

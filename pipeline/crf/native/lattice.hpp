@@ -15,6 +15,7 @@
 #include <limits>
 #include <new>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include <sys/mman.h>
@@ -50,6 +51,11 @@ template <class T> struct HugePages {
     }
 
     void deallocate(T *place, size_t) { std::free(place); }
+    // Numbers are not set before they are written, so that a page belongs to the thread that does.
+    void construct(T *place) { ::new (static_cast<void *>(place)) T; }
+    template <class... Given> void construct(T *place, Given &&...given) {
+        ::new (static_cast<void *>(place)) T(std::forward<Given>(given)...);
+    }
     template <class U> bool operator==(const HugePages<U> &) const { return true; }
     template <class U> bool operator!=(const HugePages<U> &) const { return false; }
 };
@@ -184,16 +190,15 @@ inline std::vector<float> scales(int d) {
     return scale;
 }
 
-// The simplices of LANES pixels.
+// The simplices of LANES pixels. D stands for the features' number, 0 for one known at run time.
 struct Simplices {
-    int d;
     float low[MOST_FEATURES + 1][LANES];     // the simplex's vertex of remainder 0
     float weight[MOST_FEATURES + 1][LANES];  // barycentric, of the vertex of each remainder
     int8_t axis[MOST_FEATURES + 1][LANES];   // the coordinate that has this rank
 
     // `feature[k]` points to LANES values of feature k, already scaled.
-    void embed(int dims, const float (*feature)[LANES]) {
-        d = dims;
+    template <int D> void embed(int dims, const float (*feature)[LANES]) {
+        const int d = D ? D : dims;
         float height[MOST_FEATURES + 1][LANES];
         int32_t rank[MOST_FEATURES + 1][LANES] = {};
         float total[LANES] = {}, excess[LANES] = {};
@@ -241,7 +246,8 @@ struct Simplices {
 
     // Keys of the simplex of lane l, by remainder: each step adds one to all coordinates and
     // takes d + 1 off the one that is highest.
-    template <class Key> void keys(int l, const Packing &packing, Key *key) const {
+    template <int D, class Key> void keys(int l, const Packing &packing, Key *key) const {
+        const int d = D ? D : packing.d;
         Key at = 0;
         for (int i = 0; i < d; ++i) at += Key(int64_t(low[i][l]) - packing.least[i]) << packing.shift[i];
         const Key ones = packing.ones<Key>();

@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "scene.hpp"
+#include "shelf.hpp"
 
 namespace nb = nanobind;
 using namespace terravox;
@@ -44,21 +45,41 @@ int rounded(int values) {
     return (values + 15) / 16 * 16;
 }
 
-template <int V>
-void solve(const float *energy, int classes, int width, const std::vector<const float *> &features,
-           const std::vector<int> &dims, const std::vector<const float *> &penalties,
-           int64_t pixels, int iterations, int threads, float *prob) {
-    Team team(threads);
-    std::vector<Kernel> kernels(features.size());
+// A call's arguments.
+struct Problem {
+    Matrix energy;
+    std::vector<Matrix> features, penalties;
+    std::vector<bool> recurring;
+    int iterations, threads;
+
+    int classes() const { return int(energy.shape(0)); }
+    int64_t pixels() const { return int64_t(energy.shape(1)); }
+};
+
+// The plan of kernel m with the symmetric normalisation in its weights.
+void prepare(Kernel &kernel, const Problem &problem, size_t m, Shelf &shelf, Team &team) {
+    const auto &features = problem.features[m];
+    const int d = int(features.shape(0));
+    if (problem.recurring[m]) kernel.plan = shelf.take(features.data(), d, problem.pixels());
+    if (kernel.plan.pixels) return;
+    kernel.plan = Plan::of(features.data(), d, problem.pixels(), team);
+    normalise(kernel, filter_ones(kernel, team), team);
+}
+
+template <int V> void solve(const Problem &problem, int width, Shelf &shelf, float *prob) {
+    Team team(problem.threads);
+    std::vector<Kernel> kernels(problem.features.size());
     std::vector<std::vector<float>> masses(kernels.size());
     for (size_t m = 0; m < kernels.size(); ++m) {
-        kernels[m].plan = Plan::of(features[m], dims[m], pixels, team);
-        set_penalty(kernels[m], penalties[m], classes, width);
-        normalise(kernels[m], filter_ones(kernels[m], team), team);
+        prepare(kernels[m], problem, m, shelf, team);
+        set_penalty(kernels[m], problem.penalties[m].data(), problem.classes(), width);
         if (!kernels[m].constant.empty()) masses[m] = filter_ones(kernels[m], team);
     }
-    MeanField<V> field(energy, classes, width, kernels, team);
-    field.run(iterations, masses, prob);
+    MeanField<V> field(problem.energy.data(), problem.classes(), width, kernels, team);
+    field.run(problem.iterations, masses, prob);
+    for (size_t m = 0; m < kernels.size(); ++m)
+        if (problem.recurring[m])
+            shelf.put(problem.features[m].data(), std::move(kernels[m].plan));
 }
 
 // Calls use(integral_constant) with the width where rows of it are compiled in, else with 0.
@@ -96,18 +117,17 @@ std::vector<const float *> pointers(const std::vector<Matrix> &arrays) {
     return found;
 }
 
-nb::object mean_field(Matrix energy, std::vector<Matrix> features, std::vector<Matrix> penalties,
-                      int iterations, int threads) {
+nb::object mean_field(Shelf &shelf, Matrix energy, std::vector<Matrix> features,
+                      std::vector<Matrix> penalties, std::vector<bool> recurring, int iterations,
+                      int threads) {
+    const Problem problem{energy, std::move(features), std::move(penalties), std::move(recurring),
+                          iterations, threads};
     Answer answer(energy.shape(0), energy.shape(1));
-    std::vector<int> dims;
-    for (const auto &f : features) dims.push_back(int(f.shape(0)));
     {
         nb::gil_scoped_release release;
-        const int width = rounded(int(answer.classes) - 1);
+        const int width = rounded(problem.classes() - 1);
         at_width(width, [&](auto v) {
-            solve<decltype(v)::value>(energy.data(), int(answer.classes), width, pointers(features),
-                                      dims, pointers(penalties), int64_t(answer.pixels), iterations,
-                                      threads, answer.prob);
+            solve<decltype(v)::value>(problem, width, shelf, answer.prob);
         });
     }
     return answer.array();
@@ -151,8 +171,12 @@ NB_MODULE(TERRAVOX_MODULE, module) {
         return false;
 #endif
     });
-    module.def("mean_field", &mean_field, nb::arg("energy"), nb::arg("features"),
-               nb::arg("penalties"), nb::arg("iterations"), nb::arg("threads"));
+    nb::class_<Shelf>(module, "Shelf")
+        .def(nb::init<size_t>(), nb::arg("most_bytes"))
+        .def_prop_ro("found", &Shelf::found);
+    module.def("mean_field", &mean_field, nb::arg("shelf"), nb::arg("energy"), nb::arg("features"),
+               nb::arg("penalties"), nb::arg("recurring"), nb::arg("iterations"),
+               nb::arg("threads"));
     nb::class_<SceneTile>(module, "SceneTile")
         .def("keys", [](const SceneTile &tile, size_t m) { return rows_of(tile.keys(m), 2); })
         .def("positions", [](const SceneTile &tile, size_t m, int axes) {

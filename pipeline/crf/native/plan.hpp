@@ -26,6 +26,9 @@ struct Plan {
 
     int64_t parts() const { return (pixels + PART - 1) / PART; }
     int64_t rows() const { return 1 + vertices + int64_t(mirrored.size()); }
+    size_t bytes() const {
+        return 4 * (row.size() + weight.size() + neighbour.size() + 2 * mirrored.size());
+    }
     float gain() const { return 1.0f / (1.0f + std::ldexp(1.0f, -d)); }
 
     // A plan with neighbours. features: (d, pixels), C-ordered.
@@ -40,7 +43,7 @@ struct Plan {
     void link(const Numbering<Key> &numbering, const Packing &packing, Team &team);
 
 private:
-    template <class Key>
+    template <int D, class Key>
     Numbering<Key> touch(const float *features, const Packing &packing, int64_t part);
 };
 
@@ -83,7 +86,14 @@ Numbering<Key> Plan::place(const float *features, const Packing &packing, Team &
     row.resize(pixels * (d + 1));
     weight.resize(pixels * (d + 1));
     std::vector<Numbering<Key>> touched(count);
-    team.each(count, [&](int64_t p) { touched[p] = touch<Key>(features, packing, p); });
+    team.each(count, [&](int64_t p) {
+        switch (d) {
+            case 2: touched[p] = touch<2, Key>(features, packing, p); break;
+            case 3: touched[p] = touch<3, Key>(features, packing, p); break;
+            case 5: touched[p] = touch<5, Key>(features, packing, p); break;
+            default: touched[p] = touch<0, Key>(features, packing, p);
+        }
+    });
 
     size_t most = 0;
     for (const auto &numbering : touched) most = std::max(most, numbering.size());
@@ -126,8 +136,9 @@ Numbering<Key> Plan::place(const float *features, const Packing &packing, Team &
 }
 
 // Simplices of one part: weights, and in `row` the part's own numbers of the vertices.
-template <class Key>
+template <int D, class Key>
 Numbering<Key> Plan::touch(const float *features, const Packing &packing, int64_t part) {
+    const int d = D ? D : this->d;
     Numbering<Key> numbering;
     const auto scale = scales(d);
     const int64_t begin = part * PART, end = std::min(pixels, begin + PART);
@@ -139,17 +150,19 @@ Numbering<Key> Plan::touch(const float *features, const Packing &packing, int64_
         for (int k = 0; k < d; ++k)
             for (int l = 0; l < LANES; ++l)
                 feature[k][l] = features[k * pixels + at + std::min(l, lanes - 1)] * scale[k];
-        simplices.embed(d, feature);
+        simplices.embed<D>(d, feature);
         for (int l = 0; l < lanes; ++l) {
-            simplices.keys(l, packing, key[l]);
+            simplices.keys<D>(l, packing, key[l]);
             for (int r = 0; r <= d; ++r) numbering.prefetch(key[l][r]);
         }
         for (int l = 0; l < lanes; ++l) {
             const int64_t place = (at + l) * (d + 1);
             for (int r = 0; r <= d; ++r) weight[place + r] = simplices.weight[r][l];
             // The pixel before often lies in the same simplex.
-            if (l > 0 && std::equal(key[l], key[l] + d + 1, key[l - 1]))
-                std::copy_n(&row[place - d - 1], d + 1, &row[place]);
+            bool same = l > 0;
+            for (int r = 0; r <= d && l; ++r) same &= key[l][r] == key[l - 1][r];
+            if (same)
+                for (int r = 0; r <= d; ++r) row[place + r] = row[place - d - 1 + r];
             else
                 for (int r = 0; r <= d; ++r) row[place + r] = numbering.number(key[l][r]);
         }

@@ -2,8 +2,9 @@
 // to places of their own, and what they share is added afterwards in the order of their numbers.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
-#include <condition_variable>
+#include <chrono>
 #include <cstdint>
 #include <exception>
 #include <functional>
@@ -21,11 +22,8 @@ public:
     }
 
     ~Team() {
-        {
-            std::lock_guard<std::mutex> hold(lock_);
-            ended_ = true;
-        }
-        wake_.notify_all();
+        ended_ = true;
+        begin_round();
         for (auto &helper : helpers_) helper.join();
     }
 
@@ -36,18 +34,13 @@ public:
             for (int64_t i = 0; i < count; ++i) job(i);
             return;
         }
-        {
-            std::lock_guard<std::mutex> hold(lock_);
-            job_ = &job;
-            count_ = count;
-            next_ = 0;
-            busy_ = helpers_.size();
-            ++round_;
-        }
-        wake_.notify_all();
-        take(job, count);
-        std::unique_lock<std::mutex> hold(lock_);
-        done_.wait(hold, [this] { return busy_ == 0; });
+        job_ = &job;
+        count_ = count;
+        next_ = 0;
+        busy_ = int(helpers_.size());
+        begin_round();
+        take();
+        for (int busy; (busy = busy_) != 0;) wait_while(busy_, busy);
         if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
     }
 
@@ -59,40 +52,49 @@ public:
     }
 
 private:
-    void take(const std::function<void(int64_t)> &job, int64_t count) {
+    // Until `value` is no longer `old`. Most rounds take less time than it takes to wake a thread
+    // that sleeps, so it looks again and again for a while first.
+    static void wait_while(const std::atomic<int> &value, int old) {
+        const auto patience = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
+        while (value == old)
+            if (std::chrono::steady_clock::now() < patience)
+                std::this_thread::yield();
+            else
+                value.wait(old);
+    }
+
+    void begin_round() {
+        ++round_;
+        round_.notify_all();
+    }
+
+    void take() {
         try {
-            for (int64_t i; (i = next_.fetch_add(1)) < count;) job(i);
+            for (int64_t i; (i = next_.fetch_add(1)) < count_;) (*job_)(i);
         } catch (...) {
-            next_ = count;
+            next_ = count_;
             std::lock_guard<std::mutex> hold(lock_);
             failure_ = std::current_exception();
         }
     }
 
     void help() {
-        uint64_t seen = 0;
-        std::unique_lock<std::mutex> hold(lock_);
-        for (;;) {
-            wake_.wait(hold, [&] { return ended_ || round_ != seen; });
-            if (ended_) return;
+        for (int seen = 0;;) {
+            wait_while(round_, seen);
             seen = round_;
-            const auto *job = job_;
-            const int64_t count = count_;
-            hold.unlock();
-            take(*job, count);
-            hold.lock();
-            if (--busy_ == 0) done_.notify_one();
+            if (ended_) return;
+            take();
+            if (--busy_ == 0) busy_.notify_one();
         }
     }
 
-    std::mutex lock_;
-    std::condition_variable wake_, done_;
     const std::function<void(int64_t)> *job_ = nullptr;
     int64_t count_ = 0;
     std::atomic<int64_t> next_{0};
-    size_t busy_ = 0;
-    uint64_t round_ = 0;
-    bool ended_ = false;
+    std::atomic<int> busy_{0};   // helpers that are still in this round
+    std::atomic<int> round_{0};
+    std::atomic<bool> ended_{false};
+    std::mutex lock_;
     std::exception_ptr failure_;
     std::vector<std::thread> helpers_;
 };
