@@ -264,7 +264,7 @@ def test_model_new_makes_what_it_is_asked_for(
     [
         ("--backbone resnet18 --multi-scale", "multi_scale"),
         ("--family fcn --backbone resnet50 --multi-scale", "multi_scale None"),
-        ("--backbone slim --dims 3 --slice-stride 2", "medicalnet"),
+        ("--backbone slim --slice-stride 2", "volumes have slices"),
     ],
 )
 def test_model_new_refuses_what_a_family_does_not_have(

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from pipeline.domain import Grid, Halo, Pass, Region
 from pipeline.errors import RegionError
-from pipeline.inference import canonical as canonical_module
 from pipeline.inference import convolution as convolution_module
 from pipeline.inference.canonical import CanonicalNetwork
 from pipeline.inference.precision import Precision
 from pipeline.inference.predictor import Predictor
+from pipeline.inference.stage_plan import Needs
 from pipeline.models.architecture import Architecture
 from pipeline.models.bundle import Bundle, save_bundle
+from pipeline.models.chain import Stage
 from pipeline.models.frame import Frame
 from pipeline.models.fresh import new_bundle
 from pipeline.models.receptive_field import reach_of
@@ -198,9 +199,8 @@ def test_windows_anchored_at_the_tile_give_other_bits(
     """
     monkeypatch.setattr(convolution_module, "_onednn", lambda: False)
 
-    def anchored_at_the_tile(stage: Any, needs: Any) -> Iterator[Region]:
-        region = needs.regions[stage.name]
-        return region.blocks(needs.sides[stage.name])  # type: ignore[no-any-return]
+    def anchored_at_the_tile(needs: Needs, stage: Stage) -> Region:
+        return needs.regions[stage.name]
 
     bundle = bundles(RESNET18_POOLED)
     predictor = predictor_of(bundle, FP32, side_px=64)
@@ -209,7 +209,7 @@ def test_windows_anchored_at_the_tile_give_other_bits(
         return (predict_in_tiles(predictor, sweep_of(bundle, (75, 611), t)) for t in (128, 640))
 
     assert torch.equal(*in_tiles())
-    monkeypatch.setattr(canonical_module, "_windows", anchored_at_the_tile)
+    monkeypatch.setattr(Needs, "computed", anchored_at_the_tile)
     small, large = in_tiles()
     assert not torch.equal(small, large)
     assert (small - large).abs().max() < 1e-3 * large.std()

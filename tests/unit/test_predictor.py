@@ -27,6 +27,7 @@ from pipeline.models.frame import Frame
 from pipeline.models.fresh import new_bundle
 from pipeline.models.input_spec import Scaling
 from pipeline.models.receptive_field import reach_of
+from pipeline.models.resize import Resize
 from pipeline.models.scene_mean import GivenMean, OwnMean, block_sums, mean_of, total_of
 from pipeline.models.stages import Stage
 from pipeline.ports import Block
@@ -223,13 +224,13 @@ def test_the_input_is_held_once_and_freed_before_logits_are_upsampled(
         assert image.array_BSC.data_ptr() == kept[0]().ctypes.data
         fill(result, stage, maps, *rest)
 
-    def upsampled(*args: Any) -> torch.Tensor:
+    def upsampled(layer: Resize, logits_BKS: torch.Tensor) -> torch.Tensor:
         assert kept[0]() is None
-        return upsample(*args)
+        return upsample(layer, logits_BKS)
 
-    upsample = predictor._upsample
+    upsample = Resize.forward
     monkeypatch.setattr(staged_module, "_fill", watched)
-    monkeypatch.setattr(predictor, "_upsample", upsampled)
+    monkeypatch.setattr(Resize, "forward", upsampled)
     predictor.logits(made(), FRAME, scored=WHOLE)
 
 

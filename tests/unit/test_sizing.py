@@ -86,13 +86,15 @@ def test_a_deep_network_gets_large_tiles_and_a_tight_budget_smaller_ones(resnet5
 
 
 def test_the_memory_of_the_device_bounds_the_tile_as_well(resnet50: Sizer) -> None:
-    """A card of 12 GB would be given maps of 15."""
+    """A card of 4 GB would be given a tile that takes more."""
     card = replace(PAIR, device="cuda")
-    budget = Budget(host=10**15, device=12 * 10**9)
+    budget = Budget(host=10**15, device=4 * 10**9)
     tile, _ = resnet50.choose(None, card, precision=FP32, budget=budget)
     sweep = resnet50.sweep(tile, case="")
     assert tile == (4096, 4096)
     assert resnet50.costs(sweep, FP32).largest.device_bytes <= budget.device
+    larger = resnet50.sweep((8192, 8192), case="")
+    assert resnet50.costs(larger, FP32).largest.device_bytes > budget.device
 
 
 def test_few_tiles_get_the_threads_of_the_workers_that_are_left_over(resnet50: Sizer) -> None:
