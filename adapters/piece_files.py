@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.array_file import write_whole
 from pipeline.domain import Region
 from pipeline.errors import StoreError
 
@@ -23,20 +21,7 @@ class PieceFiles:
 
     def write(self, region: Region, array: NDArray[Any]) -> None:
         """Keep the array of a region, in place of one that is there. Raises StoreError."""
-        file = self._file(region)
-        draft = file.with_name(f".{file.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-        try:
-            self._path.mkdir(parents=True, exist_ok=True)
-            with draft.open("wb") as sink:
-                np.save(sink, array, allow_pickle=False)
-            draft.replace(file)
-        except OSError as error:
-            with suppress(OSError):
-                draft.unlink()
-            raise StoreError(
-                f"{file} could not be written: {error}; free the disk and run the same command"
-                " again"
-            ) from error
+        write_whole(self._file(region), lambda sink: np.save(sink, array, allow_pickle=False))
 
     def read(self, region: Region) -> NDArray[Any] | None:
         """What was kept of exactly this region; None where nothing was. Raises StoreError."""

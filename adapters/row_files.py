@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import socket
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.array_file import write_whole
 from pipeline.errors import StoreError
 
 
@@ -29,21 +27,10 @@ class RowFiles:
 
     def write(self, turn: int, number: int, rows: Mapping[str, NDArray[Any]]) -> str:
         """Keep the rows in place of those that are there; their SHA-256. Raises StoreError."""
-        file = self._file(turn, number)
-        draft = file.with_name(f".{file.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+        write_whole(
+            self._file(turn, number), lambda sink: np.savez(sink, allow_pickle=False, **rows)
+        )
         digest = hashlib.sha256()
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with draft.open("wb") as sink:
-                np.savez(sink, allow_pickle=False, **rows)
-            draft.replace(file)
-        except OSError as error:
-            with suppress(OSError):
-                draft.unlink()
-            raise StoreError(
-                f"{file} could not be written: {error}; free the disk and run the same command"
-                " again"
-            ) from error
         for array in rows.values():
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
