@@ -55,7 +55,7 @@ def _workplace(address: str) -> Workplace:
             gpu_bytes=_gpu_bytes(),
             here=True,
         )
-    from pipeline.execution.ray_pool import cluster_nodes
+    from pipeline.execution.ray_cluster import cluster_nodes
 
     nodes = cluster_nodes(address)
     return Workplace(

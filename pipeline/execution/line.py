@@ -47,7 +47,7 @@ class _Item:
     calls: Sequence[Callable[[Any], Any]]
     value: Any = None
     turns: list[Turn] = field(default_factory=list)
-    done: Future[None] = field(default_factory=Future)
+    done: Future[tuple[Any, list[Turn]]] = field(default_factory=Future)
 
 
 class _Stage:
@@ -92,14 +92,14 @@ class _Stage:
             return time.perf_counter()
         turn.ended = turn.left = time.perf_counter()
         if self._after is None:
-            item.done.set_result(None)
+            item.done.set_result((item.value, item.turns))
             return turn.ended
         self._after.inbox.put(item)
         return self._taken.get()
 
 
 class Line:
-    """Stages one after another; called from several threads, they all work at the same time."""
+    """Stages one after another; with several items on the line they all work at the same time."""
 
     def __init__(self, *names: str) -> None:
         """``names``: of the stages and of their threads, in order."""
@@ -113,22 +113,21 @@ class Line:
         for stage in stages:
             stage.start()
 
-    def run(self, *calls: Callable[[Any], Any]) -> tuple[Any, list[Turn]]:
-        """Pass an item down the line, after those that were asked for before.
+    def put(self, *calls: Callable[[Any], Any]) -> Future[tuple[Any, list[Turn]]]:
+        """Send an item down the line, behind those that are on it.
 
         Args:
             calls: A function for each stage, of what the stage before returned; the first of None.
 
-        Returns what the last one returned, and a turn for each stage. Raises what a call raises,
-        and CancelledError when the item was recalled.
+        Returns a promise of what the last one returned, and a turn for each stage. It raises what
+        a call raises, and CancelledError when the item was recalled.
         """
         item = _Item(calls)
         self._stages[0].inbox.put(item)
-        item.done.result()
-        return item.value, item.turns
+        return item.done
 
     def recall(self) -> None:
-        """Take back the items that no stage has begun: their ``run`` raises CancelledError."""
+        """Take back the items that no stage has begun: their promises raise CancelledError."""
         with suppress(queue.Empty):
             while (item := self._stages[0].inbox.get_nowait()) is not None:
                 item.done.cancel()

@@ -1,7 +1,7 @@
 """Tiles on Ray actors: one actor per device, descriptors in, small records out.
 
-The only module of execution that imports Ray. Retries live here, not in Ray: an actor that dies is
-dropped, its tiles go back into the queue, and a new actor takes its place where there is room.
+Retries live here, not in Ray: an actor that dies is dropped, its tiles go back into the queue, and
+a new actor takes its place where there is room.
 """
 
 from __future__ import annotations
@@ -9,24 +9,21 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import signal
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 from ray import exceptions as rex
 
+from pipeline.domain import TileKey
 from pipeline.errors import ExecutionError
+from pipeline.execution.actor import Answer, TileActor
 from pipeline.execution.identity import package_digest
 from pipeline.execution.queue import TileQueue
-from pipeline.execution.worker import TileWorker
+from pipeline.execution.ray_cluster import cluster
 from pipeline.ports import Feed, Job, Record
 
 log = logging.getLogger(__name__)
@@ -38,12 +35,10 @@ IN_FLIGHT, QUICK_IN_FLIGHT, QUICK_S = 3, 12, 0.01
 that take fewer seconds than QUICK_S: the way to the actor and back takes as long."""
 START_TIMEOUT_S, JOIN_TIMEOUT_S = 300.0, 1800.0
 """How long no worker may live: here, and where a node may have to be made first."""
-CONNECT_TIMEOUT_S = 10.0
 RECOUNT_S = 3.0
 """How often the nodes are counted, in seconds."""
 HUNGRY_S, FED_S = 0.1, 1.0
 """How long is waited for an answer while actors could take more from the feed, and else."""
-OBJECT_STORE_BYTES = 100 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +74,8 @@ class RayBackend:
 
         Raises ExecutionError when no worker can live, and what ``TileWorker.run`` raises.
         """
-        with _cluster(self):
+        workers = self.workers or max(1, len(os.sched_getaffinity(0)) // self.threads)
+        with cluster(self.address, cores=workers * self.threads, run_dir=self.run_dir):
             pool = _Pool(self, feed)
             try:
                 yield from pool.records(stop)
@@ -98,59 +94,18 @@ class RayBackend:
         return max(count, 1)
 
 
-class Node(NamedTuple):
-    """What a living node of a cluster has."""
-
-    cores: int
-    gpus: int
-
-
-def cluster_nodes(address: str) -> list[Node]:
-    """The nodes of the cluster at ``address`` that can compute. Raises ExecutionError."""
-    joined = ray.is_initialized()
-    if not joined:
-        _connect(address)
-    try:
-        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    finally:
-        if not joined:
-            ray.shutdown()
-    return [Node(int(has["CPU"]), int(has.get("GPU", 0))) for has in alive if has.get("CPU")]
-
-
-class _Actor:
-    """What Ray starts: a TileWorker that first proves where it stands."""
-
-    def __init__(self) -> None:
-        self._worker = TileWorker()
-
-    def start(self, nonce: Path) -> tuple[str, str, str]:
-        """Process name, package digest, and the file that holds the nonce as read here."""
-        text = nonce.read_text() if nonce.exists() else ""
-        # Not the process id, which an actor on another host may have, too.
-        answer = nonce.with_name(f"{nonce.name}.{secrets.token_hex(8)}")
-        if text:
-            answer.write_text(text)
-        return self._worker.name, package_digest(), answer.name
-
-    def run(self, job: Job) -> Record | None:
-        """None for a tile that was recalled."""
-        try:
-            return self._worker.run(job)
-        except CancelledError:
-            return None
-
-    def recall(self) -> None:
-        self._worker.recall()
-
-
 @dataclass(slots=True, eq=False)
 class _Member:
-    """An actor of the pool and the jobs it holds, by the reference of their record."""
+    """An actor of the pool and the jobs it holds."""
 
     handle: Any
-    starting: Any
-    jobs: dict[Any, Job] = field(default_factory=dict)
+    calls: set[Any]
+    """References of its answers: to its start, then to exchanges."""
+
+    jobs: dict[TileKey, Job] = field(default_factory=dict)
+    parcel: list[Job] = field(default_factory=list)
+    """Of its jobs, those that the next exchange takes along."""
+
     exclusive: bool = False
     ready: bool = False
     recalled: bool = False
@@ -167,12 +122,12 @@ class _Pool:
         self._digest = package_digest()
         self._nonce = backend.run_dir / f"nonce-{secrets.token_hex(8)}"
         self._nonce.write_text(secrets.token_hex(16))
-        self._class = ray.remote(_Actor).options(
+        self._class = ray.remote(TileActor).options(
             num_cpus=backend.threads,
             num_gpus=backend.gpus_per_worker,
             max_restarts=0,
             max_task_retries=0,
-            max_concurrency=QUICK_IN_FLIGHT + 1,  # one to recall
+            max_concurrency=3,  # an exchange, the one that takes its place, and a recall
             scheduling_strategy="SPREAD",
         )
         self._members: list[_Member] = []
@@ -187,10 +142,12 @@ class _Pool:
             if not stopping:
                 self._resize()
                 self._hand_out()
-            waiting = {ref: member for member in self._members for ref in member.jobs}
-            if not waiting and (stopping or self._queue.empty):
+            self._exchange()
+            busy = [m for m in self._members if m.jobs]
+            if not busy and (stopping or self._queue.empty):
                 return
-            waiting |= {m.starting: m for m in self._members if not m.ready}
+            starting = [m for m in self._members if not m.ready]
+            waiting = {ref: member for member in busy + starting for ref in member.calls}
             for ref in self._answers(list(waiting)):
                 if waiting[ref] in self._members:  # a death takes the actor's other answers along
                     yield from self._settle(waiting[ref], ref)
@@ -212,7 +169,7 @@ class _Pool:
             self._drop(member)
         while len(self._members) < wanted:
             handle = self._class.remote()
-            self._members.append(_Member(handle, handle.start.remote(self._nonce)))
+            self._members.append(_Member(handle, {handle.start.remote(self._nonce)}))
         self._largest = max(self._largest, len(self._members))
 
     def _level(self) -> None:
@@ -234,7 +191,15 @@ class _Pool:
             if job is None:
                 return
             member.exclusive, member.recalled = self._queue.is_suspect(job), False
-            member.jobs[member.handle.run.remote(job)] = job
+            member.jobs[job.tile.key] = job
+            member.parcel.append(job)
+
+    def _exchange(self) -> None:
+        """Send what was handed out; wait with every actor that holds something."""
+        for member in self._members:
+            if member.parcel or (member.jobs and not member.calls):
+                member.calls.add(member.handle.exchange.remote(tuple(member.parcel)))
+                member.parcel.clear()
 
     def _answers(self, refs: list[Any]) -> list[Any]:
         """All references that are ready, once one is or the feed should be asked again."""
@@ -249,8 +214,9 @@ class _Pool:
         return list(done)
 
     def _settle(self, member: _Member, ref: Any) -> Iterator[Record]:
+        member.calls.remove(ref)
         try:
-            answer = ray.get(ref)
+            answers = ray.get(ref)
         except DEATHS as error:
             yield from self._bury(member, f"{type(error).__name__}: {error}")
             return
@@ -260,14 +226,20 @@ class _Pool:
             yield from self._bury(member, str(error.cause))
             return
         if not member.ready:
-            self._admit(member, answer)
+            self._admit(member, answers)
             return
+        for answer in answers:
+            if record := self._note(member, answer):
+                yield record
+
+    def _note(self, member: _Member, answer: Answer) -> Record | None:
+        """The record if it is final."""
+        key, record = answer
         self._deaths = 0
         member.exclusive = False
-        quick = answer is not None and 0 < sum(answer.seconds.values()) < QUICK_S
+        quick = record is not None and 0 < sum(record.seconds.values()) < QUICK_S
         member.room = QUICK_IN_FLIGHT if quick else IN_FLIGHT
-        if record := self._queue.settle(member.jobs.pop(ref), answer):
-            yield record
+        return self._queue.settle(member.jobs.pop(key), record)
 
     def _bury(self, member: _Member, why: str) -> Iterator[Record]:
         """Drop a dead actor and return its tiles to the queue."""
@@ -327,74 +299,3 @@ class _Pool:
             self._drop(member)
         for path in self._nonce.parent.glob(f"{self._nonce.name}*"):
             path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _cluster(backend: RayBackend) -> Iterator[None]:
-    """Join or start a cluster from inside the run directory; stop it if it was started here."""
-    if ray.is_initialized():
-        yield
-        return
-    before = Path.cwd()
-    os.chdir(backend.run_dir)
-    with _stdout_kept():
-        try:
-            with _signals_kept():
-                _connect(backend.address, **_local(backend))
-            yield
-        finally:
-            os.chdir(before)
-            ray.shutdown()
-
-
-def _local(backend: RayBackend) -> dict[str, Any]:
-    """The cluster to be started; nothing where one is joined."""
-    if backend.address != "local":
-        return {}
-    workers = backend.workers or max(1, len(os.sched_getaffinity(0)) // backend.threads)
-    return {
-        "num_cpus": workers * backend.threads,
-        "include_dashboard": False,
-        "object_store_memory": OBJECT_STORE_BYTES,
-    }
-
-
-def _connect(address: str, **options: Any) -> None:
-    """Join or start the cluster. Raises ExecutionError."""
-    if address.startswith("ray://"):
-        raise ExecutionError(
-            f"Ray client address {address} is not supported: actors must share storage with the"
-            " driver; run the command on a node of the cluster"
-        )
-    host, _, port = address.rpartition(":")
-    try:
-        if port.isdecimal():
-            # Ray would try for minutes.
-            socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (OSError, ValueError, rex.AuthenticationError) as error:
-        raise ExecutionError(
-            f"Ray cluster {address} asked for: {str(error).splitlines()[0]}"
-        ) from error
-
-
-@contextmanager
-def _stdout_kept() -> Iterator[None]:
-    """Ray prints the deaths of nodes to standard output, where a program reads our answer."""
-    before = ray._private.worker._worker_logs_enabled
-    ray._private.worker._worker_logs_enabled = False
-    try:
-        yield
-    finally:
-        ray._private.worker._worker_logs_enabled = before
-
-
-@contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Ray replaces the handler of SIGTERM; ours drains the run, so it is put back."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)

@@ -11,13 +11,13 @@ import threading
 import time
 import traceback
 from collections import OrderedDict
-from concurrent.futures import CancelledError
-from dataclasses import replace
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.domain import Tile
 from pipeline.errors import ExecutionError, LeaseHeldError, no_space
-from pipeline.execution.line import Line, waits
+from pipeline.execution.line import Line, Turn, waits
 from pipeline.ports import Job, Model, Record, Work
 
 log = logging.getLogger(__name__)
@@ -30,10 +30,25 @@ KEPT_CASES = 256
 """Cases whose files a worker keeps open: more than take turns, or each turn would open them."""
 
 
-class TileWorker:
-    """Runs tiles through read, compute, refine and write; called from one thread or several.
+@dataclass(slots=True, eq=False)
+class Begun:
+    """A tile on its way through a worker."""
 
-    Called from several, the other stages of other tiles run beside the device: the CRF holds
+    tile: Tile
+    came: float = field(default_factory=time.perf_counter)
+    """In seconds of the clock that its turns are in."""
+
+    loading_s: float = 0.0
+    """How long it waited for its model to be loaded."""
+
+    passed: Future[tuple[Any, list[Turn]]] = field(init=False)
+    """Its record, and its turn in each stage."""
+
+
+class TileWorker:
+    """Runs tiles through read, compute, refine and write.
+
+    With several begun, the other stages of other tiles run beside the device: the CRF holds
     Python's lock, the network's kernels do not. A model is loaded when the first tile needs it
     and kept for all cases that share it. A plain class, so that tests need no cluster.
     """
@@ -49,15 +64,35 @@ class TileWorker:
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
     def run(self, job: Job) -> Record:
-        """The record of a tile; a failed one where any stage raised.
+        """The record of a tile; raises as ``end``."""
+        return self.end(self.begin(job))
+
+    def begin(self, job: Job) -> Begun:
+        """Send a tile through the stages, behind those that were begun before."""
+        work, tile, begun = self._kept(job), job.tile, Begun(job.tile)
+
+        def compute(data: Any) -> Any:
+            model, begun.loading_s = self._loaded(work.model)
+            return work.compute(model, tile, data)
+
+        begun.passed = self._line.put(
+            lambda _: work.read(tile),
+            compute,
+            lambda data: work.refine(tile, data),
+            lambda result: work.write(tile, result),
+        )
+        return begun
+
+    def end(self, begun: Begun) -> Record:
+        """The record of a tile, once it has passed; a failed one where any stage raised.
 
         Raises what no other tile would fare better with: whatever loading the model raises,
         LeaseHeldError, what a full disk raises, and ExecutionError for a device that is lost.
         And CancelledError for a tile that was recalled before it was begun.
         """
-        tile = job.tile
+        tile = begun.tile
         try:
-            return self._run(self._kept(job), tile)
+            return self._record(begun)
         except CancelledError:
             raise
         except Exception as error:  # a bad tile is reported, the rest goes on
@@ -80,26 +115,13 @@ class TileWorker:
         """End the threads; what they hold is freed."""
         self._line.close()
 
-    def _run(self, work: Work, tile: Tile) -> Record:
-        came, loading_s = time.perf_counter(), 0.0
-
-        def compute(data: Any) -> Any:
-            nonlocal loading_s
-            model, loading_s = self._loaded(work.model)
-            return work.compute(model, tile, data)
-
-        record: Record
-        record, turns = self._line.run(
-            lambda _: work.read(tile),
-            compute,
-            lambda data: work.refine(tile, data),
-            lambda result: work.write(tile, result),
-        )
+    def _record(self, begun: Begun) -> Record:
+        record, turns = begun.passed.result()
         seconds = {stage: turn.busy for stage, turn in zip(STAGES, turns, strict=True)}
-        waited = waits(STAGES, turns, came=came)
-        if loading_s:
-            seconds["compute"] -= loading_s
-            waited["compute"] = waited.get("compute", {}) | {"model": loading_s}
+        waited = waits(STAGES, turns, came=begun.came)
+        if begun.loading_s:
+            seconds["compute"] -= begun.loading_s
+            waited["compute"] = waited.get("compute", {}) | {"model": begun.loading_s}
         return replace(
             record,
             worker=self.name,

@@ -366,7 +366,7 @@ def test_other_code_in_a_worker_is_refused(
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "rubbish", "ray://head:10001"])
 def test_a_cluster_that_cannot_be_joined_is_refused_at_once(address: str) -> None:
     """Ray tries for minutes and ends the process; its client does not share the run directory."""
-    from pipeline.execution.ray_pool import _connect
+    from pipeline.execution.ray_cluster import _connect
 
     with pytest.raises(ExecutionError, match=address):
         _connect(address)

@@ -36,7 +36,9 @@ def kill_at_random(process: subprocess.Popen[bytes], chance: random.Random) -> s
     if process.poll() is not None:
         return None
     children = psutil.Process(process.pid).children(recursive=True)
-    actors = [child for child in children if child.cmdline()[:1] and "_Actor" in child.cmdline()[0]]
+    actors = [
+        child for child in children if child.cmdline()[:1] and "TileActor" in child.cmdline()[0]
+    ]
     if actors and chance.random() < 0.5:
         chance.choice(actors).kill()
         return "actor"

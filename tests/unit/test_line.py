@@ -28,7 +28,7 @@ def kept(value: object) -> object:
 def test_an_item_passes_every_stage_in_order_each_in_its_thread(line: Line) -> None:
     """Work would be done by another stage's thread, or twice."""
     note = [lambda seen: [*(seen or ()), threading.current_thread().name]] * 3
-    value, turns = line.run(*note)
+    value, turns = line.put(*note).result()
     assert value == ["first", "second", "third"]
     assert len(turns) == 3
     assert all(turn.began <= turn.ended <= turn.left for turn in turns)
@@ -41,8 +41,8 @@ def test_a_stage_raises_where_the_item_came_from_and_goes_on(line: Line, bad: in
     calls[bad] = lambda _: 1 / 0
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
-            line.run(*calls)
-    assert line.run(lambda _: 5, kept, kept)[0] == 5
+            line.put(*calls).result()
+    assert line.put(lambda _: 5, kept, kept).result()[0] == 5
 
 
 def test_a_stage_keeps_its_item_until_the_next_one_takes_it(line: Line) -> None:
@@ -56,13 +56,12 @@ def test_a_stage_keeps_its_item_until_the_next_one_takes_it(line: Line) -> None:
         entered.append(number)
         return number
 
-    with ThreadPoolExecutor(6) as askers:
-        answers = [askers.submit(line.run, enter, kept, slow) for _ in range(6)]
-        time.sleep(0.2)
-        most.append(len(entered))
-        open_.set()
+    answers = [line.put(enter, kept, slow) for _ in range(6)]
+    time.sleep(0.2)
+    most = len(entered)
+    open_.set()
     assert all(answer.exception() is None for answer in answers)
-    assert most == [3]
+    assert most == 3
     assert len(entered) == 6
 
 
@@ -75,17 +74,15 @@ def test_only_what_no_stage_has_begun_is_recalled(line: Line) -> None:
         open_.wait(10.0)
         return "done"
 
-    with ThreadPoolExecutor(2) as askers:
-        first = askers.submit(line.run, slow, kept, kept)
-        assert begun.wait(10.0)
-        second = askers.submit(line.run, kept, kept, kept)
-        while not line._stages[0].inbox.qsize():
-            time.sleep(0.01)
-        line.recall()
-        open_.set()
-        assert isinstance(second.exception(), CancelledError)
-        assert first.result()[0] == "done"
-    assert line.run(lambda _: 5, kept, kept)[0] == 5
+    first = line.put(slow, kept, kept)
+    assert begun.wait(10.0)
+    second = line.put(kept, kept, kept)
+    line.recall()
+    open_.set()
+    with pytest.raises(CancelledError):
+        second.result()
+    assert first.result()[0] == "done"
+    assert line.put(lambda _: 5, kept, kept).result()[0] == 5
 
 
 def test_what_left_the_line_is_held_by_no_stage(line: Line) -> None:
@@ -101,7 +98,7 @@ def test_what_left_the_line_is_held_by_no_stage(line: Line) -> None:
         refs.append(weakref.ref(array))
         return array
 
-    line.run(made, kept, lambda _: None)
+    line.put(made, kept, lambda _: None).result()
     time.sleep(0.05)
     gc.collect()
     assert refs[0]() is None
@@ -127,15 +124,12 @@ def test_what_is_on_a_line_that_is_closed_leaves_it() -> None:
         open_.wait(10.0)
         return 5
 
-    answers: list[object] = []
-    asker = threading.Thread(target=lambda: answers.append(line.run(slow, kept)[0]), daemon=True)
-    asker.start()
+    answer = line.put(slow, kept)
     begun.wait(10.0)
     line.close()
     time.sleep(0.05)  # for the second stage to hear of it
     open_.set()
-    asker.join(timeout=5)
-    assert answers == [5]
+    assert answer.result(timeout=5)[0] == 5
 
 
 NAMES = ("read", "compute", "write")
@@ -169,7 +163,7 @@ def test_waits_and_work_of_a_stage_fill_its_time(line: Line) -> None:
 
     def passed(number: int) -> tuple[dict[str, dict[str, float]], list[Turn]]:
         came = time.perf_counter()
-        _, turns = line.run(*([lambda _, s=s: time.sleep(s) for s in pauses]))
+        _, turns = line.put(*([lambda _, s=s: time.sleep(s) for s in pauses])).result()
         return waits(line.names, turns, came=came), turns
 
     with ThreadPoolExecutor(4) as askers:
