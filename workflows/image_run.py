@@ -15,7 +15,6 @@ from adapters.ledger_file import LedgerFile
 from adapters.zarr_store import ZarrStore
 from pipeline.context_tile import ContextTiles
 from pipeline.domain import Pass, TileKey
-from pipeline.errors import PlanError
 from pipeline.inference.scene_context import MISSING, SceneInOneTile, SceneSums, sums_layout
 from pipeline.models.architecture import Architecture
 from pipeline.models.deeplab import aspp_width
@@ -27,7 +26,7 @@ from workflows.config import SegmentOptions
 from workflows.finish import Product, lost_chunks, write_product
 from workflows.manifest import manifest
 from workflows.publish import Publisher
-from workflows.run_dir import read_plan, write_json
+from workflows.run_dir import keep_plan, write_json
 from workflows.scene_run import SceneRun
 from workflows.seam import SampleFiles, Seam, certify_work, lost_samples, seam_of
 
@@ -50,7 +49,7 @@ class ImageRun:
         self.run, self.plan, self._publisher = product.run, product.plan, publisher
         self._started = time.monotonic()
         self.run.sweep()
-        self._keep_plan()
+        keep_plan(self.run, self.plan.as_json(), of="source, model, options or versions")
         self.mask = self._store(self.run.mask, dtype=product.bundle.mask_dtype)
         under_all = self.plan.scene
         self.scene = None if under_all is None else SceneRun(product, under_all)
@@ -149,18 +148,6 @@ class ImageRun:
     def _damaged(done: Iterable[Record], sweep: Pass, stores: Sequence[ArrayStore]) -> set[TileKey]:
         """Tiles of one pass whose chunks do not hold what their records say."""
         return {*lost_chunks((r for r in done if r.key.stage == sweep.name), sweep, stores)}
-
-    def _keep_plan(self) -> None:
-        """Write plan.json, or prove that the one that is there is this run's."""
-        found = read_plan(self.run)
-        if found is None:
-            self.run.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.run.plan, self.plan.as_json())
-        elif found["fingerprint"] != self.plan.tiles.fingerprint:
-            raise PlanError(
-                f"{self.run.path} holds another run (source, model, options or versions differ):"
-                " choose another --run-dir, or add --fresh to start over"
-            )
 
     def _store(self, path: Path, *, dtype: str) -> ZarrStore:
         grid = self.plan.sweep.grid

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, cast
 from adapters.ledger_file import LedgerFile
 from adapters.piece_files import PieceFiles
 from adapters.zarr_store import ZarrStore
-from pipeline.errors import PlanError
 from pipeline.ports import Guard, Record, RowStore, Work
 from pipeline.refine_scene import RefineScene
 from pipeline.refine_tile import CrfModel, RefineSamples, RefineTiles
@@ -22,7 +21,7 @@ from workflows.config import RefineOptions
 from workflows.finish import lost_chunks, mark_output
 from workflows.lattice_rows import LatticeRows
 from workflows.refine_plan import RefinePlan, Wish
-from workflows.run_dir import RunDir, read_plan, write_json
+from workflows.run_dir import RunDir, keep_plan, write_json
 
 if TYPE_CHECKING:
     from adapters.nifti_header import VolumeSource
@@ -49,7 +48,7 @@ class RefineRun:
         self.run, self.plan = product.run, product.plan
         self.started = time.monotonic()
         self.run.sweep()
-        self._keep_plan()
+        keep_plan(self.run, self.plan.as_json(), of="source, scores, CRF, options or versions")
         grid, legend = self.plan.sweep.grid, self.plan.legend
         self.mask = ZarrStore.create(
             self.run.mask, shape=grid.shape, chunks=grid.tile, dtype=legend.dtype,
@@ -115,18 +114,6 @@ class RefineRun:
                 differ += int((self.mask.read(sample.region) != wanted_S)[valid_S].sum())
                 pixels += int(valid_S.sum())
         return Disagreement(differ, pixels, differ)
-
-    def _keep_plan(self) -> None:
-        """Write plan.json, or prove that the one that is there is this run's."""
-        found = read_plan(self.run)
-        if found is None:
-            self.run.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.run.plan, self.plan.as_json())
-        elif found["fingerprint"] != self.plan.tiles.fingerprint:
-            raise PlanError(
-                f"{self.run.path} holds another run (source, scores, CRF, options or versions"
-                " differ): choose another --run-dir, or add --fresh to start over"
-            )
 
     def _distrust(self) -> None:
         """Have tiles done again whose chunk does not hold what the ledger says."""

@@ -144,6 +144,22 @@ def read_plan(run: RunDir) -> dict[str, Any] | None:
     return plan
 
 
+def keep_plan(run: RunDir, plan: Mapping[str, Any], *, of: str) -> None:
+    """Write plan.json, or prove that the one that is there is this run's.
+
+    ``of``: what a plan is made of, in words. Raises PlanError where the two differ.
+    """
+    found = read_plan(run)
+    if found is None:
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_json(run.plan, plan)
+    elif found["fingerprint"] != plan["fingerprint"]:
+        raise PlanError(
+            f"{run.path} holds another run ({of} differ):"
+            " choose another --run-dir, or add --fresh to start over"
+        )
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no file. Raises PlanError when damaged."""
     try:

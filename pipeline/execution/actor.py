@@ -5,8 +5,9 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
+from typing import Any
 
 from pipeline.domain import TileKey
 from pipeline.execution.identity import package_digest
@@ -27,6 +28,8 @@ class TileActor:
     def __init__(self) -> None:
         self._worker = TileWorker()
         self._changed = threading.Condition()
+        # Not in the callbacks: a promise that holds itself keeps the arrays of what failed.
+        self._begun: dict[Future[Any], Begun] = {}
         self._passed: list[Begun] = []
         self._exchanges = 0
 
@@ -47,7 +50,8 @@ class TileActor:
         """
         for job in jobs:
             begun = self._worker.begin(job)
-            begun.passed.add_done_callback(lambda _, begun=begun: self._tell(begun))
+            self._begun[begun.passed] = begun
+            begun.passed.add_done_callback(self._tell)
         with self._changed:
             self._exchanges = mine = self._exchanges + 1
             self._changed.notify_all()
@@ -59,9 +63,9 @@ class TileActor:
         """Give back the tiles that were not begun: another worker has nothing to do."""
         self._worker.recall()
 
-    def _tell(self, begun: Begun) -> None:
+    def _tell(self, passed: Future[Any]) -> None:
         with self._changed:
-            self._passed.append(begun)
+            self._passed.append(self._begun.pop(passed))
             self._changed.notify_all()
 
     def _record(self, begun: Begun) -> Record | None:

@@ -116,6 +116,7 @@ class TileWorker:
         self._line.close()
 
     def _record(self, begun: Begun) -> Record:
+        record: Record
         record, turns = begun.passed.result()
         seconds = {stage: turn.busy for stage, turn in zip(STAGES, turns, strict=True)}
         waited = waits(STAGES, turns, came=begun.came)
