@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline.crf.engine import EngineName
 from pipeline.crf.params import CrfParams, ResolvedCrf
 from pipeline.domain import ImageInfo, Shape
-from pipeline.errors import CrfError
+from pipeline.errors import BundleError, CrfError
 from pipeline.models.bundle import Bundle
+from pipeline.models.document import read_yaml
 
 
 def resolve_crf(asked: str, bundle: Bundle, info: ImageInfo) -> ResolvedCrf | None:
@@ -56,11 +55,9 @@ def read_crf(path: Path) -> CrfParams:
 def read_crf_part(path: Path) -> Mapping[str, Any]:
     """The ``crf`` part of a YAML file, such as a bundle's, or all of it. Raises CrfError."""
     try:
-        found = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CrfError(
-            f"--crf {path}: not a readable YAML file: {error}; give one with a crf part"
-        ) from error
+        found = read_yaml(path)
+    except BundleError as error:
+        raise CrfError(f"--crf {path}: {error}; give a YAML file with a crf part") from error
     if isinstance(found, Mapping) and "crf" in found:
         found = found["crf"]
     if not isinstance(found, Mapping):

@@ -17,10 +17,25 @@ from pipeline.errors import BundleError
 T = TypeVar("T")
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice: YAML would take the last one in silence."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if (key.tag, key.value) in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key.value} is there twice", problem_mark=key.start_mark
+                )
+            seen.add((key.tag, key.value))
+        return node
+
+
 def read_yaml(path: Path) -> Any:
     """Parse one YAML document. Raises BundleError with one line."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError(f"cannot read {path}: {error}") from error
     except RecursionError as error:

@@ -129,8 +129,8 @@ def test_cuda_asked_where_there_is_none_is_refused(
 
 
 CRFS: dict[str, tuple[bytes, tuple[str, ...]]] = {
-    "bytes": (bytes(range(128, 256)), ("not a readable YAML file",)),
-    "broken YAML": (b"crf: [", ("not a readable YAML file",)),
+    "bytes": (bytes(range(128, 256)), ("cannot read", "with a crf part")),
+    "broken YAML": (b"crf: [", ("not valid YAML, line 1", "with a crf part")),
     "a list": (b"[1, 2]", ("mapping",)),
     "an unknown band": (
         b"""
