@@ -63,6 +63,8 @@ class Average:
                 zooms = tuple(_zoom(factor) for factor in values.split(","))
         if not set(axes) <= set(known):
             raise PlanError(f"--average {text}: the axes of this image are {', '.join(known)}")
+        if len(set(axes)) < len(axes) or len(set(zooms)) < len(zooms):
+            raise PlanError(f"--average {text} names a size or an axis twice: name each once")
         return cls(
             own=own,
             zooms=zooms,

@@ -277,3 +277,10 @@ def test_sizes_that_leave_no_whole_pixels_are_refused() -> None:
     for size in ("0.6", "0", "9"):
         with pytest.raises(PlanError, match=f"scale:{size}: sizes are quarters"):
             Average.named(f"scale:1,{size}", own=own)
+
+
+@pytest.mark.parametrize("twice", ["scale:0.5,0.5", "scale:1,0.75,1.0", "flip:xx"])
+def test_a_size_or_an_axis_named_twice_is_refused(twice: str) -> None:
+    """A size would count twice in the mean, which nobody asks for on purpose."""
+    with pytest.raises(PlanError, match=f"--average {twice} names a size or an axis twice"):
+        Average.named(twice, own=Reach(stride=8, halo=Halo.uniform(8, ndim=2)))
