@@ -20,6 +20,7 @@ from pipeline.errors import (
     RegionError,
     SourceError,
 )
+from workflows import cli_options as take
 from workflows.crf_cli import crf_app, refine
 from workflows.model_cli import model_app
 from workflows.schedule_cli import schedule_app
@@ -47,46 +48,6 @@ app.add_typer(model_app, name="model")
 app.add_typer(schedule_app, name="schedule")
 app.add_typer(crf_app, name="crf")
 
-Model = Annotated[Path, typer.Option(help="Model bundle: a directory with model.yaml.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, last, on stdout.")]
-Crf = Annotated[str, typer.Option(help="auto (on if the bundle has a crf part), off, or a file.")]
-TileSide = Annotated[int | None, typer.Option("--tile", help="Side of a tile, px.")]
-HaloAsked = Annotated[
-    str, typer.Option("--halo", help="exact, a number of px, or auto:1e-4 (measured).")
-]
-Context = Annotated[
-    str,
-    typer.Option(help="Image pooling over a window, the scene (two passes) or the tile (inexact)."),
-]
-Averaging = Annotated[
-    str,
-    typer.Option(help="none, or mirror images and sizes: flip:yx, scale:0.75,1,1.25+flip:x."),
-]
-OutputStride = Annotated[
-    int | None, typer.Option(help="8 or 16 where the trunk has both; the bundle's own otherwise.")
-]
-Windows = Annotated[
-    str,
-    typer.Option(help="rows, or canonical: with --crf off, the same bytes for any tile."),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Floats = Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")]
-Budget = Annotated[
-    str | None, typer.Option(help="Refuse a plan that takes more memory, such as 16GB.")
-]
-Resolution = Annotated[
-    bool, typer.Option("--any-resolution", help="Accept a pixel size unlike the bundle's.")
-]
-Scores = Annotated[str, typer.Option(help="Keep probabilities: none, uint8 or float16.")]
-Volume = Annotated[int | None, typer.Option(help="Which volume of a 4-D scan, from 0.")]
-Series = Annotated[
-    str | None, typer.Option(help="SeriesInstanceUID, where a DICOM folder holds several.")
-]
-Cluster = Annotated[
-    str | None, typer.Option(help="auto or host:port: join a Ray cluster; else one starts here.")
-]
-Workers = Annotated[int | None, typer.Option(help="Number of actors.")]
-
 
 @app.callback()
 def _options(
@@ -99,33 +60,31 @@ def _options(
 @app.command()
 def segment(
     source: Path,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The mask to write.")],
-    model: Model,
-    run_dir: Annotated[Path | None, typer.Option(help="Run directory; OUT.run otherwise.")] = None,
-    crf: Crf = "auto",
-    tile: TileSide = None,
-    halo: HaloAsked = "exact",
-    context: Context = "window",
-    average: Averaging = "none",
-    output_stride: OutputStride = None,
-    windows: Windows = "rows",
-    backend: Annotated[str, typer.Option(help="ray, or serial (this process).")] = "ray",
-    ray_address: Cluster = None,
-    workers: Workers = None,
-    device: Device = "auto",
-    precision: Floats = "auto",
-    memory_budget: Budget = None,
-    any_resolution: Resolution = False,
-    scores: Scores = "none",
-    volume: Volume = None,
-    series: Series = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, replace the output.")] = False,
-    allow_failed: Annotated[int, typer.Option(help="Finish with up to N failed tiles.")] = 0,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow store; a SQLite file beside OUT; none.")
-    ] = None,
-    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "terravox",
-    as_json: Json = False,
+    output: take.Output,
+    model: take.Model,
+    run_dir: take.RunDirectory = None,
+    crf: take.Crf = "auto",
+    tile: take.TileSide = None,
+    halo: take.HaloAsked = "exact",
+    context: take.Context = "window",
+    average: take.Averaging = "none",
+    output_stride: take.OutputStride = None,
+    windows: take.Windows = "rows",
+    backend: take.Runner = "ray",
+    ray_address: take.Cluster = None,
+    workers: take.Workers = None,
+    device: take.Device = "auto",
+    precision: take.Floats = "auto",
+    memory_budget: take.Budget = None,
+    any_resolution: take.Resolution = False,
+    scores: take.Scores = "none",
+    volume: take.Volume = None,
+    series: take.Series = None,
+    fresh: take.Fresh = False,
+    allow_failed: take.AllowFailed = 0,
+    tracking_uri: take.Tracking = None,
+    experiment: take.Experiment = "terravox",
+    as_json: take.Json = False,
 ) -> None:
     """Segment one raster or volume; the same command again resumes."""
     asked = {k: v for k, v in locals().items() if k not in ("source", "output", "model", "as_json")}
@@ -151,29 +110,29 @@ def batch(
         list[Path], typer.Option(help="Bundle for rasters, for volumes, or (twice) both.")
     ],
     run_dir: Annotated[Path | None, typer.Option(help="State; DIR.run otherwise.")] = None,
-    crf: Crf = "auto",
-    tile: TileSide = None,
-    halo: HaloAsked = "exact",
-    context: Context = "window",
-    average: Averaging = "none",
-    output_stride: OutputStride = None,
-    windows: Windows = "rows",
-    backend: Annotated[str, typer.Option(help="ray, or serial (this process).")] = "ray",
-    ray_address: Cluster = None,
-    workers: Workers = None,
-    device: Device = "auto",
-    precision: Floats = "auto",
-    memory_budget: Budget = None,
-    any_resolution: Resolution = False,
-    scores: Scores = "none",
-    volume: Volume = None,
+    crf: take.Crf = "auto",
+    tile: take.TileSide = None,
+    halo: take.HaloAsked = "exact",
+    context: take.Context = "window",
+    average: take.Averaging = "none",
+    output_stride: take.OutputStride = None,
+    windows: take.Windows = "rows",
+    backend: take.Runner = "ray",
+    ray_address: take.Cluster = None,
+    workers: take.Workers = None,
+    device: take.Device = "auto",
+    precision: take.Floats = "auto",
+    memory_budget: take.Budget = None,
+    any_resolution: take.Resolution = False,
+    scores: take.Scores = "none",
+    volume: take.Volume = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Do all cases again.")] = False,
     allow_failed: Annotated[int, typer.Option(help="Finish a case with up to N bad tiles.")] = 0,
     tracking_uri: Annotated[
         str | None, typer.Option(help="MLflow store; a SQLite file beside DIR; none.")
     ] = None,
-    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "terravox",
-    as_json: Json = False,
+    experiment: take.Experiment = "terravox",
+    as_json: take.Json = False,
 ) -> None:
     """Segment many rasters and volumes; the same command again does what is missing or changed."""
     asked = dict(locals())
@@ -197,23 +156,23 @@ app.command()(refine)
 @app.command()
 def plan(
     source: Path,
-    model: Model,
-    crf: Crf = "auto",
-    tile: TileSide = None,
-    halo: HaloAsked = "exact",
-    context: Context = "window",
-    average: Averaging = "none",
-    output_stride: OutputStride = None,
-    windows: Windows = "rows",
-    workers: Workers = None,
-    device: Device = "auto",
-    precision: Floats = "auto",
-    memory_budget: Budget = None,
-    any_resolution: Resolution = False,
-    scores: Scores = "none",
-    volume: Volume = None,
-    series: Series = None,
-    as_json: Json = False,
+    model: take.Model,
+    crf: take.Crf = "auto",
+    tile: take.TileSide = None,
+    halo: take.HaloAsked = "exact",
+    context: take.Context = "window",
+    average: take.Averaging = "none",
+    output_stride: take.OutputStride = None,
+    windows: take.Windows = "rows",
+    workers: take.Workers = None,
+    device: take.Device = "auto",
+    precision: take.Floats = "auto",
+    memory_budget: take.Budget = None,
+    any_resolution: take.Resolution = False,
+    scores: take.Scores = "none",
+    volume: take.Volume = None,
+    series: take.Series = None,
+    as_json: take.Json = False,
 ) -> None:
     """Say what would run: halo, tiles, bytes, share of halo work; run nothing."""
     asked = {k: v for k, v in locals().items() if k not in ("source", "model", "as_json")}
@@ -227,7 +186,7 @@ def plan(
 
 
 @app.command()
-def status(run_dir: Path, as_json: Json = False) -> None:
+def status(run_dir: Path, as_json: take.Json = False) -> None:
     """Say how far a run is, and who works on it."""
     from workflows.status import run_status
 
@@ -239,7 +198,7 @@ def status(run_dir: Path, as_json: Json = False) -> None:
 def certify(
     run_dir: Path,
     model: Annotated[Path | None, typer.Option(help="The bundle, where it has moved.")] = None,
-    as_json: Json = False,
+    as_json: take.Json = False,
 ) -> None:
     """Measure the seams of a finished run again; exit 1 where it is not what it claims."""
     from workflows.certify import certify as run
@@ -250,7 +209,7 @@ def certify(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(as_json: take.Json = False) -> None:
     """Say what this machine can do, and what is missing."""
     from workflows.doctor import examine
 
@@ -262,7 +221,7 @@ def demo(
     which: Annotated[str, typer.Argument(help="raster, volume, or both.")] = "both",
     out: Annotated[Path, typer.Option(help="Directory for everything.")] = Path("demo-out"),
     size: Annotated[int, typer.Option(help="Side of the scene, px.")] = 4096,
-    as_json: Json = False,
+    as_json: take.Json = False,
 ) -> None:
     """Run the main job on a generated scene and a real brain; no data, no network needed."""
     from workflows.demo.show import run_demo

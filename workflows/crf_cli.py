@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.errors import PlanError
+from workflows import cli_options as take
 from workflows.telling import EXIT_INTERRUPTED, exit_code, tell_manifest, tell_values
 
 crf_app = typer.Typer(help="The dense CRF.", no_args_is_help=True, rich_markup_mode=None)
@@ -22,37 +23,27 @@ def refine(
             " of segment --scores."
         ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The mask to write.")],
+    output: take.Output,
     crf: Annotated[Path, typer.Option(help="YAML file with a crf part; a bundle's is one.")],
     classes: Annotated[
         Path | None, typer.Option(help="YAML file with a list classes; else the scores' names.")
     ] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Run directory; OUT.run otherwise.")] = None,
-    tile: Annotated[int | None, typer.Option(help="Side of a tile, px.")] = None,
-    backend: Annotated[str, typer.Option(help="ray, or serial (this process).")] = "ray",
-    ray_address: Annotated[
-        str | None, typer.Option(help="auto or host:port: join a Ray cluster.")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(help="Number of actors.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    memory_budget: Annotated[
-        str | None, typer.Option(help="Refuse a plan that takes more memory, such as 16GB.")
-    ] = None,
+    run_dir: take.RunDirectory = None,
+    tile: take.TileSide = None,
+    backend: take.Runner = "ray",
+    ray_address: take.Cluster = None,
+    workers: take.Workers = None,
+    device: take.Device = "auto",
+    memory_budget: take.Budget = None,
     volume: Annotated[
         int | None, typer.Option(help="Which volume of a 4-D scan guides; all otherwise.")
     ] = None,
-    series: Annotated[
-        str | None, typer.Option(help="SeriesInstanceUID, where a DICOM folder holds several.")
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, replace the output.")] = False,
-    allow_failed: Annotated[int, typer.Option(help="Finish with up to N failed tiles.")] = 0,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow store; a SQLite file beside OUT; none.")
-    ] = None,
-    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "terravox",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, last, on stdout.")
-    ] = False,
+    series: take.Series = None,
+    fresh: take.Fresh = False,
+    allow_failed: take.AllowFailed = 0,
+    tracking_uri: take.Tracking = None,
+    experiment: take.Experiment = "terravox",
+    as_json: take.Json = False,
 ) -> None:
     """Dense CRF alone, on anybody's scores; the same command again resumes."""
     own = ("source", "scores", "output", "crf", "classes", "as_json")
@@ -89,13 +80,9 @@ def tune(
     ] = None,
     values: Annotated[str | None, typer.Option(help="Deviations of guide values: 3,6.")] = None,
     into: Annotated[Path | None, typer.Option(help="A bundle that takes the best CRF.")] = None,
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow store; a SQLite file beside OUT; none.")
-    ] = None,
-    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "terravox",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, last, on stdout.")
-    ] = False,
+    tracking_uri: take.Tracking = None,
+    experiment: take.Experiment = "terravox",
+    as_json: take.Json = False,
 ) -> None:
     """Search weight and deviations of the appearance kernel, coarse to fine, by mean IoU."""
     from pipeline.crf.search import FIRST_GRIDS, SearchGrid

@@ -8,15 +8,14 @@ from typing import Annotated
 import typer
 
 from pipeline.errors import BundleError, PipelineError
+from workflows import cli_options as take
 from workflows.telling import list_values, tell_values
 
 model_app = typer.Typer(help="Model bundles.", no_args_is_help=True, rich_markup_mode=None)
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, last, on stdout.")]
-
 
 @model_app.command("show")
-def show(bundle: Path, as_json: Json = False) -> None:
+def show(bundle: Path, as_json: take.Json = False) -> None:
     """Say what a bundle holds."""
     from workflows.model import describe
 
@@ -25,7 +24,7 @@ def show(bundle: Path, as_json: Json = False) -> None:
 
 
 @model_app.command("probe")
-def probe(bundle: Path, as_json: Json = False) -> None:
+def probe(bundle: Path, as_json: take.Json = False) -> None:
     """Say how far a network reaches: by arithmetic, and as NaN in its input shows it."""
     from workflows.model import probe_bundle
 
@@ -60,7 +59,7 @@ def new(
         int | None, typer.Option(help="Of volumes, px along z between features.")
     ] = None,
     seed: int = 0,
-    as_json: Json = False,
+    as_json: take.Json = False,
 ) -> None:
     """Write an untrained bundle: for tests, benchmarks, and trying out a machine."""
     asked = {k: v for k, v in locals().items() if k != "as_json"}
@@ -101,7 +100,7 @@ def import_(
         typer.Option(help="YAML file with a list classes; or a number."),
     ] = None,
     crop: Annotated[int | None, typer.Option(help="Side of the training crop, px.")] = None,
-    as_json: Json = False,
+    as_json: take.Json = False,
 ) -> None:
     """Write a bundle with weights from elsewhere, every one of them accounted for."""
     from pipeline.models.imported import import_bundle

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from pipeline.errors import PlanError
+from workflows import cli_options as take
 
 EXIT_CODES = {"done": 0, "superseded": 0, "partial": 3, "interrupted": 130}
 
@@ -24,9 +25,7 @@ def tick(
     at: Annotated[
         str | None, typer.Option(help="ISO time with an offset; the present otherwise.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, last, on stdout.")
-    ] = False,
+    as_json: take.Json = False,
 ) -> None:
     """Run the last scheduled time, unless it is done: for cron, Kubernetes, Airflow."""
     from workflows.interrupt import Interrupt
