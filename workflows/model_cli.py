@@ -13,6 +13,11 @@ from workflows.telling import list_values, tell_values
 
 model_app = typer.Typer(help="Model bundles.", no_args_is_help=True, rich_markup_mode=None)
 
+SliceStride = Annotated[int | None, typer.Option(help="Of volumes, px along z between features.")]
+SliceRatio = Annotated[
+    float | None, typer.Option(help="Of volumes: distance of slices over that of pixels.")
+]
+
 
 @model_app.command("show")
 def show(bundle: Path, as_json: take.Json = False) -> None:
@@ -44,9 +49,7 @@ def new(
     family: Annotated[str, typer.Option(help="v1 v2 v3 v3plus fcn segnet unet.")] = "v3",
     backbone: Annotated[str | None, typer.Option(help="The family's own if absent.")] = None,
     dims: int = 2,
-    slice_ratio: Annotated[
-        float | None, typer.Option(help="Of volumes: distance of slices over that of pixels.")
-    ] = None,
+    slice_ratio: SliceRatio = None,
     bands: int = 3,
     classes: int = 2,
     output_stride: Annotated[
@@ -55,9 +58,7 @@ def new(
     multi_scale: Annotated[
         bool, typer.Option("--multi-scale", help="v1: its MSc. v2: maximum over three sizes.")
     ] = False,
-    slice_stride: Annotated[
-        int | None, typer.Option(help="Of volumes, px along z between features.")
-    ] = None,
+    slice_stride: SliceStride = None,
     seed: int = 0,
     as_json: take.Json = False,
 ) -> None:
@@ -100,6 +101,8 @@ def import_(
         typer.Option(help="YAML file with a list classes; or a number."),
     ] = None,
     crop: Annotated[int | None, typer.Option(help="Side of the training crop, px.")] = None,
+    slice_stride: SliceStride = None,
+    slice_ratio: SliceRatio = None,
     as_json: take.Json = False,
 ) -> None:
     """Write a bundle with weights from elsewhere, every one of them accounted for."""
@@ -114,6 +117,8 @@ def import_(
         bands=bands,
         classes=classes,
         crop=crop,
+        slice_stride=slice_stride,
+        slice_ratio=slice_ratio,
     )
     if weights is not None and file is None:
         path = fetch(layout, weights, backbone)

@@ -33,6 +33,8 @@ def asked_of(
     bands: str | None,
     classes: str | None,
     crop: int | None,
+    slice_stride: int | None,
+    slice_ratio: float | None,
 ) -> Asked:
     """The options of the command. Raises BundleError or PlanError."""
     try:
@@ -46,6 +48,8 @@ def asked_of(
         bands=_bands(bands) if bands else None,
         classes=_classes(classes) if classes else None,
         crop=crop,
+        slice_stride=slice_stride,
+        slice_ratio=slice_ratio,
     )
 
 

@@ -45,6 +45,10 @@ class Asked:
     crop: int | None = None
     """Side of the training window in px; image pooling is over such windows."""
 
+    slice_stride: int | None = None
+    slice_ratio: float | None = None
+    """Of volumes with thick slices, as in ``Architecture``; the weights are the same."""
+
 
 def import_bundle(path: str | Path, checkpoint: Checkpoint, *, layout: str, asked: Asked) -> Bundle:
     """Write a bundle with the weights of a file, every one of them accounted for; return it.
@@ -94,7 +98,9 @@ def _architecture(form: Layout, tensors: Mapping[str, Tensor], asked: Asked) -> 
         raise BundleError(f"--family {asked.family} asked, the file holds a {made.family}")
     elif asked.output_stride is not None:
         made = form.at_stride(made, asked.output_stride)
-    return made if asked.rates is None else replace(made, rates=asked.rates)
+    names = ("rates", "slice_stride", "slice_ratio")
+    given = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
+    return replace(made, **given)
 
 
 def _alone(names: Mapping[str, str]) -> bool:

@@ -182,9 +182,10 @@ def test_a_trunk_for_volumes_is_known_by_its_published_names(
     torch.save({"state_dict": state}, tmp_path / "resnet_10_23dataset.pth")
     bundle = imported(
         terravox, tmp_path / "resnet_10_23dataset.pth", "medicalnet", "--classes", 3,
-        "--bands", "t1,t2", "--crop", 64,
+        "--bands", "t1,t2", "--crop", 64, "--slice-stride", 2, "--slice-ratio", 5,
     )  # fmt: skip
-    assert bundle.architecture == published("v3", "medicalnet10", dims=3)
+    asked = published("v3", "medicalnet10", dims=3)
+    assert bundle.architecture == replace(asked, slice_stride=2, slice_ratio=5.0)
     assert (bundle.input.dtype, bundle.input.bands) == ("float32", ("t1", "t2"))
     assert bundle.crop == (64, 64, 64)
     found = bundle.network().backbone.state_dict()  # type: ignore[union-attr]
