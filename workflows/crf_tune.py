@@ -32,6 +32,7 @@ from workflows.crf_asked import read_crf_part
 from workflows.interrupt import never
 from workflows.legend import read_legend
 from workflows.progress import RunProgress, stderr_console
+from workflows.run_dir import read_json, write_json
 from workflows.same_grid import check_same_grid
 from workflows.workplace import usable_cores
 
@@ -94,9 +95,11 @@ def tune(
     search = _Search(start, found, looks)
     run = target.with_name(f"{target.name}.run")
     run.mkdir(parents=True, exist_ok=True)
+    table, open_run = run / "trials.csv", run / "tracking.json"
+    _close_killed(target, options, open_run)
     tracker = _tracker(target, options)
     tracker.start(params={"crf": str(start), "images": str(len(found))}, tags={"kind": "crf tune"})
-    table = run / "trials.csv"
+    write_json(open_run, {"run_id": tracker.run_id})
     try:
         ended = search.run(options.grid, tracker=tracker, run=run, stop=stop)
         search.write_table(table)
@@ -108,14 +111,27 @@ def tune(
     except BaseException:
         tracker.finish("failed", artifacts=())
         raise
+    finally:
+        open_run.unlink()
     return result | {"output": str(target) if ended else None, "mlflow_run_id": tracker.run_id}
 
 
-def _tracker(target: Path, options: TuneOptions) -> MlflowTracker | NoTracker:
+def _tracker(
+    target: Path, options: TuneOptions, run_id: str | None = None
+) -> MlflowTracker | NoTracker:
     uri = tracking_uri(options.tracking, beside=target.parent)
     if uri == "none":
         return NoTracker()
-    return MlflowTracker(uri, experiment=options.experiment, run_name=target.name)
+    return MlflowTracker(uri, experiment=options.experiment, run_name=target.name, run_id=run_id)
+
+
+def _close_killed(target: Path, options: TuneOptions, open_run: Path) -> None:
+    """At the tracker, a search that was killed would be running for ever."""
+    run_id = (read_json(open_run) or {}).get("run_id")
+    if run_id is not None:
+        killed = _tracker(target, options, run_id)
+        killed.start(params={}, tags={})
+        killed.finish("interrupted", artifacts=())
 
 
 class _Search:
@@ -260,7 +276,9 @@ def _example(image: Path, scores: Path, reference: Path, *, legend: Legend) -> E
 
 def _keep(crf: Mapping[str, Any], target: Path, bundle: Bundle | None) -> None:
     """Write the file, and the bundle anew where there is one. Raises BundleError."""
-    target.write_text(yaml.safe_dump({"crf": crf}, sort_keys=False))
+    draft = target.with_name(f".{target.name}.tmp")
+    draft.write_text(yaml.safe_dump({"crf": crf}, sort_keys=False))
+    draft.replace(target)
     if bundle is not None:
         save_bundle(bundle.path, replace(bundle, crf=crf), bundle.weights_file.read_bytes())
 

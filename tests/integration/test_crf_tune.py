@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -128,3 +131,43 @@ def test_the_best_goes_into_a_bundle_that_is_a_program(examples, terravox, tmp_p
     assert answer.code == 0, answer.err
     assert load_bundle(bundle.path).crf is not None
     assert bundle.weights_file.read_bytes() == program
+
+
+KILLED = """
+import os
+import signal
+from adapters.mlflow_tracker import MlflowTracker
+from workflows.cli import main
+
+noted = MlflowTracker.metrics
+
+def metrics(self, values, *, step):
+    noted(self, values, step=step)
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+MlflowTracker.metrics = metrics
+main()
+"""
+"""The command, killed after its fifth trial."""
+
+
+@pytest.mark.chaos
+def test_a_search_that_was_killed_is_closed_and_done_by_the_next_one(examples, terravox, tmp_path):
+    """The tracker would show it as running for ever, or half a file pass for the best CRF."""
+    import mlflow
+
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    line = tune(lambda *words: [*map(str, words)], examples, "--tracking-uri", store)
+    done = subprocess.run([sys.executable, "-c", KILLED, *line], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "best.yaml").exists()
+    again = terravox(*line)
+    assert again.code == 0, again.err
+    assert yaml.safe_load((tmp_path / "best.yaml").read_text())["crf"]["engine"] == "pydensecrf"
+    assert {path.name for path in (tmp_path / "best.yaml.run").iterdir()} == {
+        "progress.json", "trials.csv"
+    }  # fmt: skip
+    client = mlflow.MlflowClient(store)
+    runs = client.search_runs([client.get_experiment_by_name("terravox").experiment_id])
+    assert sorted(run.info.status for run in runs) == ["FINISHED", "KILLED"]
