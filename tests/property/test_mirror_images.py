@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from averages import bundle_of, in_canonical_tiles, network_of, read_region, worst
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.domain import Grid, Halo, Pass, Reach, Region
 from pipeline.errors import PlanError
 from pipeline.inference.average import Average, AveragedPredictor
-from pipeline.inference.precision import Precision
-from pipeline.inference.predictor import Predictor
 from pipeline.inference.zoom import Zoom
 from pipeline.models.architecture import Architecture
-from pipeline.models.deeplab import DeepLab, build_network
+from pipeline.models.deeplab import DeepLab
 from pipeline.models.frame import Frame
-from pipeline.models.fresh import new_bundle, spread
 from pipeline.models.published import published
 from pipeline.models.receptive_field import reach_of
 
@@ -42,22 +39,7 @@ NETWORKS: dict[str, tuple[Architecture, tuple[int, ...]]] = {
 }
 CASES = [(name, "yx") for name in NETWORKS if name != "volume"] + [("volume", "zx")]
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small maps: threads would cost more than they bring."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def network_of(name: str) -> DeepLab:
-    architecture, crop = NETWORKS[name]
-    torch.manual_seed(5)
-    network = build_network(architecture, bands=2, classes=3)
-    spread(network)
-    return network.pool_over(crop).double()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)
@@ -72,8 +54,7 @@ class Plain:
             stride=self.network.stride,
             endpoint=int(self.network.align_corners),
         )
-        size = zip(frame.origin, image_CS.shape[1:], strict=True)
-        read = Region(frame.origin, tuple(a + n for a, n in size))
+        read = read_region(image_CS, frame)
         with torch.inference_mode():
             logits_KS = self.network(torch.from_numpy(image_CS)[None], frame)[0]
         return logits_KS[(slice(None), *scored.slices(within=read))]
@@ -91,29 +72,15 @@ def sweep_of(name: str, reach: Reach) -> Pass:
     return Pass(case="", name="", grid=grid, reach=reach, crf_halo=halo)
 
 
-def scene_of(sweep: Pass) -> NDArray[np.float64]:
-    shape = sweep.grid.padded_shape
-    ramp_S = np.linspace(-1, 1, shape[-1])  # so that the mean of a window depends on its place
-    return np.random.default_rng(2).normal(size=(2, *shape)) + ramp_S
-
-
-def worst(name: str, average: Average, reach: Reach) -> float:
+def gap(name: str, average: Average, reach: Reach) -> float:
     """Greatest difference of any tile from the whole scene, in deviations."""
-    network, sweep = network_of(name), sweep_of(name, reach)
-    scene_CS = scene_of(sweep)
-    whole = Region.whole(sweep.grid.padded_shape)
-    wanted_KS = mean_of_mirrors(network, scene_CS, average.axes)
-    predictor, parts, found = AveragedPredictor(Plain(network), average), 0, 0.0
-    for number in (0, len(sweep) // 2, len(sweep) - 1):
-        tile = sweep.tile(number)
-        parts += tile.read != whole
-        part_CS = scene_CS[(slice(None), *tile.read.slices(within=whole))]
-        frame = Frame.of(tile.read, shape=whole.shape)
-        logits_KS = predictor.logits(part_CS, frame, scored=tile.scored)
-        gap_KS = logits_KS - wanted_KS[(slice(None), *tile.scored.slices(within=whole))]
-        found = max(found, float(gap_KS.abs().max()))
-    assert parts >= 2, "most tiles read the whole scene: nothing was compared"
-    return found / float(wanted_KS.std())
+    network, sweep = network_of(*NETWORKS[name]), sweep_of(name, reach)
+    return worst(
+        AveragedPredictor(Plain(network), average),
+        sweep,
+        lambda scene_CS: mean_of_mirrors(network, scene_CS, average.axes),
+        (0, len(sweep) // 2, len(sweep) - 1),
+    )
 
 
 def mean_of_mirrors(
@@ -133,45 +100,26 @@ def mean_of_mirrors(
 @pytest.mark.parametrize(("name", "letters"), CASES)
 def test_tiles_agree_with_the_mean_over_whole_mirrored_scenes(name: str, letters: str) -> None:
     """A mirrored tile would lie beside its place, or read too little on its other side."""
-    average = Average.named(f"flip:{letters}", own=reach_of(network_of(name)))
-    assert worst(name, average, average.reach) <= 1e-9
+    average = Average.named(f"flip:{letters}", own=reach_of(network_of(*NETWORKS[name])))
+    assert gap(name, average, average.reach) <= 1e-9
 
 
 def test_a_halo_of_the_other_side_is_too_short() -> None:
     """The comparison above would pass whatever the halo, and prove nothing."""
-    average = Average.named("flip:x", own=reach_of(network_of("strides")))
+    average = Average.named("flip:x", own=reach_of(network_of(*NETWORKS["strides"])))
     reach = average.reach
     short = replace(reach, halo=Halo.uniform(reach.halo.largest - reach.stride, ndim=2))
-    assert worst("strides", average, short) > 1e-9
+    assert gap("strides", average, short) > 1e-9
 
 
 def test_canonical_windows_give_mirrored_tiles_of_any_size_the_same_bits(tmp_path: Path) -> None:
     """Windows would be anchored at the mirrored tile's corner instead of the mirrored scene's."""
-    bundle = new_bundle(tmp_path / "model", architecture=SLIM, bands=2, classes=3, seed=1)
-    average = Average.named("flip:yx", own=reach_of(bundle.network()))
-    floats = Precision(name="fp32", channels_last=True, why="asked")
-    predictor = AveragedPredictor(
-        Predictor(
-            bundle, device="cpu", precision=floats, context="window", threads=1, canonical_px=64
-        ),
-        average,
-    )
-    reach, none = average.reach, Halo.uniform(0, ndim=2)
-    scenes = []
-    for side in (64, 128):
-        grid = Grid(shape=(75, 187), tile=(side, side), stride=reach.stride)
-        sweep = Pass(case="", name="", grid=grid, reach=reach, crf_halo=none)
-        scene_CS = scene_of(sweep).astype(np.float32)
-        whole = Region.whole(grid.padded_shape)
-        scene_KS = torch.full((3, *grid.shape), math.nan)
-        for tile in sweep.tiles():
-            part_CS = scene_CS[(slice(None), *tile.read.slices(within=whole))]
-            frame = Frame.of(tile.read, shape=whole.shape)
-            logits_KS = predictor.logits(part_CS, frame, scored=tile.core)
-            scene_KS[(slice(None), *tile.core.slices(within=whole))] = logits_KS
-        scenes.append(scene_KS)
-    assert torch.isfinite(scenes[0]).all()
-    assert torch.equal(scenes[0], scenes[1])
+    bundle = bundle_of(SLIM, tmp_path)
+    scenes = [
+        in_canonical_tiles(bundle, "flip:yx", shape=(75, 187), side=side, precision="fp32")
+        for side in (64, 128)
+    ]
+    assert torch.equal(*scenes)
 
 
 def test_a_class_far_behind_has_a_finite_logit() -> None:
@@ -183,7 +131,9 @@ def test_a_class_far_behind_has_a_finite_logit() -> None:
             return torch.tensor([0.0, 2000.0 + 500 * turned])[:, None, None]
 
     own = Reach(stride=1, halo=Halo.uniform(0, ndim=2))
-    predictor = AveragedPredictor(Sure(network_of("strides")), Average(own=own, axes=(1,)))
+    predictor = AveragedPredictor(
+        Sure(network_of(*NETWORKS["strides"])), Average(own=own, axes=(1,))
+    )
     image_CS = np.zeros((2, 1, 1), np.float32)
     found_KS = predictor.logits(image_CS, Frame((0, 0), (1, 2)), scored=Region((0, 0), (1, 1)))
     assert found_KS.flatten().tolist() == pytest.approx([-2000 - math.log(2), 0.0])

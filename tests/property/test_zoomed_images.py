@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +10,14 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from averages import (
+    bundle_of,
+    in_canonical_tiles,
+    network_of,
+    read_region,
+    scene_of,
+    worst,
+)
 from numpy.typing import NDArray
 from own_networks import Coarse, Hourglass
 from torch import Tensor, nn
@@ -29,9 +35,8 @@ from pipeline.models.architecture import Architecture
 from pipeline.models.custom_architecture import CustomArchitecture
 from pipeline.models.custom_network import CustomNetwork
 from pipeline.models.custom_reach import custom_reach, probe_custom
-from pipeline.models.deeplab import DeepLab, build_network
+from pipeline.models.deeplab import DeepLab
 from pipeline.models.frame import Frame
-from pipeline.models.fresh import new_bundle, spread
 from pipeline.models.geometry import Scale
 from pipeline.models.published import published
 from pipeline.models.receptive_field import reach_of
@@ -50,22 +55,7 @@ NETWORKS: dict[str, tuple[Architecture, tuple[int, ...]]] = {
 OWN = {"as large as the image": Hourglass, "a quarter of it": Coarse}
 SIZES = "0.5,0.75,1,1.25,1.5,1.75"
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small maps: threads would cost more than they bring."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def network_of(name: str) -> DeepLab:
-    architecture, crop = NETWORKS[name]
-    torch.manual_seed(5)
-    network = build_network(architecture, bands=2, classes=3)
-    spread(network)
-    return network.pool_over(crop).double()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def own_network(name: str) -> CustomNetwork:
@@ -88,8 +78,7 @@ class Double:
         network, last = self.network, Scale.of(self.network.upsample)
         upsample, end = zoom.upsample(last), int(last.align_corners)
         frame.check(image_CS.shape[1:], stride=zoom.stride(network.stride), endpoint=end)
-        size = zip(frame.origin, image_CS.shape[1:], strict=True)
-        read = Region(frame.origin, tuple(a + n for a, n in size))
+        read = read_region(image_CS, frame)
         coarse = coarse_region(read, scored=scored, upsample=upsample)
         own = isinstance(network, CustomNetwork)
         runs = WholeNetwork(network) if own else StagedNetwork(stages_of(network), window=8)
@@ -112,12 +101,6 @@ def sweep_of(reach: Reach, *, ndim: int) -> Pass:
     return Pass(
         case="", name="", grid=grid, reach=reach, crf_halo=Halo.uniform(5 * (ndim == 2), ndim=ndim)
     )
-
-
-def scene_of(sweep: Pass) -> NDArray[np.float64]:
-    shape = sweep.grid.padded_shape
-    ramp_S = np.linspace(-1, 1, shape[-1])  # so that the mean of a window depends on its place
-    return np.random.default_rng(2).normal(size=(2, *shape)) + ramp_S
 
 
 def mean_by_torch(
@@ -143,47 +126,36 @@ def mean_by_torch(
     return torch.stack(parts).mean(0).log()
 
 
-def worst(network: DeepLab | CustomNetwork, average: Average, wanted: Any, reach: Reach) -> float:
+def gap(network: DeepLab | CustomNetwork, average: Average, wanted: Any, reach: Reach) -> float:
     """Greatest difference of some tiles from the whole scene, in deviations."""
     sweep = sweep_of(reach, ndim=network.architecture.dims)
-    scene_CS, whole = scene_of(sweep), Region.whole(sweep.grid.padded_shape)
-    wanted_KS = wanted(scene_CS)
-    predictor, parts, found = AveragedPredictor(Double(network), average), 0, 0.0
-    for number in (0, len(sweep) // 2 + 1, len(sweep) - 1):
-        tile = sweep.tile(number)
-        parts += tile.read != whole
-        part_CS = scene_CS[(slice(None), *tile.read.slices(within=whole))]
-        frame = Frame.of(tile.read, shape=whole.shape)
-        logits_KS = predictor.logits(part_CS, frame, scored=tile.scored)
-        gap_KS = logits_KS - wanted_KS[(slice(None), *tile.scored.slices(within=whole))]
-        found = max(found, float(gap_KS.abs().max()))
-    assert parts >= 2, "most tiles read the whole scene: nothing was compared"
-    return found / float(wanted_KS.std())
+    numbers = (0, len(sweep) // 2 + 1, len(sweep) - 1)
+    return worst(AveragedPredictor(Double(network), average), sweep, wanted, numbers)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_tiles_agree_with_a_scene_that_torch_resizes(name: str) -> None:
     """A resized tile would lie beside its place in the resized scene, or read too little."""
-    network = network_of(name)
+    network = network_of(*NETWORKS[name])
     sizes = SIZES if name in ("strides", "pooled, corners") else "0.5,1.25"
     average = Average.named(f"scale:{sizes}", own=reach_of(network))
 
     def wanted(scene_CS: NDArray[np.float64]) -> Tensor:
         return mean_by_torch(network, scene_CS, sizes)
 
-    assert worst(network, average, wanted, average.reach) <= 1e-9
+    assert gap(network, average, wanted, average.reach) <= 1e-9
 
 
 @pytest.mark.parametrize("name", ["corners", "pooled, corners"])
 def test_tiles_agree_where_sizes_meet_mirror_images(name: str) -> None:
     """Mirrored and resized, a tile would be off by the pixel beyond the stride."""
-    network = network_of(name)
+    network = network_of(*NETWORKS[name])
     average = Average.named("flip:yx+scale:0.5,1.75", own=reach_of(network))
 
     def wanted(scene_CS: NDArray[np.float64]) -> Tensor:
         return mean_by_torch(network, scene_CS, "0.5,1.75", ((), (0,), (1,), (0, 1)))
 
-    assert worst(network, average, wanted, average.reach) <= 1e-9
+    assert gap(network, average, wanted, average.reach) <= 1e-9
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -197,12 +169,12 @@ def test_somebodys_own_network_sees_several_sizes_as_well(name: str) -> None:
     def wanted(scene_CS: NDArray[np.float64]) -> Tensor:
         return mean_by_torch(network, scene_CS, SIZES)
 
-    assert worst(network, average, wanted, average.reach) <= 1e-9
+    assert gap(network, average, wanted, average.reach) <= 1e-9
 
 
 def test_the_halo_of_the_natural_size_is_too_short() -> None:
     """The comparisons above would pass whatever the halo, and prove nothing."""
-    network = network_of("strides")
+    network = network_of(*NETWORKS["strides"])
     own = reach_of(network)
     average = Average.named("scale:0.5", own=own)
     short = replace(average.reach, halo=own.halo.round_up(average.reach.stride))
@@ -211,13 +183,12 @@ def test_the_halo_of_the_natural_size_is_too_short() -> None:
     def wanted(scene_CS: NDArray[np.float64]) -> Tensor:
         return mean_by_torch(network, scene_CS, "0.5")
 
-    assert worst(network, average, wanted, short) > 1e-9
+    assert gap(network, average, wanted, short) > 1e-9
 
 
 def test_the_predictor_resizes_as_the_oracle_does(tmp_path: Path) -> None:
     """The device's own path, in float32, would be another than the one compared in float64."""
-    bundle = new_bundle(tmp_path / "model", architecture=POOLED, bands=2, classes=3, seed=1)
-    bundle = replace(bundle, crop=(72, 40))
+    bundle = replace(bundle_of(POOLED, tmp_path), crop=(72, 40))
     floats = Precision(name="fp32", channels_last=True, why="asked")
     average = Average.named(f"scale:{SIZES}", own=reach_of(bundle.network()))
     predictor = AveragedPredictor(
@@ -242,33 +213,13 @@ def test_canonical_windows_give_resized_tiles_of_any_size_the_same_bits(
     tmp_path: Path, aligned: bool, precision: Literal["fp32", "bf16"]
 ) -> None:
     """Windows would be anchored at the resized tile, or pixels resized otherwise at its edge."""
-    asked = replace(SLIM, align_corners=aligned)
-    bundle = new_bundle(tmp_path / "model", architecture=asked, bands=2, classes=3, seed=1)
-    average = Average.named("scale:0.5,0.75,1.25", own=reach_of(bundle.network()))
-    floats = Precision(name=precision, channels_last=True, why="asked")
-    predictor = AveragedPredictor(
-        Predictor(
-            bundle, device="cpu", precision=floats, context="window", threads=1, canonical_px=64
-        ),
-        average,
-    )
-    reach, none, scenes = average.reach, Halo.uniform(0, ndim=2), []
-    for side in (64, 192):
-        grid = Grid(
-            shape=(75, 387), tile=(side, side), stride=reach.stride, endpoint=reach.endpoint
-        )
-        sweep = Pass(case="", name="", grid=grid, reach=reach, crf_halo=none)
-        scene_CS = scene_of(sweep).astype(np.float32)
-        whole = Region.whole(grid.padded_shape)
-        scene_KS = torch.full((3, *grid.shape), math.nan)
-        for tile in sweep.tiles():
-            part_CS = scene_CS[(slice(None), *tile.read.slices(within=whole))]
-            frame = Frame.of(tile.read, shape=whole.shape)
-            logits_KS = predictor.logits(part_CS, frame, scored=tile.core)
-            scene_KS[(slice(None), *tile.core.slices(within=whole))] = logits_KS
-        scenes.append(scene_KS)
-    assert torch.isfinite(scenes[0]).all()
-    assert torch.equal(scenes[0], scenes[1])
+    bundle = bundle_of(replace(SLIM, align_corners=aligned), tmp_path)
+    sizes = "scale:0.5,0.75,1.25"
+    scenes = [
+        in_canonical_tiles(bundle, sizes, shape=(75, 387), side=side, precision=precision)
+        for side in (64, 192)
+    ]
+    assert torch.equal(*scenes)
 
 
 def test_sizes_that_leave_no_whole_pixels_are_refused() -> None:
