@@ -41,6 +41,7 @@ class FakeWork:
     broken: frozenset[int] = frozenset()
     stale: frozenset[int] = frozenset()
     devices_lost: Path | None = None
+    seconds: float = 0.02
     model: FakeModel = FakeModel()
     key: str = "work"
 
@@ -48,7 +49,7 @@ class FakeWork:
         return tile.key.number
 
     def compute(self, model: str, tile: Tile, data: int) -> str:
-        time.sleep(0.02)
+        time.sleep(self.seconds)
         if data in self.killers:
             os.kill(os.getpid(), signal.SIGKILL)
         if data in self.broken:
@@ -127,9 +128,13 @@ def run(tmp_path: Path, cluster: None) -> Runner:
     return runner
 
 
-def test_a_poison_tile_is_quarantined_and_the_rest_is_done(run: Runner) -> None:
-    """A tile that kills every worker would hold the run for ever, or take others along."""
-    records = run(FakeWork(killers=frozenset({5, 17})))
+@pytest.mark.parametrize("seconds", [0.02, 0.0], ids=["slow", "quick"])
+def test_a_poison_tile_is_quarantined_and_the_rest_is_done(run: Runner, seconds: float) -> None:
+    """A tile that kills every worker would hold the run for ever, or take others along.
+
+    Of quick tiles a worker holds many.
+    """
+    records = run(FakeWork(killers=frozenset({5, 17}), seconds=seconds))
     failed = {number: record for number, record in records.items() if record.status == "failed"}
     assert set(failed) == {5, 17}
     assert all(record.deaths == 3 and "died" in record.error for record in failed.values())
