@@ -14,7 +14,7 @@ from adapters.lease_file import LeaseFile
 from adapters.mlflow_tracker import MlflowTracker, NoTracker
 from adapters.uri import open_channels
 from pipeline.crf.params import CrfParams
-from pipeline.errors import SourceError
+from pipeline.errors import PlanError, SourceError
 from pipeline.execution.feed import FairFeed
 from pipeline.ports import Guard
 from pipeline.segment_image import segment_images
@@ -78,6 +78,11 @@ def refine(
     asked, target = options or RefineOptions(), Path(output).absolute()
     run = RunDir((asked.run_dir or default_run_dir(target)).resolve())
     run.check_ours(batch=False)
+    if run.path == Path(scores).resolve():
+        raise PlanError(
+            f"--run-dir {run.path} is that of the scores, and would no longer hold them: choose"
+            " another output, or name another --run-dir"
+        )
     case = _open_case(Path(source).absolute(), asked, run=run)
     given, own_legend = open_scores(Path(scores).absolute(), case, scratch=run.scratch)
     wish = Wish(

@@ -61,6 +61,20 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     assert tree(out) == before
 
 
+def test_the_scores_of_a_run_are_never_cleared_to_refine_them(
+    command: Command, small: Path, out: Path
+) -> None:
+    """``--fresh`` would delete a night's scores, and write a mask of nodata in their stead."""
+    output = out / "o.tif"
+    assert command.segment(small, output, "--crf", "off", "--scores", "float16").code == 0
+    (out / "crf.yaml").write_text("{iterations: 1, smoothness: {weight: 1, position: 1}}")
+    before = tree(out)
+    line = ("refine", small, "--scores", f"{output}.run", "--crf", out / "crf.yaml", "-o", output)
+    for more in ((), ("--fresh",)):
+        command(*line, *more).refuses(f"{output}.run", "that of the scores", "another output")
+    assert tree(out) == before
+
+
 @pytest.mark.parametrize("link", [None, os.link, os.symlink])
 def test_the_source_is_never_the_output(
     command: Command, small: Path, out: Path, link: object
