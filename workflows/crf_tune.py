@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ def tune(
         PipelineError: one line that says what was asked, what was found and what to do.
     """
     target, start = Path(output).absolute(), read_crf_part(Path(crf))
+    _check_target(target, inputs=(Path(examples), Path(crf)))
     bundle = None if options.into is None else load_bundle(options.into)
     found, looks = read_examples(Path(examples), None if legend is None else Path(legend))
     search = _Search(start, found, looks)
@@ -114,6 +115,14 @@ def tune(
     finally:
         open_run.unlink()
     return result | {"output": str(target) if ended else None, "mlflow_run_id": tracker.run_id}
+
+
+def _check_target(target: Path, *, inputs: Sequence[Path]) -> None:
+    """Refuse what cannot be written, or would destroy something, in the end. Raises PlanError."""
+    if target.is_dir():
+        raise PlanError(f"output {target} is a directory; give the path of a file")
+    if target.exists() and any(path.exists() and target.samefile(path) for path in inputs):
+        raise PlanError(f"output {target} is an input of the search; choose another output")
 
 
 def _tracker(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from command import Command
+from command import Command, tree
 from own_networks import Hourglass, exported, own_bundle
 from scenes import write_raster
 
@@ -112,6 +112,19 @@ def test_a_crf_that_cannot_be_tuned_is_refused(examples, terravox, change, words
     (examples.parent / "crf.yaml").write_text(yaml.safe_dump(crf))
     tune(terravox, examples, "--tracking-uri", "none").refuses(words)
     assert not (examples.parent / "best.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [("examples.csv", "an input"), ("crf.yaml", "an input"), (".", "is a directory")],
+)
+def test_an_output_that_cannot_be_is_refused_before_the_search(examples, terravox, output, words):
+    """It would replace what it began with, or fail after hours."""
+    before = tree(examples.parent)
+    tune(terravox, examples, "--tracking-uri", "none", "-o", examples.parent / output).refuses(
+        "output", words
+    )
+    assert tree(examples.parent) == before
 
 
 def test_a_list_or_grid_that_cannot_be_meant_is_refused(examples, terravox):
