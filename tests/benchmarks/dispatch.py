@@ -19,7 +19,7 @@ from pipeline.execution.ray_pool import RayBackend
 from pipeline.ports import Job, Record
 
 ACTORS = (2, 8)
-TILES = 5000
+TILES = 20_000
 """That are counted."""
 
 
