@@ -10,7 +10,13 @@ from typing import Any
 from pipeline.domain import Halo, Reach
 from pipeline.errors import BundleError
 from pipeline.models.baselines import BASELINES, baseline
-from pipeline.models.bundle import Architecture, Bundle, CustomArchitecture, load_bundle
+from pipeline.models.bundle import (
+    MODEL_FILE,
+    Architecture,
+    Bundle,
+    CustomArchitecture,
+    load_bundle,
+)
 from pipeline.models.chain import Chain
 from pipeline.models.custom_network import CustomNetwork
 from pipeline.models.custom_reach import known_probe, probe_custom
@@ -65,7 +71,15 @@ def create(
     multi_scale: bool = False,
     slice_stride: int | None = None,
 ) -> Bundle:
-    """Write an untrained bundle. Raises BundleError for a network that does not exist."""
+    """Write an untrained bundle.
+
+    Raises BundleError for a network that does not exist, and in place of a trained one.
+    """
+    if (output / MODEL_FILE).exists() and load_bundle(output).training.get("steps") != 0:
+        raise BundleError(
+            f"output {output} is a bundle with weights that were trained: choose another directory,"
+            " or delete it"
+        )
     trunk = backbone or _TRUNKS.get(family, "slim")
     form = ("features" if family == "v1" else "inputs") if multi_scale else None
     changes: dict[str, Any] = {

@@ -13,7 +13,7 @@ import torch
 import yaml
 from command import Command
 from own_networks import Hourglass, own_bundle
-from scenes import texture, write_raster
+from scenes import fresh, texture, write_raster
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,7 +21,7 @@ from adapters.uri import open_source
 from pipeline.domain import Region
 from pipeline.inference.padding import read_padded
 from pipeline.models.architecture import Architecture
-from pipeline.models.bundle import Bundle
+from pipeline.models.bundle import Bundle, load_bundle, save_bundle
 from pipeline.models.frame import Frame
 from pipeline.models.fresh import new_bundle
 from pipeline.models.published import published
@@ -257,6 +257,21 @@ def test_model_new_makes_what_it_is_asked_for(
     made = command("model", "new", "-o", tmp_path / "m", *words.split())
     assert made.code == 0, made.err
     assert getattr(asked[0], field) == value
+
+
+def test_model_new_replaces_what_is_untrained_and_nothing_else(
+    command: Command, tmp_path: Path
+) -> None:
+    """A mistyped directory would cost the weights of a week's training."""
+    bundle = fresh(tmp_path / "m")
+    line = ("model", "new", "-o", bundle.path, "--classes", 3)
+    assert command(*line).code == 0
+    made = load_bundle(bundle.path)
+    assert len(made.classes) == 3
+    weights = made.weights_file.read_bytes()
+    trained = save_bundle(bundle.path, replace(made, training={"steps": 9000}), weights)
+    command(*line).refuses(bundle.path, "were trained", "another directory")
+    assert load_bundle(bundle.path) == trained
 
 
 @pytest.mark.parametrize(
