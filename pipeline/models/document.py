@@ -20,7 +20,7 @@ T = TypeVar("T")
 class _Loader(yaml.SafeLoader):
     """Refuses a key that a mapping has twice: YAML would take the last one in silence."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
