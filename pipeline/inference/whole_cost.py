@@ -17,10 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.domain import Region, Shape, Tile
+from pipeline.domain import Region, Shape, Tile, TileCost
 from pipeline.inference.average import Average
 from pipeline.inference.tile_cost import (
-    TileCost,
     kept_bytes,
     mean_bytes,
     read_bytes,
