@@ -12,8 +12,8 @@ import pickle
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
 from pipeline.errors import ExecutionError
@@ -24,12 +24,25 @@ from workflows.segment_plan import SegmentPlan
 
 
 def plan_apart(
-    case: Case, bundle: Bundle, options: SegmentOptions, *, found: Mapping[str, Any] | None
+    case: Case,
+    bundle: Bundle,
+    options: SegmentOptions,
+    *,
+    found: Mapping[str, Any] | None,
+    meanwhile: Callable[[], None],
 ) -> SegmentPlan:
-    """As ``make_plan``; raises what that raises, and ExecutionError where the process is killed."""
+    """As ``make_plan``; ``meanwhile`` is called once the process is on its way.
+
+    Raises what ``make_plan`` raises, and ExecutionError where the process is killed.
+    """
     asked = pickle.dumps((_log_level(), case, bundle, options, found))
     with _process() as process:
-        answer, _ = process.communicate(asked)
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):  # it is dead: told below
+            process.stdin.write(asked)
+            process.stdin.flush()
+        meanwhile()
+        answer, _ = process.communicate()
     if not answer:
         raise ExecutionError(f"the process that plans the run ended with {process.returncode}")
     result: SegmentPlan | Exception = pickle.loads(answer)  # noqa: S301  our own process wrote it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.lease_file import LeaseFile
+from adapters.mlflow_quiet import import_mlflow
 from pipeline.execution.feed import FairFeed
 from pipeline.models.bundle import Bundle
 from pipeline.ports import Guard, Record
@@ -17,7 +19,7 @@ from pipeline.segment_image import segment_images
 from workflows.backend import make_backend
 from workflows.bundle_asked import bundle_asked
 from workflows.case import Case, open_case
-from workflows.config import SegmentOptions
+from workflows.config import SegmentOptions, ray_address, tracking_uri
 from workflows.finish import Product, check_output, finished, mark_output
 from workflows.image_run import ImageRun
 from workflows.interrupt import never
@@ -95,10 +97,20 @@ def _planned(
 ) -> SegmentPlan:
     """The plan; made elsewhere where this process would load torch for nothing else."""
     if options.backend != "serial" and "torch" not in sys.modules:
-        return plan_apart(case, bundle, options, found=found)
+        return plan_apart(
+            case, bundle, options, found=found, meanwhile=lambda: _import_for_tiles(options)
+        )
     from workflows.planning import make_plan
 
     return make_plan(case, bundle, options, found=found)
+
+
+def _import_for_tiles(options: SegmentOptions) -> None:
+    """Import what the tiles need, which takes seconds, while another process plans them."""
+    ray_address(options.ray_address)  # before Ray is imported
+    importlib.import_module("pipeline.execution.ray_pool")
+    if tracking_uri(options.tracking_uri, beside=Path()) != "none":
+        import_mlflow()
 
 
 def _run(

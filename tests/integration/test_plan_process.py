@@ -22,7 +22,8 @@ ASKED = SegmentOptions(tile=256, crf="off", precision="fp32", workers=2)
 
 
 def apart(scene: Path, bundle: Bundle, options: SegmentOptions = ASKED) -> SegmentPlan:
-    return plan_apart(open_case(scene, options), bundle, options, found=None)
+    case = open_case(scene, options)
+    return plan_apart(case, bundle, options, found=None, meanwhile=lambda: None)
 
 
 def test_the_plan_of_another_process_is_the_plan(scene: Path, slim: Path) -> None:
