@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -119,8 +119,12 @@ class Bundle:
             raise BundleError(f"{self.name}: the stride of a custom network is its own")
         return replace(self, architecture=self.architecture.at_stride(output_stride))
 
-    def network(self) -> DeepLab | CustomNetwork:
-        """The network with its weights, on the CPU, in eval mode, pooling over the crop.
+    def network(
+        self, place: Callable[[Tensor], Tensor] = lambda weight: weight
+    ) -> DeepLab | CustomNetwork:
+        """The network with its weights, in eval mode, pooling over the crop.
+
+        ``place`` brings a weight, given as float32 on the CPU, to where and how it is wanted.
 
         Raises:
             BundleError: the weights fail their checksum, do not fit the architecture, or are no
@@ -129,7 +133,9 @@ class Bundle:
         import torch
 
         self._check_weights()
-        network = self._loaded()
+        network = self._loaded(place)
+        for weight in (*network.parameters(), *network.buffers()):  # those that no file has, too
+            weight.data = place(weight.data)
         for name, weight in network.state_dict().items():
             if not torch.isfinite(weight).all():
                 raise BundleError(
@@ -138,7 +144,7 @@ class Bundle:
                 )
         return network.eval().pool_over(self.crop)
 
-    def _loaded(self) -> DeepLab | CustomNetwork:
+    def _loaded(self, place: Callable[[Tensor], Tensor]) -> DeepLab | CustomNetwork:
         import safetensors
 
         architecture, bands = self.architecture, self.input.band_count
@@ -151,7 +157,11 @@ class Bundle:
             from pipeline.models.deeplab import network_of_file
 
             return network_of_file(
-                architecture, self.weights_file, bands=bands, classes=len(self.classes)
+                architecture,
+                self.weights_file,
+                bands=bands,
+                classes=len(self.classes),
+                place=place,
             )
         except (RuntimeError, safetensors.SafetensorError) as error:
             problem = " ".join(str(error).split())[:300]

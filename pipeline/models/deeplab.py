@@ -8,7 +8,7 @@ Axes in array names: B batch, C channel, K class, S space, (y, x) or (z, y, x).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Self
@@ -171,9 +171,16 @@ def build_network(architecture: Architecture, *, bands: int, classes: int) -> De
 
 
 def network_of_file(
-    architecture: Architecture, weights: Path, *, bands: int, classes: int
+    architecture: Architecture,
+    weights: Path,
+    *,
+    bands: int,
+    classes: int,
+    place: Callable[[Tensor], Tensor],
 ) -> DeepLab:
-    """A network with the weights of a safetensors file, which are in memory once; else the same.
+    """As ``build_network``, with the weights of a safetensors file, each as ``place`` returns it.
+
+    They are in memory once, and never as the file has them.
 
     Raises:
         RuntimeError, SafetensorError: they are not those of such a network.
@@ -181,10 +188,12 @@ def network_of_file(
     with torch.device("meta"), Unfilled():
         network = build_network(architecture, bands=bands, classes=classes)
     made, found = network.state_dict(), safetensors.torch.load_file(weights)
-    # Copied: what is mapped would follow a file that changes.
-    copies = {
-        key: part.to(made[key].dtype if key in made else part.dtype, copy=True)
-        for key, part in found.items()
-    }
-    network.load_state_dict(copies, assign=True)
+    floats = {key: part.to(made[key].dtype) if key in made else part for key, part in found.items()}
+    network.load_state_dict({k: _copied(part, place) for k, part in floats.items()}, assign=True)
     return network
+
+
+def _copied(mapped: Tensor, place: Callable[[Tensor], Tensor]) -> Tensor:
+    """A copy, as ``place`` returns it: what is mapped would follow a file that changes."""
+    placed = place(mapped)
+    return placed.clone() if placed.data_ptr() == mapped.data_ptr() else placed
