@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 THREAD_GAIN = 0.9
 """Two threads of a worker do the work of 2 to this power."""
 
-DRIVER_BYTES = 850 * 2**20
-WORKER_BYTES = 720 * 2**20
-"""What the processes hold beside their tiles: torch, GDAL, Ray, MLflow (measured, PSS)."""
+DRIVER_BYTES = 450 * 2**20
+PLANNING_BYTES = 450 * 2**20
+WORKER_BYTES = 600 * 2**20
+"""What processes hold beside their tiles (measured, PSS): the driver GDAL, MLflow and Ray with its
+agents; one that makes plans itself torch and what is left of weights as well; a worker torch, GDAL
+and Ray."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

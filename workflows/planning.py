@@ -12,7 +12,7 @@ from pipeline.models.bundle import Bundle
 from pipeline.models.chain import Chain
 from workflows.case import Case
 from workflows.config import SegmentOptions
-from workflows.costs import over_budget
+from workflows.costs import DRIVER_BYTES, PLANNING_BYTES, over_budget
 from workflows.crf_asked import resolve_crf, with_engine
 from workflows.fitting import check_modality, check_spacing, match_channels
 from workflows.halo_asked import (
@@ -79,6 +79,8 @@ def make_plan(
         crf=crf,
         canonical_px=canonical_side(options, bundle),
         scores=options.scores != "none",
+        # Cases that share workers are planned in the driver, while others run.
+        driver_bytes=DRIVER_BYTES + (not alone) * PLANNING_BYTES,
     )
     if found is not None and found["request_digest"] == request:
         resolved = resolved_before(found["resolved"], options, sizer)

@@ -20,7 +20,7 @@ from pipeline.inference.whole_cost import Trial, WholeCostModel
 from pipeline.models.bundle import Bundle, CustomArchitecture
 from pipeline.models.deeplab import aspp_width
 from workflows.config import SegmentOptions
-from workflows.costs import DRIVER_BYTES, WORKER_BYTES, Budget, Costs, Team, crf_bytes
+from workflows.costs import WORKER_BYTES, Budget, Costs, Team, crf_bytes
 from workflows.tracing import Traced
 
 AUTO_TILES = {2: (512, 1024, 2048, 4096, 8192), 3: (64, 96, 128, 192, 256, 384)}
@@ -51,6 +51,9 @@ class Sizer:
 
     scores: bool
     """Whether probabilities are written as well."""
+
+    driver_bytes: int
+    """What the driver holds, whatever the tile."""
 
     def sweep(self, tile: Shape, *, case: str) -> Pass:
         """The pass that writes the mask, in such tiles."""
@@ -116,7 +119,7 @@ class Sizer:
             tile += costs.largest.device_bytes
         if self.crf is not None:
             tile += crf_bytes(costs.scored, classes=len(self.bundle.classes))
-        return DRIVER_BYTES + min(workers, costs.tiles) * (WORKER_BYTES + tile)
+        return self.driver_bytes + min(workers, costs.tiles) * (WORKER_BYTES + tile)
 
     def choose(
         self, asked: int | None, team: Team, *, precision: Precision, budget: Budget
