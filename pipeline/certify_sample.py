@@ -8,7 +8,7 @@ C channel, K class, S space: (y, x) or (z, y, x).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,6 @@ from pipeline.domain import Shape, Tile
 from pipeline.inference.average import Average
 from pipeline.inference.normalise import normalise
 from pipeline.inference.precision import Precision, resolve_precision
-from pipeline.inference.reference import ReferenceNetwork
 from pipeline.inference.scene_context import SceneSums
 from pipeline.models.bundle import Bundle
 from pipeline.models.frame import Frame
@@ -28,6 +27,9 @@ from pipeline.ports import Block, Guard, PieceStore, Record, Source
 from pipeline.segment_tile import TileLogits
 from pipeline.stitching.keep_core import keep_core, to_labels
 from pipeline.stitching.scores import softmax
+
+if TYPE_CHECKING:
+    from pipeline.inference.reference import ReferenceNetwork
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +51,8 @@ class ReferenceModel:
 
     def load(self) -> ReferenceNetwork:
         """Load the network. Raises BundleError, or PlanError where it would be emulated."""
+        from pipeline.inference.reference import ReferenceNetwork
+
         resolve_precision(self.precision.name, device=self.device)
         return ReferenceNetwork(
             self.bundle,

@@ -6,7 +6,7 @@ C channel, K class, S space: (y, x) or (z, y, x).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,15 +20,16 @@ from pipeline.inference.average import Average, Logits, averaged
 from pipeline.inference.normalise import normalise
 from pipeline.inference.padding import read_padded
 from pipeline.inference.precision import Precision, resolve_precision
-from pipeline.inference.predictor import Predictor
 from pipeline.inference.scene_context import SceneContext
 from pipeline.models.bundle import Bundle
-from pipeline.models.context_pool import Context
 from pipeline.models.frame import Frame
 from pipeline.ports import ArrayStore, Block, Guard, Record, Source
 from pipeline.stitching.keep_core import keep_core, to_labels
 from pipeline.stitching.samples import Pieces, SampleSink
 from pipeline.stitching.scores import ScoreSink, softmax
+
+if TYPE_CHECKING:
+    from pipeline.models.context_pool import Context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,8 @@ class SegmentModel:
 
     def load(self) -> Logits:
         """Load the network. Raises BundleError, or PlanError where it would be emulated."""
+        from pipeline.inference.predictor import Predictor
+
         resolve_precision(self.precision.name, device=self.device)
         predictor = Predictor(
             self.bundle,

@@ -89,6 +89,12 @@ def says_nothing(bands: int, classes: int):
     return Hourglass(bands, classes)
 
 
+def chatty() -> nn.Module:
+    """A factory that prints."""
+    print("a network that talks")
+    return nn.Conv2d(3, 4, 1)
+
+
 def exported(network: nn.Module, *, stride: int) -> bytes:
     """A program for images of any size, as a user would write it."""
     sizes = {2: stride * Dim("rows", min=2), 3: stride * Dim("columns", min=2)}

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from pipeline.ports import Backend
 from workflows.config import RunOptions, ray_address
-from workflows.workplace import workers
 
 
 def make_backend(
@@ -14,17 +13,18 @@ def make_backend(
     *,
     device: str,
     threads: int,
+    workers: int,
     run_dir: Path,
-    most: int | None = None,
 ) -> Backend:
     """The backend asked for.
 
     Args:
-        options: How many workers, and on which cluster.
+        options: On which cluster.
         device: ``cpu`` or ``cuda``, of each worker.
         threads: Of each worker.
+        workers: That the plan counts with. On a cluster that is joined they are as many as fit,
+            unless a number was asked for.
         run_dir: Where actors prove that they share storage.
-        most: More workers than that would find nothing to do.
 
     Raises ExecutionError.
     """
@@ -32,14 +32,12 @@ def make_backend(
         from pipeline.execution.serial import SerialBackend
 
         return SerialBackend()
-    address, count = ray_address(options.ray_address), options.workers
-    if address == "local":
-        count = workers(options, device=device, threads=threads)
+    address = ray_address(options.ray_address)
     from pipeline.execution.ray_pool import RayBackend
 
     return RayBackend(
         run_dir=run_dir,
-        workers=count if count is None or most is None else min(count, most),
+        workers=workers if address == "local" or options.workers is not None else None,
         threads=threads,
         gpus_per_worker=1 if device == "cuda" else 0,
         address=address,

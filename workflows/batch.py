@@ -210,6 +210,7 @@ class _Batch:
             self._options,
             device=floats.device,
             threads=floats.threads,
+            workers=workers(self._options, device=floats.device, threads=floats.threads),
             run_dir=self._layout.run_dir,
         )
         segment_images(

@@ -31,9 +31,10 @@ from workflows.config import SegmentOptions
 from workflows.finish import Product, check_output, finishing_mark
 from workflows.image_run import ImageRun
 from workflows.manifest import default_run_dir
-from workflows.planning import SegmentPlan, make_plan
+from workflows.planning import make_plan
 from workflows.publish import Publisher
 from workflows.run_dir import RunDir, canonical_digest, file_digest, read_json, read_plan
+from workflows.segment_plan import SegmentPlan
 from workflows.sources import Candidate, stamp
 
 log = logging.getLogger(__name__)

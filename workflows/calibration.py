@@ -12,8 +12,8 @@ from pipeline.inference.stage_plan import needs_of, stage_work
 from pipeline.inference.whole_cost import Trial
 from pipeline.models.bundle import Bundle
 from pipeline.models.frame import Frame
-from workflows.planning import SegmentPlan
-from workflows.sizing import Team
+from workflows.costs import Team
+from workflows.segment_plan import SegmentPlan
 from workflows.tracing import traced
 
 FEATURES = {2: 64, 3: 24}

@@ -25,9 +25,10 @@ from workflows.case import Case
 from workflows.config import SegmentOptions
 from workflows.finish import Product
 from workflows.interrupt import never
-from workflows.planning import SegmentPlan, make_plan
+from workflows.planning import make_plan
 from workflows.run_dir import RunDir, file_digest, read_json, read_plan, write_json
 from workflows.seam import SampleFiles, certify_work, lost_samples, seam_of
+from workflows.segment_plan import SegmentPlan
 
 
 def certify(run_dir: str | Path, *, model: str | Path | None = None) -> dict[str, Any]:

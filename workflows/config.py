@@ -128,6 +128,8 @@ def ray_address(asked: str | None = None) -> str:
     address = asked or os.environ.get("RAY_ADDRESS") or "local"
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Else a process for every core is started, and those that no actor moves into stay.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     if address == "local":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     return address

@@ -17,8 +17,8 @@ from pipeline.ports import ArrayStore, Record
 from pipeline.stitching.certificate import Certificate
 from workflows.case import Case
 from workflows.plan_json import windows_json
-from workflows.planning import SegmentPlan
 from workflows.run_dir import RunDir, file_digest, read_json, write_json
+from workflows.segment_plan import SegmentPlan
 
 if TYPE_CHECKING:
     from adapters.nifti_header import VolumeSource

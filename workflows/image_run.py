@@ -17,7 +17,6 @@ from pipeline.context_tile import ContextTiles
 from pipeline.domain import Pass, TileKey
 from pipeline.inference.scene_context import MISSING, SceneInOneTile, SceneSums, sums_layout
 from pipeline.models.architecture import Architecture
-from pipeline.models.deeplab import aspp_width
 from pipeline.ports import ArrayStore, Guard, Record, Source, Work
 from pipeline.segment_image import ImageTiles, Observer, Outcome
 from pipeline.segment_tile import SegmentModel, SegmentTiles
@@ -178,6 +177,8 @@ class ImageRun:
         return source
 
     def _scene_sums(self) -> SceneSums:
+        from pipeline.models.deeplab import aspp_width
+
         grid, architecture = self.plan.sweep.grid, self.product.bundle.architecture
         assert isinstance(architecture, Architecture)
         shape, chunks = sums_layout(grid, aspp_width(architecture))

@@ -19,9 +19,9 @@ from pipeline.ports import Record
 from pipeline.segment_image import Outcome
 from workflows.finish import Product
 from workflows.plan_json import halo_json, windows_json
-from workflows.planning import SegmentPlan
 from workflows.run_dir import file_digest
 from workflows.seam import Seam
+from workflows.segment_plan import SegmentPlan
 
 
 def manifest(

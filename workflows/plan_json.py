@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.domain import Reach
 
 if TYPE_CHECKING:
-    from workflows.planning import SegmentPlan
+    from workflows.segment_plan import SegmentPlan
 
 
 def halo_json(reach: Reach) -> dict[str, Any]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
-from pipeline.crf.params import ResolvedCrf
-from pipeline.domain import Pass, SamplePass, Shape, TilePlan
+from pipeline.domain import Pass, TilePlan
 from pipeline.errors import SourceError
-from pipeline.inference.average import Average
 from pipeline.models.bundle import Bundle
 from pipeline.models.chain import Chain
 from workflows.case import Case
 from workflows.config import SegmentOptions
+from workflows.costs import DRIVER_BYTES, PLANNING_BYTES, over_budget
 from workflows.crf_asked import resolve_crf, with_engine
 from workflows.fitting import check_modality, check_spacing, match_channels
 from workflows.halo_asked import (
@@ -23,118 +22,13 @@ from workflows.halo_asked import (
     reach_asked,
     try_halos,
 )
-from workflows.plan_json import halo_json, windows_json, windows_words
 from workflows.resolved import Resolved, resolve, resolved_before
 from workflows.run_dir import canonical_digest
 from workflows.scene_plan import ScenePlan, plan_scene, refuse_scores
-from workflows.sizing import Costs, Sizer, canonical_side, over_budget, store_bytes
+from workflows.segment_plan import SegmentPlan
+from workflows.sizing import Sizer, canonical_side, store_bytes
 from workflows.tracing import traced
 from workflows.workplace import workers, workplace
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SegmentPlan:
-    """Everything that is known before the first tile is read."""
-
-    tiles: TilePlan
-    resolved: Resolved
-    request_digest: str
-    """SHA-256 of source, bundle and options as asked: does a command mean this run?"""
-
-    source_digest: str
-    channels: tuple[int, ...]
-    crf: ResolvedCrf | None
-    """Of each tile with its halo; None for none, and where one lattice lies under all tiles."""
-
-    scene: ScenePlan | None
-    """The rounds under one lattice; None without one."""
-
-    average: Average
-    """How the network sees the scene."""
-
-    network_exact: bool
-    """True when the halo covers the receptive field and pooling does not depend on the tile."""
-
-    receptive_field: Shape | None
-    """Of a coarse logit, in pixels; image pooling left out. None: the scene."""
-
-    stages: int
-    """That the network was taken apart into; 1 for one that runs as one."""
-
-    costs: Costs
-    workers: int
-
-    asked: Mapping[str, Any]
-    """Where source and bundle lie, and the options: what ``certify`` needs to find them again."""
-
-    notes: tuple[str, ...]
-
-    @property
-    def exact(self) -> bool:
-        """True when labels do not depend on the tile either: a CRF sees no more than one."""
-        return self.network_exact and self.crf is None
-
-    @property
-    def last(self) -> Pass:
-        """The pass that writes the mask."""
-        return self.sweep if self.scene is None else self.scene.rounds[-1]
-
-    @property
-    def sweep(self) -> Pass:
-        """The network's pass, which writes the mask but where a lattice lies under all tiles."""
-        return next(p for p in self.tiles.passes if isinstance(p, Pass) and p.name == "segment")
-
-    @property
-    def samples(self) -> SamplePass:
-        """The pass that computes samples again, for the certificate."""
-        return next(p for p in self.tiles.passes if isinstance(p, SamplePass))
-
-    @property
-    def summary(self) -> str:
-        """One line for people, before the run."""
-        sweep, resolved = self.sweep, self.resolved
-        crf = f"CRF {f'by {self.crf.engine}' if self.crf else 'off'}"
-        side = " x ".join(map(str, sweep.grid.tile))
-        return (
-            f"{len(sweep)} tiles of {side} px, halo {sweep.reach.halo_with_window.largest} px,"
-            f" work {self.costs.halo_work_ratio:.2f} times that of one pass, {windows_words(self)},"
-            f" {resolved.precision.name} on {resolved.device} ({resolved.precision.why}),"
-            f"{f' mean of {resolved.average},' if resolved.average != 'none' else ''}"
-            f" {self.scene.summary if self.scene else crf}"
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        """What plan.json holds and ``terravox plan --json`` prints."""
-        sweep, crf = self.sweep, self.scene.crf.params if self.scene else self.crf
-        return {
-            "fingerprint": self.tiles.fingerprint,
-            "request_digest": self.request_digest,
-            "source_digest": self.source_digest,
-            "resolved": asdict(self.resolved),
-            "case": sweep.case,
-            "shape": sweep.grid.shape,
-            "padded_shape": sweep.grid.padded_shape,
-            "output_stride": self.resolved.output_stride,
-            "tile_stride": sweep.grid.stride,
-            "tile": sweep.grid.tile,
-            "tiles": len(sweep),
-            "stages": self.stages,
-            "halo": halo_json(sweep.reach),
-            "crf_halo": sweep.crf_halo.before,
-            "exact": self.exact,
-            "receptive_field": self.receptive_field,
-            **self.costs.as_json(),
-            "workers": self.workers,
-            "windows": windows_json(self),
-            "peak_memory_bytes": self.tiles.peak_bytes,
-            "store_bytes": self.tiles.store_bytes,
-            "crf": crf.as_json() if crf else None,
-            "lattice": self.scene.as_json() if self.scene else None,
-            "channels": self.channels,
-            "samples": [asdict(sample) for sample in self.samples.samples],
-            "asked": self.asked,
-            "notes": self.notes,
-        }
 
 
 def make_plan(
@@ -185,6 +79,8 @@ def make_plan(
         crf=crf,
         canonical_px=canonical_side(options, bundle),
         scores=options.scores != "none",
+        # Cases that share workers are planned in the driver, while others run.
+        driver_bytes=DRIVER_BYTES + (not alone) * PLANNING_BYTES,
     )
     if found is not None and found["request_digest"] == request:
         resolved = resolved_before(found["resolved"], options, sizer)

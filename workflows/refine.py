@@ -177,8 +177,8 @@ def _tiles(image: RefineRun, *, stop: Callable[[], bool]) -> None:
                 image.options,
                 device=plan.resolved.device,
                 threads=plan.resolved.threads,
+                workers=plan.workers,
                 run_dir=image.run.path,
-                most=len(plan.sweep),
             )
             images = {plan.sweep.case: image.tiles}
             segment_images(feed, images, backend=backend, ended=lambda _: None, stop=stop)

@@ -22,12 +22,19 @@ from pipeline.refine_scene import rounds_of
 from pipeline.stitching.given_scores import check_scores
 from workflows.case import Case
 from workflows.config import RefineOptions
+from workflows.costs import (
+    DRIVER_BYTES,
+    PLANNING_BYTES,
+    WORKER_BYTES,
+    Team,
+    crf_bytes,
+    over_budget,
+)
 from workflows.lattice_size import LatticeSize, expected_lattice
 from workflows.legend import read_legend
 from workflows.resolved import versions_here
 from workflows.run_dir import canonical_digest
 from workflows.same_grid import check_same_grid
-from workflows.sizing import DRIVER_BYTES, WORKER_BYTES, Team, crf_bytes, over_budget
 from workflows.workplace import usual_workers, workers, workplace
 
 TILE_PX = {2: 1024, 3: 128}
@@ -300,7 +307,7 @@ def _tile_plan(wish: Wish, sweep: Pass, content: Mapping[str, Any], *, workers: 
     return TilePlan(
         passes=(sweep, samples),
         fingerprint=fingerprint,
-        peak_bytes=DRIVER_BYTES + workers * (WORKER_BYTES + tile),
+        peak_bytes=DRIVER_BYTES + PLANNING_BYTES + workers * (WORKER_BYTES + tile),
         store_bytes=math.prod(image.shape) * mask_bytes,
     )
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.crf.engine import EngineName, pick_engine
 from pipeline.domain import Shape
@@ -15,12 +13,15 @@ from pipeline.errors import ExecutionError, PlanError
 from pipeline.execution.identity import package_digest
 from pipeline.inference.precision import Precision, resolve_precision
 from pipeline.models.bundle import CustomArchitecture
-from pipeline.models.context_pool import Context
 from pipeline.models.custom_code import code_version
 from workflows.config import SegmentOptions
+from workflows.costs import Budget, Team
 from workflows.short_halo import HaloTrial
-from workflows.sizing import Budget, Sizer, Team
 from workflows.workplace import usual_workers, workplace
+
+if TYPE_CHECKING:
+    from pipeline.models.context_pool import Context
+    from workflows.sizing import Sizer
 
 SHARE = 0.7
 """Of the machine's memory: what an ``auto`` tile may take where no budget was given."""
@@ -77,6 +78,8 @@ class Floats:
 
 def resolve_floats(options: SegmentOptions) -> Floats:
     """Device, precision and threads of a worker. Raises PlanError where a wish cannot be met."""
+    import torch
+
     place = workplace(options)
     device: Literal["cpu", "cuda"] = "cuda" if options.device == "cuda" else "cpu"
     if options.device == "auto" and place.gpus:

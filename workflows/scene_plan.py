@@ -17,8 +17,8 @@ from pipeline.ports import Source
 from pipeline.refine_scene import rounds_of
 from pipeline.stitching.scores import ScoreType
 from workflows.config import SegmentOptions
+from workflows.costs import crf_bytes
 from workflows.lattice_size import LatticeSize, expected_lattice
-from workflows.sizing import crf_bytes
 
 SCORES: ScoreType = "float16"
 """How the network's probabilities are kept until the rounds have read them."""

@@ -18,8 +18,8 @@ from pipeline.ports import Guard, PieceStore, Record
 from pipeline.stitching.certificate import Certificate, Claim, Measured, certify
 from pipeline.stitching.samples import SampleSink
 from workflows.finish import Product
-from workflows.planning import SegmentPlan
 from workflows.run_dir import RunDir
+from workflows.segment_plan import SegmentPlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from adapters.lease_file import LeaseFile
+from adapters.mlflow_quiet import import_mlflow
 from pipeline.execution.feed import FairFeed
+from pipeline.models.bundle import Bundle
 from pipeline.ports import Guard, Record
 from pipeline.segment_image import segment_images
 from workflows.backend import make_backend
 from workflows.bundle_asked import bundle_asked
-from workflows.calibration import network_seconds
-from workflows.case import open_case
-from workflows.config import SegmentOptions
+from workflows.case import Case, open_case
+from workflows.config import SegmentOptions, ray_address, tracking_uri
 from workflows.finish import Product, check_output, finished, mark_output
 from workflows.image_run import ImageRun
 from workflows.interrupt import never
 from workflows.manifest import default_run_dir
-from workflows.planning import make_plan
+from workflows.plan_process import plan_apart
 from workflows.progress import RunProgress, stderr_console
 from workflows.publish import Publisher, open_tracker
 from workflows.run_dir import RunDir, read_plan
+from workflows.segment_plan import SegmentPlan
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +65,7 @@ def segment(
     check_output(target, source=case.path, info=case.source.info, run=run)
     # A request that cannot be planned leaves no directory behind, and --fresh deletes nothing.
     known = None if asked.fresh else read_plan(run)
-    plan = make_plan(case, bundle, asked, found=known)
+    plan = _planned(case, bundle, asked, found=known)
     product = Product(case=case, bundle=bundle, plan=plan, output=target, run=run)
     if target.exists() and not asked.fresh:
         done = finished(run, target, fingerprint=plan.tiles.fingerprint, known=known)
@@ -80,9 +84,33 @@ def plan_only(source: str | Path, *, model: str | Path, options: SegmentOptions)
 
     Raises what ``segment`` raises.
     """
+    from workflows.calibration import network_seconds
+    from workflows.planning import make_plan
+
     case, bundle = open_case(Path(source).absolute(), options), bundle_asked(model, options)
     plan = make_plan(case, bundle, options)
     return plan.as_json() | {"network_seconds": round(network_seconds(plan, bundle), 1)}
+
+
+def _planned(
+    case: Case, bundle: Bundle, options: SegmentOptions, *, found: Mapping[str, Any] | None
+) -> SegmentPlan:
+    """The plan; made elsewhere where this process would load torch for nothing else."""
+    if options.backend != "serial" and "torch" not in sys.modules:
+        return plan_apart(
+            case, bundle, options, found=found, meanwhile=lambda: _import_for_tiles(options)
+        )
+    from workflows.planning import make_plan
+
+    return make_plan(case, bundle, options, found=found)
+
+
+def _import_for_tiles(options: SegmentOptions) -> None:
+    """Import what the tiles need, which takes seconds, while another process plans them."""
+    ray_address(options.ray_address)  # before Ray is imported
+    importlib.import_module("pipeline.execution.ray_pool")
+    if tracking_uri(options.tracking_uri, beside=Path()) != "none":
+        import_mlflow()
 
 
 def _run(
@@ -129,8 +157,8 @@ def _tiles_and_papers(
                 options,
                 device=plan.resolved.device,
                 threads=plan.resolved.threads,
+                workers=plan.workers,
                 run_dir=product.run.path,
-                most=len(plan.sweep),
             )
             segment_images(
                 feed,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import torch
 
 from workflows.config import RunOptions, ray_address
 
@@ -45,6 +44,8 @@ def workplace(options: RunOptions) -> Workplace:
 @functools.cache
 def _workplace(address: str) -> Workplace:
     """Looked up once a command."""
+    import torch
+
     if address == "local":
         cores, gpus = usable_cores(), torch.cuda.device_count()
         return Workplace(
@@ -79,6 +80,8 @@ def usable_memory() -> int:
 
 
 def _gpu_bytes() -> int | None:
+    import torch
+
     devices = range(torch.cuda.device_count())
     return min((torch.cuda.get_device_properties(n).total_memory for n in devices), default=None)
 

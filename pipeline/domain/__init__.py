@@ -10,6 +10,7 @@ Pass            one sweep over the tiles of one case
 Sample          a small place, astride tile borders or within a tile, that is computed twice
 SamplePass      the pass that computes the samples again, each on its own
 Walk            the order in which the tiles of a pass are run: bands of neighbours
+TileCost        what one tile takes in one worker: work and bytes
 TilePlan        all passes, with bytes and the fingerprint that names the run
 TileKey         (case, pass, tile number): the key of the ledger
 CaseRecord      what became of one scene or scan of a batch: a line of the batch's ledger
@@ -24,6 +25,7 @@ from pipeline.domain.plan import Pass, Sweep, Tile, TileKey, TilePlan
 from pipeline.domain.reach import ContextWindow, Reach
 from pipeline.domain.region import Halo, Region, Shape
 from pipeline.domain.sample import Sample, SamplePass
+from pipeline.domain.tile_cost import TileCost
 from pipeline.domain.walk import Walk
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "Shape",
     "Sweep",
     "Tile",
+    "TileCost",
     "TileKey",
     "TilePlan",
     "Walk",

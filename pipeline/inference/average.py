@@ -16,18 +16,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipeline.domain import Reach, Region, Shape
 from pipeline.errors import PlanError
 from pipeline.inference.zoom import NATURAL, Zoom
 from pipeline.models.frame import Frame
 from pipeline.models.scene_mean import GivenMean, OwnMean
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _AXES = "zyx"
 
@@ -166,6 +167,8 @@ class AveragedPredictor:
 
         ``pooling`` is of the image as it is, and not to be had of the others.
         """
+        import torch
+
         assert pooling is None, "the mean of a scene is not that of another"
         shape, size = frame.shape, image_CS.shape[1:]
         read = Region(frame.origin, tuple(a + n for a, n in zip(frame.origin, size, strict=True)))

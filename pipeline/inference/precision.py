@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.errors import PlanError
+
+if TYPE_CHECKING:
+    import torch
 
 _BF16_FLAGS = ("amx_bf16", "avx512_bf16")
 """Processor flags with which oneDNN convolves in bfloat16 faster than in float32."""
@@ -27,6 +28,8 @@ class Precision:
     @property
     def dtype(self) -> torch.dtype:
         """Type of weights and features; logits are float32 in any case."""
+        import torch
+
         return torch.bfloat16 if self.name == "bf16" else torch.float32
 
 
@@ -54,6 +57,8 @@ def resolve_precision(asked: Literal["auto", "fp32", "bf16"], *, device: str) ->
 
 def fix_kernels() -> None:
     """Have this process's devices compute in the floats asked for, the same way every time."""
+    import torch
+
     # TF32 keeps 10 bits of fp32's 23, and a benchmarked algorithm differs from run to run.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -63,6 +68,8 @@ def fix_kernels() -> None:
 
 def _native_bf16(device: str) -> str:
     """Why the device computes bfloat16 natively; empty where it does not."""
+    import torch
+
     kind = torch.device(device).type
     if kind == "cpu":
         flags = processor_flags()

@@ -62,7 +62,7 @@ class Predictor:
         self._device, self._dtype = torch.device(device), precision.dtype
         self._format = _FORMAT[self._dims] if precision.channels_last else torch.contiguous_format
         self._threads = threads
-        network = bundle.network()
+        network = bundle.network(self._moved)
         self._stride, self._scale = network.stride, Scale.of(network.upsample)
         if context == "tile":
             network.pool_over(None)
@@ -73,11 +73,9 @@ class Predictor:
         self._network: CanonicalNetwork | StagedNetwork | WholeNetwork
         if isinstance(network, CustomNetwork) or (canonical_px is None and window is None):
             fix_convolutions(network)
-            for weight in (*network.parameters(), *network.buffers()):
-                weight.data = self._moved(weight.data)
             self._network = WholeNetwork(network)
         else:
-            self._network = self._in_windows(stages_of(network).moved(self._moved))
+            self._network = self._in_windows(stages_of(network))
 
     def logits(
         self,

@@ -50,13 +50,18 @@ class ReferenceNetwork:
     ) -> None:
         """Load it in the floats, memory format and threads of the tiles. Raises BundleError."""
         fix_kernels()
-        dims = bundle.architecture.dims
+        self._dims = bundle.architecture.dims
         self._device, self._dtype, self._threads = torch.device(device), precision.dtype, threads
         self._average = average
-        self._format = _FORMAT[dims] if precision.channels_last else torch.contiguous_format
-        network = bundle.network().to(device=self._device, dtype=self._dtype)
-        self._network = network.to(memory_format=self._format)
+        self._format = _FORMAT[self._dims] if precision.channels_last else torch.contiguous_format
+        self._network = bundle.network(self._moved)
         fix_convolutions(self._network)
+
+    def _moved(self, weight: Tensor) -> Tensor:
+        """On the device, in the floats and the memory format of the tiles."""
+        weight = weight.to(self._device, self._dtype if weight.is_floating_point() else None)
+        spatial = weight.ndim == self._dims + 2
+        return weight.contiguous(memory_format=self._format) if spatial else weight
 
     def logits(
         self, image_CS: NDArray[np.float32], frame: Frame, *, mean: GivenMean | None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.domain import Region, Shape, Tile
+from pipeline.domain import Region, Shape, Tile, TileCost
 from pipeline.inference.average import Average
 from pipeline.inference.map_layout import stage_bytes
 from pipeline.inference.stage_plan import (
@@ -33,20 +33,6 @@ _SCORES = 5
 
 _LABEL = 12
 """Bytes per pixel of the argmax, which counts in 8, and of labels in two stages of a worker."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TileCost:
-    """Of one tile in one worker."""
-
-    work: int
-    """Multiply-adds of the convolutions."""
-
-    device_bytes: int
-    """Peak of image, maps and logits where the network runs, its weights left out."""
-
-    host_bytes: int
-    """Peak of what reader, CRF and writer hold at the same time, in the host's memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.domain import Region, Shape, Tile
+from pipeline.domain import Region, Shape, Tile, TileCost
 from pipeline.inference.average import Average
 from pipeline.inference.tile_cost import (
-    TileCost,
     kept_bytes,
     mean_bytes,
     read_bytes,
@@ -55,6 +53,8 @@ class Trial:
 
 def trial_of(network: CustomNetwork) -> Trial:
     """Run the network over a small image and count. Raises RuntimeError where it does not run."""
+    from torch.utils.flop_counter import FlopCounterMode  # brings triton, 0.2 s
+
     stride, dims = network.stride, network.architecture.dims
     size = (max(2, -(-_SIDE[dims] // stride)) * stride,) * dims
     image_BCS = torch.zeros(1, network.bands, *size)

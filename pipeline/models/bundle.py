@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -119,8 +119,12 @@ class Bundle:
             raise BundleError(f"{self.name}: the stride of a custom network is its own")
         return replace(self, architecture=self.architecture.at_stride(output_stride))
 
-    def network(self) -> DeepLab | CustomNetwork:
-        """The network with its weights, on the CPU, in eval mode, pooling over the crop.
+    def network(
+        self, place: Callable[[Tensor], Tensor] = lambda weight: weight
+    ) -> DeepLab | CustomNetwork:
+        """The network with its weights, in eval mode, pooling over the crop.
+
+        ``place`` brings a weight, given as float32 on the CPU, to where and how it is wanted.
 
         Raises:
             BundleError: the weights fail their checksum, do not fit the architecture, or are no
@@ -128,7 +132,10 @@ class Bundle:
         """
         import torch
 
-        network = self._loaded(self._checked_weights())
+        self._check_weights()
+        network = self._loaded(place)
+        for weight in (*network.parameters(), *network.buffers()):  # those that no file has, too
+            weight.data = place(weight.data)
         for name, weight in network.state_dict().items():
             if not torch.isfinite(weight).all():
                 raise BundleError(
@@ -137,38 +144,41 @@ class Bundle:
                 )
         return network.eval().pool_over(self.crop)
 
-    def _loaded(self, data: bytes) -> DeepLab | CustomNetwork:
-        import safetensors.torch
-        import torch
-
-        from pipeline.models.custom_network import custom_network
-        from pipeline.models.deeplab import build_network
+    def _loaded(self, place: Callable[[Tensor], Tensor]) -> DeepLab | CustomNetwork:
+        import safetensors
 
         architecture, bands = self.architecture, self.input.band_count
         try:
             if isinstance(architecture, CustomArchitecture):
+                from pipeline.models.custom_network import custom_network
+
+                data = self.weights_file.read_bytes()
                 return custom_network(architecture, data, bands=bands, classes=len(self.classes))
-            with torch.device("meta"):  # no time, and no random numbers, spent on fresh weights
-                network = build_network(architecture, bands=bands, classes=len(self.classes))
-            network.to_empty(device="cpu").load_state_dict(safetensors.torch.load(data))
+            from pipeline.models.deeplab import network_of_file
+
+            return network_of_file(
+                architecture,
+                self.weights_file,
+                bands=bands,
+                classes=len(self.classes),
+                place=place,
+            )
         except (RuntimeError, safetensors.SafetensorError) as error:
             problem = " ".join(str(error).split())[:300]
             raise BundleError(f"the weights of {self.path} do not fit: {problem}") from error
-        return network
 
-    def _checked_weights(self) -> bytes:
+    def _check_weights(self) -> None:
         path = self.weights_file
         try:
-            data = path.read_bytes()
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise BundleError(f"cannot read the weights {path}: {error}") from error
-        found = hashlib.sha256(data).hexdigest()
         if found != self.weights_sha256:
             raise BundleError(
                 f"{path} has SHA-256 {found[:12]}.., {MODEL_FILE} says"
                 f" {self.weights_sha256[:12]}..: changed or cut short, fetch the bundle again"
             )
-        return data
 
 
 def load_bundle(path: str | Path) -> Bundle:

@@ -8,10 +8,12 @@ Axes in array names: B batch, C channel, K class, S space, (y, x) or (z, y, x).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Self
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +29,17 @@ from pipeline.models.network import DeepLab
 from pipeline.models.resize import Resize
 from pipeline.models.slim import SLIM_WIDTH
 from pipeline.models.trunks import Trunk, build_trunk
+from pipeline.models.unfilled import Unfilled
 
-__all__ = ["DecoderHead", "DeepLab", "DeepLabV3", "Head", "aspp_width", "build_network"]
+__all__ = [
+    "DecoderHead",
+    "DeepLab",
+    "DeepLabV3",
+    "Head",
+    "aspp_width",
+    "build_network",
+    "network_of_file",
+]
 
 
 class Head(nn.Sequential):
@@ -157,3 +168,32 @@ _FAMILIES: MappingProxyType[str, type[DeepLab]] = MappingProxyType(
 def build_network(architecture: Architecture, *, bands: int, classes: int) -> DeepLab:
     """A network with fresh weights, in training mode; image pooling over all that is read."""
     return _FAMILIES[architecture.family](architecture, bands=bands, classes=classes)
+
+
+def network_of_file(
+    architecture: Architecture,
+    weights: Path,
+    *,
+    bands: int,
+    classes: int,
+    place: Callable[[Tensor], Tensor],
+) -> DeepLab:
+    """As ``build_network``, with the weights of a safetensors file, each as ``place`` returns it.
+
+    They are in memory once, and never as the file has them.
+
+    Raises:
+        RuntimeError, SafetensorError: they are not those of such a network.
+    """
+    with torch.device("meta"), Unfilled():
+        network = build_network(architecture, bands=bands, classes=classes)
+    made, found = network.state_dict(), safetensors.torch.load_file(weights)
+    floats = {key: part.to(made[key].dtype) if key in made else part for key, part in found.items()}
+    network.load_state_dict({k: _copied(part, place) for k, part in floats.items()}, assign=True)
+    return network
+
+
+def _copied(mapped: Tensor, place: Callable[[Tensor], Tensor]) -> Tensor:
+    """A copy, as ``place`` returns it: what is mapped would follow a file that changes."""
+    placed = place(mapped)
+    return placed.clone() if placed.data_ptr() == mapped.data_ptr() else placed

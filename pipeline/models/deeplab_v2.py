@@ -6,16 +6,20 @@ Axes in array names: B batch, C channel, K class, S space (y, x).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from pipeline.models.architecture import Architecture
 from pipeline.models.frame import Frame
-from pipeline.models.msra import MsraTrunk
 from pipeline.models.multi_scale import MultiScale
 from pipeline.models.network import DeepLab
 from pipeline.models.resize import Resize
 from pipeline.models.vgg import FcBranch, VggTrunk, classifier
+
+if TYPE_CHECKING:
+    from pipeline.models.msra import MsraTrunk
 
 
 class SummedAspp(nn.ModuleList):
@@ -41,7 +45,9 @@ class DeepLabV2(DeepLab):
             self.backbone = VggTrunk(bands=bands)
             inputs = self.backbone.channels
             self.aspp = SummedAspp(FcBranch(inputs, classes, rate=rate) for rate in rates)
-        else:
+        else:  # torchvision's, which takes long to import
+            from pipeline.models.msra import MsraTrunk
+
             self.backbone = MsraTrunk(bands=bands)
             inputs = self.backbone.channels
             self.aspp = SummedAspp(

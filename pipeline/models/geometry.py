@@ -6,12 +6,14 @@ Regions are in elements of their own map; what is read may reach outside it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.domain import Region, Shape
-from pipeline.models.resize import Resize
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pipeline.models.resize import Resize
 
 
 class Geometry(Protocol):
@@ -96,6 +98,8 @@ class Scale:
     @property
     def layer(self) -> Resize:
         """The layer again."""
+        from pipeline.models.resize import Resize
+
         return Resize(self.up, self.down, align_corners=self.align_corners)
 
     def shape(self, shape: Shape) -> Shape:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
-from torchvision.ops import SqueezeExcitation
 
-GLOBAL_LAYERS = (
+if TYPE_CHECKING:
+    from torchvision.ops import SqueezeExcitation
+
+_LAYERS = (
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveAvgPool3d,
     nn.AdaptiveMaxPool2d,
@@ -17,7 +20,6 @@ GLOBAL_LAYERS = (
     nn.GroupNorm,
     nn.LayerNorm,
     nn.MultiheadAttention,
-    SqueezeExcitation,
 )
 
 _NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -34,13 +36,24 @@ _FUNCTIONS = (
 _REDUCTIONS = (torch.mean, torch.sum, torch.amax, "mean", "sum", "amax")
 
 
+def is_global_layer(layer: nn.Module) -> bool:
+    """Whether the layer by itself takes means over all that is read."""
+    return isinstance(layer, _LAYERS) or is_squeeze_excitation(layer)
+
+
+def is_squeeze_excitation(layer: nn.Module | None) -> TypeGuard[SqueezeExcitation]:
+    """Whether it is torchvision's, which is imported only by networks that come from there."""
+    ops = sys.modules.get("torchvision.ops")
+    return ops is not None and isinstance(layer, ops.SqueezeExcitation)
+
+
 def mixes_scene(node: fx.Node, layer: nn.Module | None) -> bool:
     """Whether a traced operation, ``layer`` where it is a module, is known to be global."""
     if isinstance(layer, _NORMS):
         # Without statistics of training it takes those of its input, in eval mode, too.
         return not layer.track_running_stats
     if layer is not None:
-        return isinstance(layer, GLOBAL_LAYERS)
+        return is_global_layer(layer)
     return node.target in _FUNCTIONS or (node.target in _REDUCTIONS and _spatial(node))
 
 

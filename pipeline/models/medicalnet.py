@@ -179,6 +179,8 @@ def _fill(layer: nn.Module, *_: Any) -> None:
     """Write the ones and zeros of ``_pick``."""
     assert isinstance(layer, nn.Conv3d)
     with torch.no_grad():
+        if layer.weight.is_meta:
+            layer.weight = torch.empty(layer.weight.shape)
         nn.init.dirac_(layer.weight)
 
 

@@ -14,18 +14,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from pipeline.models.architecture import Architecture
 from pipeline.models.blocks import conv_norm_relu, norm
+from pipeline.models.residual import BasicUnit, Bottleneck, ResidualUnit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """What sets one ResNet apart from another."""
 
-    unit: Any
-    """torchvision's ``BasicBlock`` or ``Bottleneck``."""
+    unit: type[BasicUnit | Bottleneck]
 
     depths: tuple[int, ...]
     """Units of each block."""
@@ -48,7 +47,7 @@ _DEEP, _BETA = (32, 32, 64), (64, 64, 128)
 
 RESNETS = MappingProxyType(
     {
-        "resnet18": Layout(unit=BasicBlock, depths=(2, 2, 2, 2)),
+        "resnet18": Layout(unit=BasicUnit, depths=(2, 2, 2, 2)),
         "resnet50": Layout(unit=Bottleneck, depths=_R50),
         "resnet101": Layout(unit=Bottleneck, depths=_R101),
         "resnet50c": Layout(unit=Bottleneck, depths=_R50, stem=_DEEP),
@@ -138,7 +137,9 @@ def _slides(
         yield slides
 
 
-def _unit(kind: Any, inputs: int, width: int, *, slide: _Slide) -> nn.Module:
+def _unit(
+    kind: type[BasicUnit | Bottleneck], inputs: int, width: int, *, slide: _Slide
+) -> ResidualUnit:
     """A residual unit; its shortcut is a convolution where the channels change."""
     outputs = width * kind.expansion
     shortcut: nn.Module | None = None
@@ -147,7 +148,7 @@ def _unit(kind: Any, inputs: int, width: int, *, slide: _Slide) -> nn.Module:
         shortcut = nn.Sequential(pointwise, norm(2, outputs))
     elif slide.stride > 1:
         shortcut = nn.MaxPool2d(1, stride=slide.stride)  # every second place
-    unit: nn.Module = kind(inputs, width, slide.stride, shortcut)
+    unit = kind(inputs, width, stride=slide.stride, downsample=shortcut)
     wide = [m for m in unit.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
     for layer, rate in zip(wide, slide.rates, strict=False):  # a bottleneck has one alone
         layer.dilation = layer.padding = (rate, rate)

@@ -12,13 +12,15 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipeline.domain import Grid, Region, Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK_PX = MappingProxyType({2: 256, 3: 32})
 """Side of a block in pixels, by number of axes: a multiple of every output stride."""
@@ -85,6 +87,8 @@ def block_sums(
         valid_S: (*S), which of them count.
         block: side per axis, in features; the last ones of an axis may be shorter.
     """
+    import torch
+
     whole = Region.whole(valid_S.shape)
     blocks = tuple(-(-n // side) for n, side in zip(valid_S.shape, block, strict=True))
     features_SC, kept_S = features_CS.movedim(0, -1), torch.from_numpy(valid_S)
@@ -117,5 +121,7 @@ def mean_of(total_C: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _placed(mean_C: NDArray[np.float64], like_BCS: Tensor) -> Tensor:
+    import torch
+
     shape = (1, -1, *(1,) * (like_BCS.ndim - 2))
     return torch.from_numpy(mean_C).to(like_BCS).reshape(shape)

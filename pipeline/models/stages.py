@@ -13,19 +13,26 @@ import operator
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import fx, nn
-from torchvision.ops import SqueezeExcitation
 
 from pipeline.errors import BundleError
 from pipeline.models.chain import Chain, Convolution, Gate, Layer, Norm, Pool, Stage, Step
 from pipeline.models.context_pool import ContextPool, WindowMean
 from pipeline.models.deeplab import DeepLab
 from pipeline.models.geometry import Scale, Slide
-from pipeline.models.global_layers import GLOBAL_LAYERS, layer_label, mixes_scene
+from pipeline.models.global_layers import (
+    is_global_layer,
+    is_squeeze_excitation,
+    layer_label,
+    mixes_scene,
+)
 from pipeline.models.resize import Resize
+
+if TYPE_CHECKING:
+    from torchvision.ops import SqueezeExcitation
 
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 _MAX_POOLS = (nn.MaxPool2d, nn.MaxPool3d)
@@ -44,7 +51,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether to look no further into ``m``."""
-        whole = isinstance(m, (ContextPool, Resize, *GLOBAL_LAYERS))
+        whole = isinstance(m, (ContextPool, Resize)) or is_global_layer(m)
         return whole or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -195,7 +202,7 @@ def _pooling(pool: ContextPool, *, name: str, read: str) -> Iterable[Step]:
 def _squeezes(layer: nn.Module | None) -> TypeGuard[SqueezeExcitation]:
     """Whether it is squeeze-and-excitation in the form that MobileNetV3 has."""
     return (
-        isinstance(layer, SqueezeExcitation)
+        is_squeeze_excitation(layer)
         and isinstance(layer.activation, nn.ReLU)
         and isinstance(layer.scale_activation, nn.Hardsigmoid)
     )

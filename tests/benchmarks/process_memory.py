@@ -39,20 +39,22 @@ def measure(command: Sequence[str], *, env: dict[str, str]) -> Measured:
 
 
 def _held(pid: int) -> int:
-    """Driver and actors; Ray's own daemons, which do not depend on the scene, are left out."""
+    """Driver, who plans for it, and actors; Ray's daemons that do not call themselves ray:: are
+    left out: they do not depend on the scene."""
     try:
         children = psutil.Process(pid).children(recursive=True)
-        actors = [child.pid for child in children if child.cmdline()[:1] and _is_actor(child)]
+        actors = [child.pid for child in children if _is_ours(child)]
     except psutil.NoSuchProcess:
         return 0
     return sum(_pss(each) for each in (pid, *actors))
 
 
-def _is_actor(process: psutil.Process) -> bool:
+def _is_ours(process: psutil.Process) -> bool:
     try:
-        return process.cmdline()[0].startswith("ray::")
-    except (psutil.NoSuchProcess, IndexError):
+        words = process.cmdline()
+    except psutil.NoSuchProcess:
         return False
+    return "workflows.plan_process" in words or any(w.startswith("ray::") for w in words[:1])
 
 
 def _pss(pid: int) -> int:

@@ -22,8 +22,9 @@ from pipeline.models.bundle import load_bundle
 from pipeline.models.deeplab import build_network
 from pipeline.models.stages import stages_of
 from workflows.config import SegmentOptions
+from workflows.costs import DRIVER_BYTES, Budget, Team
 from workflows.segment import plan_only
-from workflows.sizing import Budget, Sizer, Team
+from workflows.sizing import Sizer
 from workflows.tracing import of_layers, traced
 
 FP32 = Precision(name="fp32", channels_last=True, why="")
@@ -65,6 +66,7 @@ def resnet50(tmp_path_factory: pytest.TempPathFactory) -> Sizer:
         crf=None,
         canonical_px=None,
         scores=False,
+        driver_bytes=DRIVER_BYTES,
     )
 
 
@@ -132,6 +134,7 @@ def test_a_larger_tile_is_taken_where_the_smallest_does_not_fit(slim: Path) -> N
         crf=None,
         canonical_px=None,
         scores=False,
+        driver_bytes=DRIVER_BYTES,
     )
     tile, team = small.choose(None, PAIR, precision=FP32, budget=AMPLE)
     assert (tile, team.workers) == ((512, 512), 2)
@@ -178,6 +181,7 @@ def test_a_sample_may_be_the_most_that_a_crf_sees(slim: Path) -> None:
         crf=resolved,
         canonical_px=None,
         scores=False,
+        driver_bytes=DRIVER_BYTES,
     )
     sweep = sizer.sweep((512, 512), case="")
     samples = [tile.scored.size for tile in sizer.samples(sweep, seed="").tiles()]
