@@ -122,7 +122,7 @@ class _Messages:
         vertices = [0, *itertools.accumulate(lattice.vertices for lattice in lattices)]
         entries = [0, *itertools.accumulate(len(lattice.pixel) for lattice in lattices)]
         starts = [lattice.start + first for lattice, first in zip(lattices, entries, strict=False)]
-        rows = [lattice.vertex_NV + v for lattice, v in zip(lattices, vertices, strict=False)]
+        rows = [lattice.vertex_VN + v for lattice, v in zip(lattices, vertices, strict=False)]
         return cls(
             filters=filters,
             matrices_RR=[matrix for matrix, _ in terms],
@@ -130,34 +130,35 @@ class _Messages:
             pixel=torch.cat([lattice.pixel for lattice in lattices]),
             start=torch.cat(starts),
             splat_weight=torch.cat([filter_.splat_weight for filter_ in filters]),
-            vertex_NV=torch.cat(rows, 1),
-            slice_weight_NV=torch.cat([filter_.slice_weight_NV for filter_ in filters], 1),
+            # Of rows: a transposition takes twice as long.
+            vertex_NV=torch.stack([row_N for row_VN in rows for row_N in row_VN], 1),
+            slice_weight_NV=torch.stack(
+                [row_N for filter_ in filters for row_N in filter_.slice_weight_VN], 1
+            ),
         )
 
     def add_constants(self, logit_NR: Tensor) -> None:
         """What no probability changes, because those of a pixel sum to 1."""
         for filter_, constant_R in zip(self.filters, self.constants_R, strict=True):
             if constant_R is not None:
-                logit_NR += filter_.of_ones() * constant_R
+                logit_NR += filter_.of_ones()[:, None] * constant_R
 
     def __call__(self, difference_NR: Tensor) -> Tensor:
         """(N, R), to be added to the logits; a new tensor."""
-        splat_MR = F.embedding_bag(
+        value_MR = F.embedding_bag(
             self.pixel, difference_NR, self.start, mode="sum", per_sample_weights=self.splat_weight
         )
         sizes = [filter_.lattice.vertices for filter_ in self.filters]
-        near_MR = torch.cat(
-            [
-                filter_.lattice.blur(part_MR) * matrix_RR
-                if isinstance(matrix_RR, float)
-                else filter_.lattice.blur(part_MR) @ matrix_RR
-                for filter_, matrix_RR, part_MR in zip(
-                    self.filters, self.matrices_RR, splat_MR.split_with_sizes(sizes), strict=True
-                )
-            ]
-        )
+        for filter_, matrix_RR, part_MR in zip(
+            self.filters, self.matrices_RR, value_MR.split_with_sizes(sizes), strict=True
+        ):
+            filter_.lattice.blur(part_MR)
+            if isinstance(matrix_RR, float):
+                part_MR *= matrix_RR
+            else:
+                part_MR.copy_(part_MR @ matrix_RR)
         return F.embedding_bag(
-            self.vertex_NV, near_MR, mode="sum", per_sample_weights=self.slice_weight_NV
+            self.vertex_NV, value_MR, mode="sum", per_sample_weights=self.slice_weight_NV
         )
 
 
@@ -179,127 +180,113 @@ class _Filter:
 
     lattice: _Lattice
     splat_weight: Tensor
-    slice_weight_NV: Tensor
+    slice_weight_VN: Tensor
 
     @classmethod
     def of(cls, features_DN: Tensor) -> _Filter:
         """Build the lattice and its weights. Raises CrfError."""
-        lattice, weight_NV = _Lattice.of(features_DN)
+        lattice, weight_VN, splat = _Lattice.of(features_DN)
         alpha = 1 / (1 + 2.0 ** -len(features_DN))
+        plain = cls(lattice, splat, weight_VN * alpha)
+        norm_N = (plain.of_ones() + 1e-20).rsqrt()
         # index_select: an index in brackets takes ten times as long.
-        splat = weight_NV.ravel().index_select(0, lattice.order)
-        plain = cls(lattice, splat, weight_NV * alpha)
-        norm_N1 = (plain.of_ones() + 1e-20).rsqrt()
-        splat = splat * norm_N1[:, 0].index_select(0, lattice.pixel)
-        return cls(lattice, splat, plain.slice_weight_NV * norm_N1)
+        splat = splat * norm_N.index_select(0, lattice.pixel)
+        return cls(lattice, splat, plain.slice_weight_VN * norm_N)
 
     def of_ones(self) -> Tensor:
-        """(N, 1): what a row of ones becomes."""
+        """(N,): what ones become."""
         lattice = self.lattice
-        one_N1 = torch.ones_like(self.slice_weight_NV[:, :1])
+        one_N1 = torch.ones_like(self.slice_weight_VN[0, :, None])
         value_M1 = F.embedding_bag(
             lattice.pixel, one_N1, lattice.start, mode="sum", per_sample_weights=self.splat_weight
         )
-        return F.embedding_bag(
-            lattice.vertex_NV,
-            lattice.blur(value_M1),
-            mode="sum",
-            per_sample_weights=self.slice_weight_NV,
+        lattice.blur(value_M1)
+        near_VN = value_M1[:, 0].index_select(0, lattice.vertex_VN.ravel()).view_as(
+            lattice.vertex_VN
         )
+        return near_VN.mul_(self.slice_weight_VN).sum(0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Lattice:
     """The vertices that pixels touch, and one more, last, that is always 0."""
 
-    vertex_NV: Tensor
-    """(N, V) int32: the vertices of each pixel's simplex."""
-
-    order: Tensor
-    """(N x V) int64: places in ``vertex_NV``, vertex by vertex, pixels in their order."""
+    vertex_VN: Tensor
+    """(V, N) int32: the vertices of each pixel's simplex."""
 
     pixel: Tensor
-    """(N x V) int32: the pixels of those places."""
+    """(V x N) int32: pixels vertex by vertex, those of one in their order."""
 
     start: Tensor
     """(M,) int32: where in ``pixel`` each vertex begins."""
 
     neighbours: list[Tensor]
-    """(M, 3) int32 for each axis: a vertex and the two beside it; the last where there is none."""
-
-    blur_M3: Tensor
-    """(M, 3) float32: 1, 0.5, 0.5."""
+    """(M, 2) int32 for each axis: the two vertices beside one; the last where there is none."""
 
     @property
     def vertices(self) -> int:
         """M, with the last."""
-        return len(self.blur_M3)
+        return len(self.start)
 
-    def blur(self, value_MR: Tensor) -> Tensor:
-        """(M, R), along each axis in turn; a new tensor."""
-        for neighbour_M3 in self.neighbours:
-            value_MR = F.embedding_bag(
-                neighbour_M3, value_MR, mode="sum", per_sample_weights=self.blur_M3
-            )
-        return value_MR
+    def blur(self, value_MR: Tensor) -> None:
+        """Along each axis in turn, in place."""
+        for neighbour_M2 in self.neighbours:
+            value_MR.add_(F.embedding_bag(neighbour_M2, value_MR, mode="sum"), alpha=0.5)
 
     @classmethod
-    def of(cls, features_DN: Tensor) -> tuple[_Lattice, Tensor]:
-        """The lattice and barycentric weights (N, V). Raises CrfError for too wide a span."""
-        corner_VN, rank_NV, weight_NV = _simplices(features_DN)
-        keys, strides = _keys(corner_VN, rank_NV)
-        sorted_, order = keys.ravel().sort(stable=True)
+    def of(cls, features_DN: Tensor) -> tuple[_Lattice, Tensor, Tensor]:
+        """The lattice, barycentric weights (V, N), and those in the order of its pixels.
+
+        Raises CrfError for too wide a span.
+        """
+        nearest_VN, rank_VN, weight_VN = _simplices(features_DN)
+        key_VN, strides, reach = _keys(nearest_VN, rank_VN)
+        columns = [key_N.sort(stable=True) for key_N in key_VN]
+        sorted_ = torch.cat([key_N + r * reach for r, (key_N, _) in enumerate(columns)])
+        order_VN = torch.stack([order_N for _, order_N in columns])
         first = torch.ones_like(sorted_, dtype=torch.bool)
-        first[1:] = sorted_[1:] != sorted_[:-1]
-        known = sorted_[first]
-        number = torch.empty_like(order, dtype=torch.int32)
-        number.scatter_(0, order, first.cumsum(0).to(torch.int32) - 1)
-        shape = weight_NV.shape
+        torch.ne(sorted_[1:], sorted_[:-1], out=first[1:])
         start = first.nonzero()[:, 0]
-        end = torch.full_like(start[:1], len(order))
-        neighbours = [_beside(known, step) for step in _steps(strides)]
-        blur = torch.tensor([1.0, 0.5, 0.5], device=keys.device)
+        known = sorted_.index_select(0, start)
+        number_VN = (first.cumsum(0, dtype=torch.int32) - 1).view_as(key_VN)
+        end = torch.full_like(start[:1], len(sorted_))
         lattice = cls(
-            vertex_NV=number.reshape(shape),
-            order=order,
-            pixel=(order // shape[1]).to(torch.int32),
+            vertex_VN=torch.empty_like(number_VN).scatter_(1, order_VN, number_VN),
+            pixel=order_VN.ravel().to(torch.int32),
             start=torch.cat([start, end]).to(torch.int32),
-            neighbours=neighbours,
-            blur_M3=blur.repeat(len(known) + 1, 1),
+            neighbours=_neighbours(known, strides, reach),
         )
-        return lattice, weight_NV
+        return lattice, weight_VN, weight_VN.gather(1, order_VN).ravel()
 
 
 def _simplices(features_DN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each pixel's simplex: a corner (V, N), the order of axes (N, V), int64; weights (N, V).
+    """Of each pixel's simplex: a corner over V, the order of axes, int64; weights; all (V, N).
 
     In float32 and in the order of the reference's code: another rounding is another vertex.
     """
     d = len(features_DN)
-    elevated = [torch.zeros_like(features_DN[0])] * (d + 1)
-    total = torch.zeros_like(features_DN[0])
+    elevated_VN = features_DN.new_empty(d + 1, features_DN.shape[1])
+    total_N = torch.zeros_like(features_DN[0])
     side = np.float32(math.sqrt(2 / 3) * (d + 1))
     for j in range(d, 0, -1):
         scale = np.float32(1 / math.sqrt(j * (j + 1)) * float(side))
-        scaled = features_DN[j - 1] * float(scale)
-        elevated[j] = total - j * scaled
-        total = total + scaled
-    elevated[0] = total
-    elevated_VN = torch.stack(elevated)
-    nearest_VN = (elevated_VN * float(np.float32(1 / (d + 1)))).round()
-    corner_VN = nearest_VN * (d + 1)
-    rank_VN = _ranks(elevated_VN - corner_VN) + nearest_VN.sum(0).to(torch.int8)
+        scaled_N = features_DN[j - 1] * float(scale)
+        torch.sub(total_N, j * scaled_N, out=elevated_VN[j])
+        total_N += scaled_N
+    elevated_VN[0] = total_N
+    down = float(np.float32(1 / (d + 1)))
+    nearest_VN = (elevated_VN * down).round_()
+    rank_VN = _ranks(elevated_VN - nearest_VN * (d + 1)) + nearest_VN.sum(0).to(torch.int8)
     wrap_VN = (rank_VN < 0).to(torch.int8) - (rank_VN > d).to(torch.int8)
     rank_VN += wrap_VN * (d + 1)
-    rank_NV = rank_VN.T.to(torch.int64, memory_format=torch.contiguous_format)
-    corner_VN += wrap_VN * (d + 1)
-    rest_NV = ((elevated_VN - corner_VN) * float(np.float32(1 / (d + 1)))).T
-    falling_NV = torch.empty_like(rest_NV, memory_format=torch.contiguous_format)
-    falling_NV.scatter_(1, rank_NV, rest_NV)  # by rank: greatest first
-    weight_NV = torch.empty_like(falling_NV)
-    weight_NV[:, 1:] = (falling_NV[:, :-1] - falling_NV[:, 1:]).flip(1)
-    weight_NV[:, 0] = 1 + falling_NV[:, -1] - falling_NV[:, 0]
-    return corner_VN.to(torch.int64), rank_NV, weight_NV
+    nearest_VN += wrap_VN
+    rest_VN = elevated_VN.sub_(nearest_VN * (d + 1)).mul_(down)
+    order_VN = rank_VN.to(torch.int64)
+    falling_VN = torch.empty_like(rest_VN).scatter_(0, order_VN, rest_VN)
+    weight_VN = torch.empty_like(falling_VN)
+    weight_VN[1:] = (falling_VN[:-1] - falling_VN[1:]).flip(0)
+    weight_VN[0] = 1 + falling_VN[-1] - falling_VN[0]
+    return nearest_VN, order_VN, weight_VN
 
 
 def _ranks(rest_VN: Tensor) -> Tensor:
@@ -313,52 +300,54 @@ def _ranks(rest_VN: Tensor) -> Tensor:
     return rank_VN
 
 
-def _keys(corner_VN: Tensor, rank_NV: Tensor) -> tuple[Tensor, list[int]]:
-    """One number for each vertex of each pixel (N, V), and the stride of each coordinate.
+def _keys(nearest_VN: Tensor, rank_VN: Tensor) -> tuple[Tensor, list[int], int]:
+    """A number for each vertex of each pixel (V, N), strides of the coordinates, and their reach.
 
-    The last coordinate follows from the others. In 32 bits where those hold them, which are sorted
-    twice as fast. Raises CrfError where 64 do not.
+    All coordinates of vertex r leave the remainder r when they are divided by V, so that two that
+    differ in it are never the same: they are numbered and sorted apart, by the quotients. The last
+    coordinate follows from the others. Raises CrfError where 64 bits do not hold the numbers.
     """
-    d = len(corner_VN) - 1
-    margin = 2 * (d + 1)  # vertices of a simplex, and their neighbours, lie so far around
-    low = (corner_VN[:-1].amin(1) - margin).tolist()
-    high = (corner_VN[:-1].amax(1) + margin).tolist()
+    d = len(nearest_VN) - 1
+    low = (nearest_VN[:-1].amin(1) - 2).tolist()  # a vertex and its neighbour lie so far around
+    high = (nearest_VN[:-1].amax(1) + 2).tolist()
     strides, reach = [], 1
     for a, b in zip(low, high, strict=True):
         strides.append(reach)
-        reach *= b - a + 1
-    if reach >= 2**63:
+        reach *= int(b - a) + 1
+    if reach * (d + 1) >= 2**62:
         raise CrfError(
             f"crf: features span {reach:.1e} lattice points, 64 bits number 9.2e+18: use smaller"
             " tiles or larger deviations"
         )
-    dtype = torch.int32 if reach < 2**30 else torch.int64  # with room for a step
-    # Vertex r adds r to each coordinate, and takes V off those that come last in the order.
-    key_NV = torch.empty(corner_VN.T.shape, dtype=dtype, device=corner_VN.device)
-    stride_V = torch.tensor([*strides, 0], dtype=dtype, device=corner_VN.device)
-    by_rank_NV = torch.empty_like(key_NV).scatter_(1, rank_NV, stride_V.expand_as(rank_NV))
-    key_NV[:, 0] = sum(
-        (row - a) * s for row, a, s in zip(corner_VN[:-1], low, strides, strict=True)
+    dtype = torch.int32 if reach * (d + 2) < 2**31 else torch.int64
+    key_VN = torch.empty_like(nearest_VN, dtype=dtype)
+    stride_V1 = torch.tensor([[stride] for stride in [*strides, 0]], device=key_VN.device).to(dtype)
+    by_rank_VN = torch.empty_like(key_VN).scatter_(0, rank_VN, stride_V1.expand_as(key_VN))
+    key_VN[0] = sum(
+        (row_N - a).to(dtype) * s for row_N, a, s in zip(nearest_VN[:-1], low, strides, strict=True)
     )
-    key_NV[:, 1:] = sum(strides) - (d + 1) * by_rank_NV[:, 1:].flip(1)
-    return key_NV.cumsum_(1), strides
+    for r in range(1, d + 1):  # vertex r takes one off the coordinate that comes r-th from last
+        torch.sub(key_VN[r - 1], by_rank_VN[d + 1 - r], out=key_VN[r])
+    return key_VN, strides, reach
 
 
-def _steps(strides: Sequence[int]) -> list[int]:
-    """What to add to a key to get to the neighbour, for each of V axes."""
-    whole, d = sum(strides), len(strides)
-    return [(d + 1) * stride - whole for stride in strides] + [-whole]
+def _neighbours(known: Tensor, strides: Sequence[int], reach: int) -> list[Tensor]:
+    """(M, 2) int32 for each of V axes: both neighbours of each vertex; M where absent.
 
-
-def _beside(known: Tensor, step: int) -> Tensor:
-    """(M, 3) int32: each vertex, and its two neighbours along an axis; M where absent."""
-    count = len(known)
-    place_M = torch.arange(count + 1, dtype=torch.int32, device=known.device)
-    found = torch.searchsorted(known, known + step).clamp_(max=count - 1)
-    met = known.index_select(0, found) == known + step
-    after_M, before_M = torch.full_like(place_M, count), torch.full_like(place_M, count)
-    found = torch.where(met, found, count)
-    after_M[:-1] = found
-    before_M.scatter_(0, found, place_M[:-1])
-    before_M[-1] = count  # where all that met none were put
-    return torch.stack([place_M, after_M, before_M], 1)
+    A step adds 1 to all coordinates and takes V off that of the axis. So the remainder rises, and
+    one quotient falls by 1; from the last remainder on all quotients rise first.
+    """
+    d, count = len(strides), len(known)
+    place_M = torch.arange(count, dtype=torch.int32, device=known.device)
+    onward = known + torch.where(known < d * reach, reach, sum(strides) - d * reach).to(known.dtype)
+    found = []
+    for stride in [*strides, 0]:
+        wanted = onward - stride
+        at = torch.searchsorted(known, wanted).clamp_(max=count - 1)
+        at = torch.where(known.index_select(0, at) == wanted, at, count)
+        neighbour_M2 = torch.full((count + 1, 2), count, dtype=torch.int32, device=known.device)
+        neighbour_M2[:-1, 0] = at
+        before_M = torch.full_like(neighbour_M2[:, 1], count).scatter_(0, at, place_M)
+        neighbour_M2[:-1, 1] = before_M[:-1]
+        found.append(neighbour_M2)
+    return found
