@@ -201,8 +201,8 @@ class _Filter:
             lattice.pixel, one_N1, lattice.start, mode="sum", per_sample_weights=self.splat_weight
         )
         lattice.blur(value_M1)
-        near_VN = value_M1[:, 0].index_select(0, lattice.vertex_VN.ravel()).view_as(
-            lattice.vertex_VN
+        near_VN = (
+            value_M1[:, 0].index_select(0, lattice.vertex_VN.ravel()).view_as(lattice.vertex_VN)
         )
         return near_VN.mul_(self.slice_weight_VN).sum(0)
 
