@@ -47,7 +47,7 @@ class TorchEngine:
             return np.ones_like(energy_KN)
         odds = _Odds.of(base_NR.clone())
         messages = _Messages.of(kernels, device=self._device)
-        messages.add_constants(base_NR)
+        base_NR += messages.bias_NR
         for _ in range(iterations):
             odds = _Odds.of(messages(odds.differences()).add_(base_NR))
         found_KN: NDArray[np.float32] = odds.probabilities().T.contiguous().cpu().numpy()
@@ -96,79 +96,75 @@ class _Odds:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Messages:
-    """What all kernels add to the logits: one splat, each its blur, one slice.
+    """What all kernels add to the logits: one splat, one blur, one slice.
 
     With a penalty matrix mu, a(k, l) = mu(k, l) - mu(K, l) and A_k = sum over l of a(k, l), a
     kernel G adds sum over l of T(k, l) G r_l, with T = A_k / K - a(k, l), and -A_k / K times G 1.
     """
 
-    filters: list[_Filter]
-    matrices_RR: list[Tensor | float]
-    """T transposed; the weight of a Potts kernel."""
+    lattice: _Lattice
+    """Of all kernels; those of most axes first, so that each axis is that of the first vertices."""
 
-    constants_R: list[Tensor | None]
-    pixel: Tensor
-    start: Tensor
     splat_weight: Tensor
-    vertex_NV: Tensor
-    slice_weight_NV: Tensor
+    vertex: Tensor
+    """(N x V) int32: pixel by pixel, its vertices in all kernels' lattices."""
+
+    bag: Tensor
+    """(N,) int32: where in ``vertex`` each pixel begins."""
+
+    slice_weight: Tensor
+    """As ``vertex``; times the weight of a Potts kernel."""
+
+    matrices_RR: list[tuple[slice, Tensor]]
+    """Vertices of a kernel that has a penalty matrix, and T transposed."""
+
+    bias_NR: Tensor | float
+    """What no probability changes, because those of a pixel sum to 1."""
 
     @classmethod
     def of(cls, kernels: Sequence[Pairwise], *, device: Device) -> _Messages:
         """Build the lattices, on the device. Raises CrfError."""
+        kernels = sorted(kernels, key=lambda kernel: -len(kernel.features_DN))
         filters = [_Filter.of(torch.from_numpy(k.features_DN).to(device)) for k in kernels]
-        terms = [_matrix_and_constant(k.compatibility, device=device) for k in kernels]
-        lattices = [filter_.lattice for filter_ in filters]
-        vertices = [0, *itertools.accumulate(lattice.vertices for lattice in lattices)]
-        entries = [0, *itertools.accumulate(len(lattice.pixel) for lattice in lattices)]
-        starts = [lattice.start + first for lattice, first in zip(lattices, entries, strict=False)]
-        rows = [lattice.vertex_VN + v for lattice, v in zip(lattices, vertices, strict=False)]
+        lattice = _Lattice.joined([filter_.lattice for filter_ in filters])
+        firsts = [0, *itertools.accumulate(filter_.lattice.vertices for filter_ in filters)]
+        rows_N: list[Tensor] = []
+        weights_N: list[Tensor] = []
+        matrices = []
+        bias_NR: Tensor | float = 0.0
+        for kernel, filter_, first in zip(kernels, filters, firsts, strict=False):
+            weight = kernel.compatibility
+            if isinstance(weight, np.ndarray):
+                matrix_RR, constant_R = _matrix_and_constant(torch.from_numpy(weight).to(device))
+                matrices.append((slice(first, first + filter_.lattice.vertices), matrix_RR))
+                bias_NR = bias_NR + filter_.of_ones()[:, None] * constant_R
+                weight = 1.0
+            rows_N += (filter_.vertex_VN + first).unbind()
+            weights_N += (filter_.slice_weight_VN * weight).unbind()
+        end = len(rows_N) * len(rows_N[0])
         return cls(
-            filters=filters,
-            matrices_RR=[matrix for matrix, _ in terms],
-            constants_R=[constant for _, constant in terms],
-            pixel=torch.cat([lattice.pixel for lattice in lattices]),
-            start=torch.cat(starts),
+            lattice=lattice,
             splat_weight=torch.cat([filter_.splat_weight for filter_ in filters]),
             # Of rows: a transposition takes twice as long.
-            vertex_NV=torch.stack([row_N for row_VN in rows for row_N in row_VN], 1),
-            slice_weight_NV=torch.stack(
-                [row_N for filter_ in filters for row_N in filter_.slice_weight_VN], 1
-            ),
+            vertex=torch.stack(rows_N, 1).ravel(),
+            bag=torch.arange(0, end, len(rows_N), dtype=torch.int32, device=device),
+            slice_weight=torch.stack(weights_N, 1).ravel(),
+            matrices_RR=matrices,
+            bias_NR=bias_NR,
         )
-
-    def add_constants(self, logit_NR: Tensor) -> None:
-        """What no probability changes, because those of a pixel sum to 1."""
-        for filter_, constant_R in zip(self.filters, self.constants_R, strict=True):
-            if constant_R is not None:
-                logit_NR += filter_.of_ones()[:, None] * constant_R
 
     def __call__(self, difference_NR: Tensor) -> Tensor:
         """(N, R), to be added to the logits; a new tensor."""
-        value_MR = F.embedding_bag(
-            self.pixel, difference_NR, self.start, mode="sum", per_sample_weights=self.splat_weight
-        )
-        sizes = [filter_.lattice.vertices for filter_ in self.filters]
-        for filter_, matrix_RR, part_MR in zip(
-            self.filters, self.matrices_RR, value_MR.split_with_sizes(sizes), strict=True
-        ):
-            filter_.lattice.blur(part_MR)
-            if isinstance(matrix_RR, float):
-                part_MR *= matrix_RR
-            else:
-                part_MR.copy_(part_MR @ matrix_RR)
+        value_MR = self.lattice.blurred(difference_NR, self.splat_weight)
+        for rows, matrix_RR in self.matrices_RR:
+            value_MR[rows] = value_MR[rows] @ matrix_RR
         return F.embedding_bag(
-            self.vertex_NV, value_MR, mode="sum", per_sample_weights=self.slice_weight_NV
+            self.vertex, value_MR, self.bag, mode="sum", per_sample_weights=self.slice_weight
         )
 
 
-def _matrix_and_constant(
-    compatibility: float | NDArray[np.float32], *, device: Device
-) -> tuple[Tensor | float, Tensor | None]:
-    """T, transposed, and what G 1 is multiplied by: see ``_Messages``."""
-    if not isinstance(compatibility, np.ndarray):
-        return float(compatibility), None
-    penalty_KK = torch.from_numpy(compatibility).to(device)
+def _matrix_and_constant(penalty_KK: Tensor) -> tuple[Tensor, Tensor]:
+    """T, transposed (R, R), and what G 1 is multiplied by (R,): see ``_Messages``."""
     above_RK = penalty_KK[:-1] - penalty_KK[-1:]
     mean_R1 = above_RK.mean(1, keepdim=True)
     return (mean_R1 - above_RK[:, :-1]).T.contiguous(), -mean_R1[:, 0]
@@ -179,40 +175,38 @@ class _Filter:
     """A Gaussian over the features, symmetrically normalised: n K n."""
 
     lattice: _Lattice
+
     splat_weight: Tensor
+    """As ``lattice.pixel``."""
+
+    vertex_VN: Tensor
+    """(V, N) int32: the vertices of each pixel's simplex."""
+
     slice_weight_VN: Tensor
 
     @classmethod
     def of(cls, features_DN: Tensor) -> _Filter:
         """Build the lattice and its weights. Raises CrfError."""
-        lattice, weight_VN, splat = _Lattice.of(features_DN)
-        alpha = 1 / (1 + 2.0 ** -len(features_DN))
-        plain = cls(lattice, splat, weight_VN * alpha)
-        norm_N = (plain.of_ones() + 1e-20).rsqrt()
+        nearest_VN, rank_VN, weight_VN = _simplices(features_DN)
+        lattice, vertex_VN, order_VN = _Lattice.of(nearest_VN, rank_VN)
+        splat = weight_VN.gather(1, order_VN).ravel()
+        weight_VN *= 1 / (1 + 2.0 ** -len(features_DN))
+        norm_N = (cls(lattice, splat, vertex_VN, weight_VN).of_ones() + 1e-20).rsqrt_()
         # index_select: an index in brackets takes ten times as long.
-        splat = splat * norm_N.index_select(0, lattice.pixel)
-        return cls(lattice, splat, plain.slice_weight_VN * norm_N)
+        splat *= norm_N.index_select(0, lattice.pixel)
+        return cls(lattice, splat, vertex_VN, weight_VN.mul_(norm_N))
 
     def of_ones(self) -> Tensor:
         """(N,): what ones become."""
-        lattice = self.lattice
         one_N1 = torch.ones_like(self.slice_weight_VN[0, :, None])
-        value_M1 = F.embedding_bag(
-            lattice.pixel, one_N1, lattice.start, mode="sum", per_sample_weights=self.splat_weight
-        )
-        lattice.blur(value_M1)
-        near_VN = (
-            value_M1[:, 0].index_select(0, lattice.vertex_VN.ravel()).view_as(lattice.vertex_VN)
-        )
+        value_M = self.lattice.blurred(one_N1, self.splat_weight)[:, 0]
+        near_VN = value_M.index_select(0, self.vertex_VN.ravel()).view_as(self.vertex_VN)
         return near_VN.mul_(self.slice_weight_VN).sum(0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Lattice:
     """The vertices that pixels touch, and one more, last, that is always 0."""
-
-    vertex_VN: Tensor
-    """(V, N) int32: the vertices of each pixel's simplex."""
 
     pixel: Tensor
     """(V x N) int32: pixels vertex by vertex, those of one in their order."""
@@ -223,23 +217,32 @@ class _Lattice:
     neighbours: list[Tensor]
     """(M, 2) int32 for each axis: the two vertices beside one; the last where there is none."""
 
+    pair: Tensor
+    """(M,) int32: where in ``neighbours`` each vertex begins, 0, 2, 4 and so on."""
+
     @property
     def vertices(self) -> int:
         """M, with the last."""
         return len(self.start)
 
-    def blur(self, value_MR: Tensor) -> None:
-        """Along each axis in turn, in place."""
+    def blurred(self, value_NR: Tensor, weight: Tensor) -> Tensor:
+        """(M, R): the pixels' values, times weights as in ``pixel``, along each axis in turn."""
+        value_MR = F.embedding_bag(
+            self.pixel, value_NR, self.start, mode="sum", per_sample_weights=weight
+        )
         for neighbour_M2 in self.neighbours:
-            value_MR.add_(F.embedding_bag(neighbour_M2, value_MR, mode="sum"), alpha=0.5)
+            part_MR = value_MR[: len(neighbour_M2)]
+            pair = self.pair[: len(neighbour_M2)]
+            beside_MR = F.embedding_bag(neighbour_M2.ravel(), part_MR, pair, mode="sum")
+            part_MR.add_(beside_MR, alpha=0.5)
+        return value_MR
 
     @classmethod
-    def of(cls, features_DN: Tensor) -> tuple[_Lattice, Tensor, Tensor]:
-        """The lattice, barycentric weights (V, N), and those in the order of its pixels.
+    def of(cls, nearest_VN: Tensor, rank_VN: Tensor) -> tuple[_Lattice, Tensor, Tensor]:
+        """The lattice under pixels' simplices, the vertices of each pixel, and ``pixel`` as (V, N).
 
         Raises CrfError for too wide a span.
         """
-        nearest_VN, rank_VN, weight_VN = _simplices(features_DN)
         key_VN, strides, reach = _keys(nearest_VN, rank_VN)
         columns = [key_N.sort(stable=True) for key_N in key_VN]
         sorted_ = torch.cat([key_N + r * reach for r, (key_N, _) in enumerate(columns)])
@@ -248,15 +251,34 @@ class _Lattice:
         torch.ne(sorted_[1:], sorted_[:-1], out=first[1:])
         start = first.nonzero()[:, 0]
         known = sorted_.index_select(0, start)
-        number_VN = (first.cumsum(0, dtype=torch.int32) - 1).view_as(key_VN)
+        number_VN = first.cumsum(0, dtype=torch.int32).sub_(1).view_as(key_VN)
         end = torch.full_like(start[:1], len(sorted_))
         lattice = cls(
-            vertex_VN=torch.empty_like(number_VN).scatter_(1, order_VN, number_VN),
             pixel=order_VN.ravel().to(torch.int32),
             start=torch.cat([start, end]).to(torch.int32),
             neighbours=_neighbours(known, strides, reach),
+            pair=_pairs(len(known) + 1, device=known.device),
         )
-        return lattice, weight_VN, weight_VN.gather(1, order_VN).ravel()
+        return lattice, torch.empty_like(number_VN).scatter_(1, order_VN, number_VN), order_VN
+
+    @classmethod
+    def joined(cls, lattices: Sequence[_Lattice]) -> _Lattice:
+        """All vertices in one table, in turn; those of most axes have to come first."""
+        firsts = [0, *itertools.accumulate(lattice.vertices for lattice in lattices)]
+        begins = [0, *itertools.accumulate(len(lattice.pixel) for lattice in lattices)]
+        each = list(zip(lattices, firsts, begins, strict=False))
+        axes = range(len(lattices[0].neighbours))
+        return cls(
+            pixel=torch.cat([lattice.pixel for lattice in lattices]),
+            start=torch.cat([lattice.start + begin for lattice, _, begin in each]),
+            neighbours=[
+                torch.cat(
+                    [x.neighbours[j] + first for x, first, _ in each if j < len(x.neighbours)]
+                )
+                for j in axes
+            ],
+            pair=_pairs(firsts[-1], device=lattices[0].pair.device),
+        )
 
 
 def _simplices(features_DN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -291,12 +313,13 @@ def _simplices(features_DN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _ranks(rest_VN: Tensor) -> Tensor:
     """(V, N) int8: how many others are greater; of equal ones, the earlier has the lower rank."""
-    rank_VN = torch.zeros_like(rest_VN, dtype=torch.int8)
-    for i in range(len(rest_VN)):
-        for j in range(i + 1, len(rest_VN)):
-            less_N = rest_VN[i] < rest_VN[j]
+    rank_VN = torch.empty_like(rest_VN, dtype=torch.int8)
+    rank_VN[:] = torch.arange(len(rest_VN), device=rest_VN.device)[:, None]
+    for i in range(len(rest_VN) - 1):
+        less_VN = (rest_VN[i] < rest_VN[i + 1 :]).view(torch.int8)
+        rank_VN[i + 1 :] -= less_VN
+        for less_N in less_VN:
             rank_VN[i] += less_N
-            rank_VN[j] += ~less_N
     return rank_VN
 
 
@@ -338,16 +361,19 @@ def _neighbours(known: Tensor, strides: Sequence[int], reach: int) -> list[Tenso
     one quotient falls by 1; from the last remainder on all quotients rise first.
     """
     d, count = len(strides), len(known)
-    place_M = torch.arange(count, dtype=torch.int32, device=known.device)
-    onward = known + torch.where(known < d * reach, reach, sum(strides) - d * reach).to(known.dtype)
-    found = []
-    for stride in [*strides, 0]:
-        wanted = onward - stride
-        at = torch.searchsorted(known, wanted).clamp_(max=count - 1)
-        at = torch.where(known.index_select(0, at) == wanted, at, count)
-        neighbour_M2 = torch.full((count + 1, 2), count, dtype=torch.int32, device=known.device)
-        neighbour_M2[:-1, 0] = at
-        before_M = torch.full_like(neighbour_M2[:, 1], count).scatter_(0, at, place_M)
-        neighbour_M2[:-1, 1] = before_M[:-1]
-        found.append(neighbour_M2)
-    return found
+    stride_V1 = torch.tensor([[stride] for stride in [*strides, 0]], device=known.device)
+    onward = known + torch.where(known < d * reach, reach, sum(strides) - d * reach)
+    wanted_VM = (onward - stride_V1).to(known.dtype)
+    at_VM = torch.searchsorted(known, wanted_VM).clamp_(max=count - 1)
+    met_VM = known.index_select(0, at_VM.ravel()).view_as(at_VM) == wanted_VM
+    at_VM.masked_fill_(~met_VM, count)
+    neighbour_VM2 = torch.full((d + 1, count + 1, 2), count, dtype=torch.int32, device=known.device)
+    neighbour_VM2[:, :-1, 0] = at_VM
+    place_VM = torch.arange(count, dtype=torch.int32, device=known.device).expand_as(at_VM)
+    before_VM = torch.full_like(neighbour_VM2[..., 1], count).scatter_(1, at_VM, place_VM)
+    neighbour_VM2[:, :-1, 1] = before_VM[:, :-1]
+    return list(neighbour_VM2.unbind())
+
+
+def _pairs(count: int, *, device: torch.device) -> Tensor:
+    return torch.arange(0, 2 * count, 2, dtype=torch.int32, device=device)
