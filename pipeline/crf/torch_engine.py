@@ -96,15 +96,21 @@ class _Odds:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Messages:
-    """What all kernels add to the logits: one splat, one blur, one slice.
+    """What all kernels add to the logits: one splat, each its blur, one slice.
 
     With a penalty matrix mu, a(k, l) = mu(k, l) - mu(K, l) and A_k = sum over l of a(k, l), a
     kernel G adds sum over l of T(k, l) G r_l, with T = A_k / K - a(k, l), and -A_k / K times G 1.
     """
 
-    lattice: _Lattice
-    """Of all kernels; those of most axes first, so that each axis is that of the first vertices."""
+    lattices: list[_Lattice]
+    matrices_RR: list[Tensor | None]
+    """T transposed; None for a Potts kernel, whose weight is in ``slice_weight``."""
 
+    bias_NR: Tensor | float
+    """What no probability changes, because those of a pixel sum to 1."""
+
+    pixel: Tensor
+    start: Tensor
     splat_weight: Tensor
     vertex: Tensor
     """(N x V) int32: pixel by pixel, its vertices in all kernels' lattices."""
@@ -113,51 +119,54 @@ class _Messages:
     """(N,) int32: where in ``vertex`` each pixel begins."""
 
     slice_weight: Tensor
-    """As ``vertex``; times the weight of a Potts kernel."""
-
-    matrices_RR: list[tuple[slice, Tensor]]
-    """Vertices of a kernel that has a penalty matrix, and T transposed."""
-
-    bias_NR: Tensor | float
-    """What no probability changes, because those of a pixel sum to 1."""
+    """As ``vertex``."""
 
     @classmethod
     def of(cls, kernels: Sequence[Pairwise], *, device: Device) -> _Messages:
         """Build the lattices, on the device. Raises CrfError."""
-        kernels = sorted(kernels, key=lambda kernel: -len(kernel.features_DN))
         filters = [_Filter.of(torch.from_numpy(k.features_DN).to(device)) for k in kernels]
-        lattice = _Lattice.joined([filter_.lattice for filter_ in filters])
-        firsts = [0, *itertools.accumulate(filter_.lattice.vertices for filter_ in filters)]
+        vertices = [0, *itertools.accumulate(filter_.lattice.vertices for filter_ in filters)]
+        entries = [0, *itertools.accumulate(len(filter_.pixel) for filter_ in filters)]
+        starts = [filter_.start + e for filter_, e in zip(filters, entries, strict=False)]
+        matrices: list[Tensor | None] = []
+        bias_NR: Tensor | float = 0.0
         rows_N: list[Tensor] = []
         weights_N: list[Tensor] = []
-        matrices = []
-        bias_NR: Tensor | float = 0.0
-        for kernel, filter_, first in zip(kernels, filters, firsts, strict=False):
-            weight = kernel.compatibility
+        for kernel, filter_, vertex in zip(kernels, filters, vertices, strict=False):
+            weight, matrix_RR = kernel.compatibility, None
             if isinstance(weight, np.ndarray):
                 matrix_RR, constant_R = _matrix_and_constant(torch.from_numpy(weight).to(device))
-                matrices.append((slice(first, first + filter_.lattice.vertices), matrix_RR))
                 bias_NR = bias_NR + filter_.of_ones()[:, None] * constant_R
                 weight = 1.0
-            rows_N += (filter_.vertex_VN + first).unbind()
+            matrices.append(matrix_RR)
+            rows_N += (filter_.vertex_VN + vertex).unbind()
             weights_N += (filter_.slice_weight_VN * weight).unbind()
-        end = len(rows_N) * len(rows_N[0])
+        bags = torch.arange(len(rows_N[0]), dtype=torch.int32, device=device)
         return cls(
-            lattice=lattice,
+            lattices=[filter_.lattice for filter_ in filters],
+            matrices_RR=matrices,
+            bias_NR=bias_NR,
+            pixel=torch.cat([filter_.pixel for filter_ in filters]),
+            start=torch.cat(starts),
             splat_weight=torch.cat([filter_.splat_weight for filter_ in filters]),
             # Of rows: a transposition takes twice as long.
             vertex=torch.stack(rows_N, 1).ravel(),
-            bag=torch.arange(0, end, len(rows_N), dtype=torch.int32, device=device),
+            bag=bags * len(rows_N),
             slice_weight=torch.stack(weights_N, 1).ravel(),
-            matrices_RR=matrices,
-            bias_NR=bias_NR,
         )
 
     def __call__(self, difference_NR: Tensor) -> Tensor:
         """(N, R), to be added to the logits; a new tensor."""
-        value_MR = self.lattice.blurred(difference_NR, self.splat_weight)
-        for rows, matrix_RR in self.matrices_RR:
-            value_MR[rows] = value_MR[rows] @ matrix_RR
+        value_MR = F.embedding_bag(
+            self.pixel, difference_NR, self.start, mode="sum", per_sample_weights=self.splat_weight
+        )
+        parts_MR = value_MR.split_with_sizes([lattice.vertices for lattice in self.lattices])
+        for lattice, matrix_RR, part_MR in zip(
+            self.lattices, self.matrices_RR, parts_MR, strict=True
+        ):
+            lattice.blur(part_MR)
+            if matrix_RR is not None:
+                part_MR.copy_(part_MR @ matrix_RR)
         return F.embedding_bag(
             self.vertex, value_MR, self.bag, mode="sum", per_sample_weights=self.slice_weight
         )
@@ -176,31 +185,55 @@ class _Filter:
 
     lattice: _Lattice
 
+    pixel: Tensor
+    """(V x N) int32: pixels vertex by vertex, those of one in their order."""
+
+    start: Tensor
+    """(M,) int32: where in ``pixel`` each vertex begins."""
+
     splat_weight: Tensor
-    """As ``lattice.pixel``."""
+    """As ``pixel``."""
 
     vertex_VN: Tensor
-    """(V, N) int32: the vertices of each pixel's simplex."""
+    """int32: the vertices of each pixel's simplex."""
 
     slice_weight_VN: Tensor
 
     @classmethod
     def of(cls, features_DN: Tensor) -> _Filter:
         """Build the lattice and its weights. Raises CrfError."""
-        nearest_VN, rank_VN, weight_VN = _simplices(features_DN)
-        lattice, vertex_VN, order_VN = _Lattice.of(nearest_VN, rank_VN)
-        splat = weight_VN.gather(1, order_VN).ravel()
-        weight_VN *= 1 / (1 + 2.0 ** -len(features_DN))
-        norm_N = (cls(lattice, splat, vertex_VN, weight_VN).of_ones() + 1e-20).rsqrt_()
+        corner_VN, rank_VN, weight_VN = _simplices(features_DN)
+        key_VN, keys = _keys(corner_VN, rank_VN)
+        columns = [key_N.sort(stable=True) for key_N in key_VN]
+        key = torch.cat([key_N + r * keys.reach for r, (key_N, _) in enumerate(columns)])
+        order_VN = torch.stack([order_N for _, order_N in columns])
+        first = torch.ones_like(key, dtype=torch.bool)
+        torch.ne(key[1:], key[:-1], out=first[1:])
+        start = first.nonzero()[:, 0]
+        end = torch.full_like(start[:1], len(key))
+        number_VN = first.cumsum(0, dtype=torch.int32).sub_(1).view_as(key_VN)
+        plain = cls(
+            lattice=_Lattice.of(key.index_select(0, start), keys),
+            pixel=order_VN.ravel().to(torch.int32),
+            start=torch.cat([start, end]).to(torch.int32),
+            splat_weight=weight_VN.gather(1, order_VN).ravel(),
+            vertex_VN=torch.empty_like(number_VN).scatter_(1, order_VN, number_VN),
+            slice_weight_VN=weight_VN.mul_(1 / (1 + 2.0 ** -len(features_DN))),
+        )
+        norm_N = (plain.of_ones() + 1e-20).rsqrt_()
         # index_select: an index in brackets takes ten times as long.
-        splat *= norm_N.index_select(0, lattice.pixel)
-        return cls(lattice, splat, vertex_VN, weight_VN.mul_(norm_N))
+        plain.splat_weight.mul_(norm_N.index_select(0, plain.pixel))
+        plain.slice_weight_VN.mul_(norm_N)
+        return plain
 
     def of_ones(self) -> Tensor:
         """(N,): what ones become."""
         one_N1 = torch.ones_like(self.slice_weight_VN[0, :, None])
-        value_M = self.lattice.blurred(one_N1, self.splat_weight)[:, 0]
-        near_VN = value_M.index_select(0, self.vertex_VN.ravel()).view_as(self.vertex_VN)
+        value_M1 = F.embedding_bag(
+            self.pixel, one_N1, self.start, mode="sum", per_sample_weights=self.splat_weight
+        )
+        self.lattice.blur(value_M1)
+        near_VN = value_M1[:, 0].index_select(0, self.vertex_VN.ravel()).view_as(self.vertex_VN)
         return near_VN.mul_(self.slice_weight_VN).sum(0)
 
 
@@ -208,81 +241,48 @@ class _Filter:
 class _Lattice:
     """The vertices that pixels touch, and one more, last, that is always 0."""
 
-    pixel: Tensor
-    """(V x N) int32: pixels vertex by vertex, those of one in their order."""
-
-    start: Tensor
-    """(M,) int32: where in ``pixel`` each vertex begins."""
-
-    neighbours: list[Tensor]
-    """(M, 2) int32 for each axis: the two vertices beside one; the last where there is none."""
+    neighbour_VM2: Tensor
+    """int32, for each axis: the two vertices beside one; the last where there is none."""
 
     pair: Tensor
-    """(M,) int32: where in ``neighbours`` each vertex begins, 0, 2, 4 and so on."""
+    """(M,) int32: where in a row of those each vertex begins, 0, 2, 4 and so on."""
 
     @property
     def vertices(self) -> int:
         """M, with the last."""
-        return len(self.start)
+        return len(self.pair)
 
-    def blurred(self, value_NR: Tensor, weight: Tensor) -> Tensor:
-        """(M, R): the pixels' values, times weights as in ``pixel``, along each axis in turn."""
-        value_MR = F.embedding_bag(
-            self.pixel, value_NR, self.start, mode="sum", per_sample_weights=weight
-        )
-        for neighbour_M2 in self.neighbours:
-            part_MR = value_MR[: len(neighbour_M2)]
-            pair = self.pair[: len(neighbour_M2)]
-            beside_MR = F.embedding_bag(neighbour_M2.ravel(), part_MR, pair, mode="sum")
-            part_MR.add_(beside_MR, alpha=0.5)
-        return value_MR
+    def blur(self, value_MR: Tensor) -> None:
+        """Along each axis in turn, in place."""
+        for neighbour_M2 in self.neighbour_VM2:
+            beside_MR = F.embedding_bag(neighbour_M2.ravel(), value_MR, self.pair, mode="sum")
+            value_MR.add_(beside_MR, alpha=0.5)
 
     @classmethod
-    def of(cls, nearest_VN: Tensor, rank_VN: Tensor) -> tuple[_Lattice, Tensor, Tensor]:
-        """The lattice under pixels' simplices, the vertices of each pixel, and ``pixel`` as (V, N).
+    def of(cls, known: Tensor, keys: _Keys) -> _Lattice:
+        """Of the vertices that have these keys, each once, in ascending order.
 
-        Raises CrfError for too wide a span.
+        A step along an axis adds 1 to all coordinates and takes V off that of the axis. So the
+        remainder rises, and one quotient falls by 1; from the last remainder on all rise first.
         """
-        key_VN, strides, reach = _keys(nearest_VN, rank_VN)
-        columns = [key_N.sort(stable=True) for key_N in key_VN]
-        sorted_ = torch.cat([key_N + r * reach for r, (key_N, _) in enumerate(columns)])
-        order_VN = torch.stack([order_N for _, order_N in columns])
-        first = torch.ones_like(sorted_, dtype=torch.bool)
-        torch.ne(sorted_[1:], sorted_[:-1], out=first[1:])
-        start = first.nonzero()[:, 0]
-        known = sorted_.index_select(0, start)
-        number_VN = first.cumsum(0, dtype=torch.int32).sub_(1).view_as(key_VN)
-        end = torch.full_like(start[:1], len(sorted_))
-        lattice = cls(
-            pixel=order_VN.ravel().to(torch.int32),
-            start=torch.cat([start, end]).to(torch.int32),
-            neighbours=_neighbours(known, strides, reach),
-            pair=_pairs(len(known) + 1, device=known.device),
-        )
-        return lattice, torch.empty_like(number_VN).scatter_(1, order_VN, number_VN), order_VN
-
-    @classmethod
-    def joined(cls, lattices: Sequence[_Lattice]) -> _Lattice:
-        """All vertices in one table, in turn; those of most axes have to come first."""
-        firsts = [0, *itertools.accumulate(lattice.vertices for lattice in lattices)]
-        begins = [0, *itertools.accumulate(len(lattice.pixel) for lattice in lattices)]
-        each = list(zip(lattices, firsts, begins, strict=False))
-        axes = range(len(lattices[0].neighbours))
-        return cls(
-            pixel=torch.cat([lattice.pixel for lattice in lattices]),
-            start=torch.cat([lattice.start + begin for lattice, _, begin in each]),
-            neighbours=[
-                torch.cat(
-                    [x.neighbours[j] + first for x, first, _ in each if j < len(x.neighbours)]
-                )
-                for j in axes
-            ],
-            pair=_pairs(firsts[-1], device=lattices[0].pair.device),
-        )
+        count, whole = len(known), sum(keys.strides)
+        shape = (len(keys.strides), count + 1, 2)
+        neighbour_VM2 = torch.full(shape, count, dtype=torch.int32, device=known.device)
+        place_M = torch.arange(count + 1, dtype=torch.int32, device=known.device)
+        last = (len(keys.strides) - 1) * keys.reach
+        onward = torch.where(known < last, known + keys.reach, known + (whole - last))
+        for stride, neighbour_M2 in zip(keys.strides, neighbour_VM2, strict=True):
+            wanted = onward - stride
+            at = torch.searchsorted(known, wanted).clamp_(max=count - 1)
+            at.masked_fill_(known.index_select(0, at) != wanted, count)
+            neighbour_M2[:-1, 0] = at
+            neighbour_M2[:, 1].scatter_(0, at, place_M[:-1])
+            neighbour_M2[-1] = count  # where all that met none were put
+        return cls(neighbour_VM2, 2 * place_M)
 
 
 def _simplices(features_DN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each pixel's simplex: a corner over V, the order of axes, int64; weights; all (V, N).
+    """Of each pixel's simplex: vertex 0 over V, the order of axes, int64; weights; all (V, N).
 
     In float32 and in the order of the reference's code: another rounding is another vertex.
     """
@@ -297,18 +297,18 @@ def _simplices(features_DN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         total_N += scaled_N
     elevated_VN[0] = total_N
     down = float(np.float32(1 / (d + 1)))
-    nearest_VN = (elevated_VN * down).round_()
-    rank_VN = _ranks(elevated_VN - nearest_VN * (d + 1)) + nearest_VN.sum(0).to(torch.int8)
+    corner_VN = (elevated_VN * down).round_()
+    rank_VN = _ranks(elevated_VN - corner_VN * (d + 1)) + corner_VN.sum(0).to(torch.int8)
     wrap_VN = (rank_VN < 0).to(torch.int8) - (rank_VN > d).to(torch.int8)
     rank_VN += wrap_VN * (d + 1)
-    nearest_VN += wrap_VN
-    rest_VN = elevated_VN.sub_(nearest_VN * (d + 1)).mul_(down)
+    corner_VN += wrap_VN
+    rest_VN = elevated_VN.sub_(corner_VN * (d + 1)).mul_(down)
     order_VN = rank_VN.to(torch.int64)
     falling_VN = torch.empty_like(rest_VN).scatter_(0, order_VN, rest_VN)
     weight_VN = torch.empty_like(falling_VN)
     weight_VN[1:] = (falling_VN[:-1] - falling_VN[1:]).flip(0)
     weight_VN[0] = 1 + falling_VN[-1] - falling_VN[0]
-    return nearest_VN, order_VN, weight_VN
+    return corner_VN, order_VN, weight_VN
 
 
 def _ranks(rest_VN: Tensor) -> Tensor:
@@ -323,57 +323,46 @@ def _ranks(rest_VN: Tensor) -> Tensor:
     return rank_VN
 
 
-def _keys(nearest_VN: Tensor, rank_VN: Tensor) -> tuple[Tensor, list[int], int]:
-    """A number for each vertex of each pixel (V, N), strides of the coordinates, and their reach.
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    """How vertices are numbered.
 
-    All coordinates of vertex r leave the remainder r when they are divided by V, so that two that
-    differ in it are never the same: they are numbered and sorted apart, by the quotients. The last
-    coordinate follows from the others. Raises CrfError where 64 bits do not hold the numbers.
+    All coordinates of a vertex leave the same remainder r when they are divided by V. So vertices
+    are numbered, and sorted, apart for each r, by the quotients; the last follows from the others.
     """
-    d = len(nearest_VN) - 1
-    low = (nearest_VN[:-1].amin(1) - 2).tolist()  # a vertex and its neighbour lie so far around
-    high = (nearest_VN[:-1].amax(1) + 2).tolist()
+
+    strides: tuple[int, ...]
+    """Of each coordinate; 0 for the last."""
+
+    reach: int
+    """Numbers for each remainder."""
+
+
+def _keys(corner_VN: Tensor, rank_VN: Tensor) -> tuple[Tensor, _Keys]:
+    """The number of vertex r of each pixel (V, N), less r times the reach.
+
+    In 32 bits where those hold them, which are sorted twice as fast. Raises CrfError where 64 do
+    not.
+    """
+    d = len(corner_VN) - 1
+    low = (corner_VN[:-1].amin(1) - 2).tolist()  # a vertex and its neighbour lie so far around
+    high = (corner_VN[:-1].amax(1) + 2).tolist()
     strides, reach = [], 1
     for a, b in zip(low, high, strict=True):
         strides.append(reach)
         reach *= int(b - a) + 1
-    if reach * (d + 1) >= 2**62:
+    if reach * (d + 2) >= 2**63:
         raise CrfError(
             f"crf: features span {reach:.1e} lattice points, 64 bits number 9.2e+18: use smaller"
             " tiles or larger deviations"
         )
-    dtype = torch.int32 if reach * (d + 2) < 2**31 else torch.int64
-    key_VN = torch.empty_like(nearest_VN, dtype=dtype)
-    stride_V1 = torch.tensor([[stride] for stride in [*strides, 0]], device=key_VN.device).to(dtype)
-    by_rank_VN = torch.empty_like(key_VN).scatter_(0, rank_VN, stride_V1.expand_as(key_VN))
+    dtype = torch.int32 if reach * (d + 2) < 2**31 else torch.int64  # with room for a step
+    stride_V = torch.tensor([*strides, 0], dtype=dtype, device=corner_VN.device)
+    key_VN = torch.empty_like(corner_VN, dtype=dtype)
+    by_rank_VN = torch.empty_like(key_VN).scatter_(0, rank_VN, stride_V[:, None].expand_as(key_VN))
     key_VN[0] = sum(
-        (row_N - a).to(dtype) * s for row_N, a, s in zip(nearest_VN[:-1], low, strides, strict=True)
+        (row_N - a).to(dtype) * s for row_N, a, s in zip(corner_VN[:-1], low, strides, strict=True)
     )
     for r in range(1, d + 1):  # vertex r takes one off the coordinate that comes r-th from last
         torch.sub(key_VN[r - 1], by_rank_VN[d + 1 - r], out=key_VN[r])
-    return key_VN, strides, reach
-
-
-def _neighbours(known: Tensor, strides: Sequence[int], reach: int) -> list[Tensor]:
-    """(M, 2) int32 for each of V axes: both neighbours of each vertex; M where absent.
-
-    A step adds 1 to all coordinates and takes V off that of the axis. So the remainder rises, and
-    one quotient falls by 1; from the last remainder on all quotients rise first.
-    """
-    d, count = len(strides), len(known)
-    stride_V1 = torch.tensor([[stride] for stride in [*strides, 0]], device=known.device)
-    onward = known + torch.where(known < d * reach, reach, sum(strides) - d * reach)
-    wanted_VM = (onward - stride_V1).to(known.dtype)
-    at_VM = torch.searchsorted(known, wanted_VM).clamp_(max=count - 1)
-    met_VM = known.index_select(0, at_VM.ravel()).view_as(at_VM) == wanted_VM
-    at_VM.masked_fill_(~met_VM, count)
-    neighbour_VM2 = torch.full((d + 1, count + 1, 2), count, dtype=torch.int32, device=known.device)
-    neighbour_VM2[:, :-1, 0] = at_VM
-    place_VM = torch.arange(count, dtype=torch.int32, device=known.device).expand_as(at_VM)
-    before_VM = torch.full_like(neighbour_VM2[..., 1], count).scatter_(1, at_VM, place_VM)
-    neighbour_VM2[:, :-1, 1] = before_VM[:, :-1]
-    return list(neighbour_VM2.unbind())
-
-
-def _pairs(count: int, *, device: torch.device) -> Tensor:
-    return torch.arange(0, 2 * count, 2, dtype=torch.int32, device=device)
+    return key_VN, _Keys((*strides, 0), reach)
