@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.crf.engine import Device, Pairwise
+from pipeline.crf.native_engine import MOST_KEPT_BYTES
 from pipeline.errors import CrfError
 
 
@@ -34,6 +35,7 @@ class TorchEngine:
 
     def __init__(self, *, device: Device, threads: int) -> None:
         self._device, self._threads = device, threads
+        self._kept: tuple[NDArray[np.float32], _Filter] | None = None
 
     @torch.inference_mode()
     def mean_field(
@@ -46,12 +48,22 @@ class TorchEngine:
         if not base_NR.shape[1]:
             return np.ones_like(energy_KN)
         odds = _Odds.of(base_NR.clone())
-        messages = _Messages.of(kernels, device=self._device)
+        messages = _Messages.of(kernels, [self._filter(kernel) for kernel in kernels])
         base_NR += messages.bias_NR
         for _ in range(iterations):
             odds = _Odds.of(messages(odds.differences()).add_(base_NR))
         found_KN: NDArray[np.float32] = odds.probabilities().T.contiguous().cpu().numpy()
         return found_KN
+
+    def _filter(self, kernel: Pairwise) -> _Filter:
+        """Of the kernel's features; that of the last that recur is kept. Raises CrfError."""
+        features_DN, kept = kernel.features_DN, self._kept
+        if kernel.recurring and kept is not None and np.array_equal(kept[0], features_DN):
+            return kept[1]
+        found = _Filter.of(torch.from_numpy(features_DN).to(self._device))
+        if kernel.recurring and features_DN.nbytes + found.held_bytes <= MOST_KEPT_BYTES:
+            self._kept = features_DN, found
+        return found
 
 
 _SAFE = 80.0
@@ -122,9 +134,9 @@ class _Messages:
     """As ``vertex``."""
 
     @classmethod
-    def of(cls, kernels: Sequence[Pairwise], *, device: Device) -> _Messages:
-        """Build the lattices, on the device. Raises CrfError."""
-        filters = [_Filter.of(torch.from_numpy(k.features_DN).to(device)) for k in kernels]
+    def of(cls, kernels: Sequence[Pairwise], filters: Sequence[_Filter]) -> _Messages:
+        """Of kernels and what was built for each."""
+        device = filters[0].pixel.device
         vertices = [0, *itertools.accumulate(filter_.lattice.vertices for filter_ in filters)]
         entries = [0, *itertools.accumulate(len(filter_.pixel) for filter_ in filters)]
         starts = [filter_.start + e for filter_, e in zip(filters, entries, strict=False)]
@@ -225,6 +237,13 @@ class _Filter:
         plain.splat_weight.mul_(norm_N.index_select(0, plain.pixel))
         plain.slice_weight_VN.mul_(norm_N)
         return plain
+
+    @property
+    def held_bytes(self) -> int:
+        """On its device."""
+        arrays = (self.pixel, self.start, self.splat_weight, self.vertex_VN, self.slice_weight_VN)
+        neighbours = self.lattice.neighbour_VM2, self.lattice.pair
+        return sum(array.nbytes for array in arrays + neighbours)
 
     def of_ones(self) -> Tensor:
         """(N,): what ones become."""
