@@ -372,8 +372,8 @@ def _keys(corner_VN: Tensor, rank_VN: Tensor) -> tuple[Tensor, _Keys]:
         reach *= int(b - a) + 1
     if reach * (d + 2) >= 2**63:
         raise CrfError(
-            f"crf: features span {reach:.1e} lattice points, 64 bits number 9.2e+18: use smaller"
-            " tiles or larger deviations"
+            f"crf: features span {reach * (d + 2):.1e} lattice points, 64 bits number 9.2e+18: use"
+            " smaller tiles or larger deviations"
         )
     dtype = torch.int32 if reach * (d + 2) < 2**31 else torch.int64  # with room for a step
     stride_V = torch.tensor([*strides, 0], dtype=dtype, device=corner_VN.device)
