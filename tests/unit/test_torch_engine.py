@@ -70,6 +70,7 @@ def assert_equal(found_KN: np.ndarray, wanted_KN: np.ndarray) -> None:
         ((96, 80), (20, 9), (10,)),
         ((12, 26, 20), (12, 10, 3), (20,)),
         ((8, 24, 20), (12, 10, 3), (20, 9, 14, 30)),
+        ((8, 24, 20), (12, 10, 3), (2, 4, 6, 4)),
     ],
 )
 @pytest.mark.parametrize("classes", [2, 6, 21])
