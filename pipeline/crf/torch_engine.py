@@ -213,7 +213,7 @@ class _Filter:
 
     @classmethod
     def of(cls, features_DN: Tensor) -> _Filter:
-        """Build the lattice and its weights. Raises CrfError."""
+        """Build the lattice and its weights. Raises CrfError for too wide a span."""
         corner_VN, rank_VN, weight_VN = _simplices(features_DN)
         key_VN, keys = _keys(corner_VN, rank_VN)
         columns = [key_N.sort(stable=True) for key_N in key_VN]
@@ -224,7 +224,7 @@ class _Filter:
         start = first.nonzero()[:, 0]
         end = torch.full_like(start[:1], len(key))
         number_VN = first.cumsum(0, dtype=torch.int32).sub_(1).view_as(key_VN)
-        plain = cls(
+        filter_ = cls(
             lattice=_Lattice.of(key.index_select(0, start), keys),
             pixel=order_VN.ravel().to(torch.int32),
             start=torch.cat([start, end]).to(torch.int32),
@@ -232,11 +232,11 @@ class _Filter:
             vertex_VN=torch.empty_like(number_VN).scatter_(1, order_VN, number_VN),
             slice_weight_VN=weight_VN.mul_(1 / (1 + 2.0 ** -len(features_DN))),
         )
-        norm_N = (plain.of_ones() + 1e-20).rsqrt_()
+        norm_N = (filter_.of_ones() + 1e-20).rsqrt_()
         # index_select: an index in brackets takes ten times as long.
-        plain.splat_weight.mul_(norm_N.index_select(0, plain.pixel))
-        plain.slice_weight_VN.mul_(norm_N)
-        return plain
+        filter_.splat_weight.mul_(norm_N.index_select(0, filter_.pixel))
+        filter_.slice_weight_VN.mul_(norm_N)
+        return filter_
 
     @property
     def held_bytes(self) -> int:
