@@ -43,12 +43,12 @@ class TorchEngine:
     ) -> NDArray[np.float32]:
         """As ``Engine.mean_field``."""
         torch.set_num_threads(self._threads)
-        energy_NK = torch.from_numpy(energy_KN).to(self._device).T.contiguous()
-        base_NR = energy_NK[:, -1:] - energy_NK[:, :-1]
-        if not base_NR.shape[1]:
+        if len(energy_KN) == 1:
             return np.ones_like(energy_KN)
-        odds = _Odds.of(base_NR.clone())
         messages = _Messages.of(kernels, [self._filter(kernel) for kernel in kernels])
+        given_KN = torch.from_numpy(energy_KN).to(self._device)
+        base_NR = (given_KN[-1:] - given_KN[:-1]).T.contiguous()
+        odds = _Odds.of(base_NR.clone())
         base_NR += messages.bias_NR
         for _ in range(iterations):
             odds = _Odds.of(messages(odds.differences()).add_(base_NR))
