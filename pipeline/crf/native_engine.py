@@ -19,6 +19,8 @@ from pipeline.errors import CrfError
 MOST_CLASSES = 257
 """The widest row of the lattice's table is one less."""
 
+MOST_FEATURES = 24
+"""Of a kernel, as ``native/lattice.hpp`` says too."""
 
 MOST_KEPT_BYTES = 64 << 20
 """Of plans that are kept for recurring features: of one image of 1,300 px a side, or of several."""
@@ -40,7 +42,7 @@ class NativeEngine:
     def mean_field(
         self, energy_KN: NDArray[np.float32], kernels: Sequence[Pairwise], *, iterations: int
     ) -> NDArray[np.float32]:
-        """As ``Engine.mean_field``; up to 24 features and 257 classes."""
+        """As ``Engine.mean_field``; up to MOST_FEATURES and MOST_CLASSES."""
         costs = penalties(kernels, classes=len(energy_KN))
         try:
             prob_KN: NDArray[np.float32] = self._module.mean_field(

@@ -8,17 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast, get_args
 
-from pipeline.crf.checked import (
-    check_keys,
-    integer,
-    mapping,
-    moderate,
-    number,
-    positive,
-    sequence,
-)
+from pipeline.crf.checked import check_keys, integer, mapping, moderate, number, positive, sequence
 from pipeline.crf.engine import EngineName
-from pipeline.crf.native_engine import MOST_CLASSES
+from pipeline.crf.native_engine import MOST_CLASSES, MOST_FEATURES
 from pipeline.crf.presets import OTHERS, without_preset
 from pipeline.domain import Halo, Shape
 from pipeline.errors import CrfError
@@ -175,9 +167,15 @@ class ResolvedCrf:
         """Refuse a scene of ``shape`` whose far corner the engine cannot address.
 
         Raises:
-            CrfError: naming the longest side that this CRF reaches.
+            CrfError: naming the longest side that this CRF reaches, or what else is too much.
         """
         for kernel in self.kernels:
+            features = len(kernel.greatest(shape))
+            if self.engine == "native" and features > MOST_FEATURES:
+                raise CrfError(
+                    f"crf: a kernel over {features} axes and bands, the native engine takes"
+                    f" {MOST_FEATURES}: name fewer bands, or ask for the engine torch"
+                )
             if (span := max(kernel.greatest(shape))) > _PLACED:
                 raise CrfError(
                     f"crf: a scene of {' x '.join(map(str, shape))} px, or a guide's range, spans"

@@ -77,8 +77,7 @@ def engines_named(name: EngineName) -> dict[str, Engine]:
     for threads in THREADS:
         engine = engine_named(name, device="cpu", threads=threads)
         found[f"{name} {threads}T"] = engine
-        if name == "native":
-            found[f"plan kept {threads}T"] = PlanKept(engine)
+        found[f"plan kept {threads}T"] = PlanKept(engine)
     return found
 
 

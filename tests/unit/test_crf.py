@@ -46,7 +46,7 @@ def scene(shape: tuple[int, ...], *, classes: int = 4, seed: int = 5) -> tuple[n
     return (odds_KS / odds_KS.sum(0)).astype(np.float32), image_CS
 
 
-@pytest.fixture(params=["native", "pydensecrf"], autouse=True)
+@pytest.fixture(params=["native", "torch", "pydensecrf"], autouse=True)
 def engine(request, monkeypatch):
     """What holds for the CRF holds for each engine."""
     if not installed(request.param):

@@ -270,3 +270,19 @@ def test_only_the_places_of_a_whole_image_are_kept_for_the_next():
     assert [reused(valid_S, row=8) for _ in range(2)] == [1, 1]
     assert [reused(np.tri(20, dtype=bool)) for _ in range(2)] == [1, 1]
     assert reused(valid_S) == 2
+
+
+def test_more_features_than_the_native_engine_takes_are_refused_by_the_plan():
+    """A guide of many bands failed in every tile, after the network."""
+    bands = [str(n) for n in range(23)]
+    like = {"weight": 4, "position": 20, "value": 13, "range": [0, 255]}
+
+    def check(count: int, engine: str) -> None:
+        mapping = {"engine": engine, "appearance": {**like, "bands": bands[:count]}}
+        crf = CrfParams.from_mapping(mapping).resolve((1, 1), unit="px", channels=bands)
+        crf.check_extent((500, 500))
+
+    check(22, "native")
+    check(23, "torch")
+    with pytest.raises(CrfError, match="25 axes and bands, the native engine takes 24"):
+        check(23, "native")

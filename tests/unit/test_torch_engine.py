@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from pipeline.crf import torch_engine
 from pipeline.crf.engine import Pairwise, engine_named, pick_engine
 from pipeline.crf.params import CrfParams
+from pipeline.crf.torch_engine import TorchEngine
 from pipeline.errors import CrfError
 
 reference = pytest.importorskip("pydensecrf.densecrf", reason="the extra 'crf' is not installed")
 
 
-def torch_engine(threads: int = 1):
+def engine_on(threads: int = 1):
     return engine_named("torch", device="cpu", threads=threads)
 
 
@@ -44,7 +47,7 @@ def problem(
 
 
 def both(energy_KN: np.ndarray, kernels: list[Pairwise]) -> tuple[np.ndarray, np.ndarray]:
-    engines = [torch_engine(), engine_named("pydensecrf", device="cpu", threads=1)]
+    engines = [engine_on(), engine_named("pydensecrf", device="cpu", threads=1)]
     found, wanted = (e.mean_field(energy_KN, kernels, iterations=10) for e in engines)
     assert found.shape == wanted.shape == energy_KN.shape
     assert found.dtype == np.float32
@@ -67,6 +70,7 @@ def assert_equal(found_KN: np.ndarray, wanted_KN: np.ndarray) -> None:
         ((96, 80), (20, 9), (10,)),
         ((12, 26, 20), (12, 10, 3), (20,)),
         ((8, 24, 20), (12, 10, 3), (20, 9, 14, 30)),
+        ((8, 24, 20), (12, 10, 3), (2, 4, 6, 4)),
     ],
 )
 @pytest.mark.parametrize("classes", [2, 6, 21])
@@ -109,7 +113,7 @@ def test_any_number_of_classes_and_pixels_is_computed(classes, pixels):
     energy_KN = np.random.default_rng(0).uniform(0, 9, (classes, pixels)).astype(np.float32)
     features = np.arange(2 * pixels, dtype=np.float32).reshape(2, -1)
     kernels = [Pairwise(features_DN=features, compatibility=3.0)]
-    found_KN = torch_engine().mean_field(energy_KN, kernels, iterations=3)
+    found_KN = engine_on().mean_field(energy_KN, kernels, iterations=3)
     np.testing.assert_allclose(found_KN.sum(0), 1, atol=1e-5)
     assert np.isfinite(found_KN).all()
 
@@ -121,7 +125,7 @@ def test_the_bytes_do_not_depend_on_threads_nor_on_who_else_computes():
     results: list[bytes] = []
 
     def compute(threads: int) -> None:
-        found = torch_engine(threads).mean_field(energy_KN, kernels, iterations=5)
+        found = engine_on(threads).mean_field(energy_KN, kernels, iterations=5)
         results.append(found.tobytes())
 
     others = [threading.Thread(target=compute, args=(n,)) for n in (1, 2, 3)]
@@ -134,6 +138,34 @@ def test_the_bytes_do_not_depend_on_threads_nor_on_who_else_computes():
     assert len(set(results)) == 1
 
 
+def test_the_lattice_of_places_is_built_once_for_images_of_a_shape(monkeypatch):
+    """Another image would get the lattice of the first, or weights normalised twice."""
+    energy_KN, (near, like) = problem((40, 36), classes=3, deviations=(9, 9), values=(9,))
+    places = [
+        Pairwise(features_DN=features, compatibility=3.0, recurring=True)
+        for features in (near, near + 100)
+    ]
+    guided = Pairwise(features_DN=like, compatibility=4.0)
+    fresh = [
+        TorchEngine(device="cpu", threads=1).mean_field(energy_KN, [place, guided], iterations=5)
+        for place in places
+    ]
+    built: list[int] = []
+    simplices = torch_engine._simplices
+    monkeypatch.setattr(torch_engine, "_simplices", lambda f: built.append(len(f)) or simplices(f))
+    engine = TorchEngine(device="cpu", threads=1)
+    for turn in (0, 0, 1, 1, 0):
+        again = replace(places[turn], features_DN=places[turn].features_DN.copy())
+        found_KN = engine.mean_field(energy_KN, [again, guided], iterations=5)
+        assert found_KN.tobytes() == fresh[turn].tobytes()
+    assert built == [2, 3, 3, 2, 3, 3, 2, 3]
+    monkeypatch.setattr(torch_engine, "MOST_KEPT_BYTES", 1000)
+    small = TorchEngine(device="cpu", threads=1)
+    for _ in range(2):
+        small.mean_field(energy_KN, [places[0]], iterations=1)
+    assert built[8:] == [2, 2]
+
+
 def test_a_place_far_from_the_scenes_corner_is_computed_and_one_too_far_is_refused():
     """The reference's keys wrap at 32,767: what lies 65,536 px away would be a neighbour."""
     energy_KN = np.float32([[0.7, 4, 4, 4], [0.7, 0, 0, 0]])
@@ -142,14 +174,14 @@ def test_a_place_far_from_the_scenes_corner_is_computed_and_one_too_far_is_refus
         features = np.zeros((2, 4), np.float32)
         features[1, 1:] = distance
         kernels = [Pairwise(features_DN=features, compatibility=3.0)]
-        return float(torch_engine().mean_field(energy_KN, kernels, iterations=5)[0, 0])
+        return float(engine_on().mean_field(energy_KN, kernels, iterations=5)[0, 0])
 
     assert first(1) < 0.4
     assert first(65_536) == pytest.approx(0.5, abs=1e-6)
     wide = np.zeros((6, 4), np.float32)
     wide[:, 1] = 1e5
     with pytest.raises(CrfError, match="64 bits"):
-        torch_engine().mean_field(
+        engine_on().mean_field(
             energy_KN, [Pairwise(features_DN=wide, compatibility=3.0)], iterations=1
         )
 
