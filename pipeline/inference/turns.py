@@ -15,7 +15,7 @@ from pipeline.inference.stage_plan import Needs, block_of, needed_span
 from pipeline.models.chain import Chain, Stage, Step
 
 _BAND_PX = 64
-"""Bands of windows that are thinner than that are taken together: turns take time to count."""
+"""Bands that are thinner than that are taken together: turns take time to count."""
 
 
 class Turn(NamedTuple):
@@ -77,10 +77,11 @@ class _Reader:
 
 @dataclass(slots=True)
 class _Band:
-    """How far a stage is: rows before ``made`` of what it computes are done."""
+    """How far a stage is: rows before ``made`` of what it computes are done, to ``stop`` next."""
 
     stage: Stage
     made: int
+    stop: int
     end: int
     height: int
     readers: list[_Reader]
@@ -99,22 +100,52 @@ class _Progress:
     users: dict[str, list[_Reader]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.users.update({stage.name: [] for stage in self.chain.stages})
+        heights, ends = self._heights(), self._ends()
         for stage in self.chain.stages:
-            reads = [(step, name) for step, name in stage.reads() if name != self.chain.image]
-            readers = [_Reader(step, name, 0, 0) for step, name in reads]
+            name, region = stage.name, self.needs.computed(stage)
+            reads = [(step, read) for step, read in stage.reads() if read != self.chain.image]
+            readers = [_Reader(step, read, 0, 0) for step, read in reads]
             for reader in readers:
                 self.users[reader.source].append(reader)
-            region = self.needs.computed(stage)
-            band = _Band(stage, region.start[0], region.stop[0], self._height(stage), readers)
-            self.bands[stage.name], self.users[stage.name] = band, []
-            self.held[stage.name] = self.kept[stage.name] = 0
-            self._look(band)
+            start, height = region.start[0], heights[name]
+            # Canonical windows stand where the scene's do.
+            first = height if self.needs.sides else (ends[name] - start - 1) % height + 1
+            stop = min(start + first, region.stop[0])
+            self.bands[name] = _Band(stage, start, stop, region.stop[0], height, readers)
+            self.held[name] = self.kept[name] = 0
+            self._look(self.bands[name])
 
-    def _height(self, stage: Stage) -> int:
-        """Rows of a band, which are whole windows."""
-        image, own = (self.needs.shapes[name][0] for name in (self.chain.image, stage.name))
-        height = block_of(stage, self.needs, self.window)[0]
-        return height * max(1, _BAND_PX * own // (image * height))
+    def _heights(self) -> dict[str, int]:
+        """Rows of each stage's bands: as many pixels of all, so that no stage waits for another.
+
+        Those of the stage whose windows are the highest, or of several, one below the other.
+        """
+        shapes, end = self.needs.shapes, self.chain.endpoint
+        image = shapes[self.chain.image][0] - end
+        row_px = {name: max(1, image // max(1, shapes[name][0] - end)) for name in self.users}
+        parts = [stage for stage in self.chain.stages if not stage.whole]
+        windows = (block_of(s, self.needs, self.window)[0] * row_px[s.name] for s in parts)
+        window_px = max(windows, default=1)
+        band_px = window_px * max(1, _BAND_PX // window_px)
+        heights = {name: max(1, band_px // row_px[name]) for name in self.users}
+        whole = [stage for stage in self.chain.stages if stage.whole]
+        return heights | {s.name: self.needs.computed(s).shape[0] for s in whole}
+
+    def _ends(self) -> dict[str, int]:
+        """A row of each map before which a band ends: what the band of its readers' needs.
+
+        So of a map no row is held for a band of a reader that needs some more of the next.
+        """
+        region = self.needs.regions[self.chain.logits]
+        ends = {self.chain.logits: (region.start[0] + region.stop[0] + 1) // 2}
+        for stage in reversed(self.chain.stages):
+            last = ends[stage.name]
+            for step, name in stage.reads():
+                shape = self.needs.shapes[name]
+                _, stop = needed_span(step, 0, last - 1, last, shape, self.needs.frame)
+                ends[name] = max(ends.get(name, 0), stop)
+        return ends
 
     def advance(self, name: str, stop: int) -> None:
         """Have the rows before ``stop`` of a map computed, and before them what they need."""
@@ -127,7 +158,7 @@ class _Progress:
 
     def _take(self, band: _Band) -> None:
         """The band's turn, after that of all that it reads."""
-        name, stop = band.stage.name, min(band.made + band.height, band.end)
+        name, stop = band.stage.name, band.stop
         needed = self.needs.regions[name]
         made = max(band.made, needed.start[0])
         readers = self.users[name]
@@ -136,17 +167,16 @@ class _Progress:
         self.held[name] = max(self.held[name], min(stop, needed.stop[0]) - keep)
         self.kept[name] = max(self.kept[name], made - keep)
         self.order.append(Turn(band.stage, band.made, stop, keep))
-        band.made = stop
+        band.made, band.stop = stop, min(stop + band.height, band.end)
         self._look(band)
 
     def _look(self, band: _Band) -> None:
         """What the band's next turn reads."""
-        first, stop = band.made, min(band.made + band.height, band.end)
         for reader in band.readers:
             held = self.needs.regions[reader.source]
-            if first == stop:  # there is none
+            if band.made == band.stop:  # there is none
                 reader.first = reader.stop = held.stop[0]
                 continue
             shape = self.needs.shapes[reader.source]
-            a, b = needed_span(reader.step, 0, first, stop, shape, self.needs.frame)
+            a, b = needed_span(reader.step, 0, band.made, band.stop, shape, self.needs.frame)
             reader.first, reader.stop = max(a, held.start[0]), min(b, held.stop[0])
