@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.domain import Region, Shape
+from pipeline.domain import Halo, Region, Shape
 from pipeline.errors import RegionError
 from pipeline.inference.stage_plan import Needs, coarse_place, coarse_region
 from pipeline.inference.staged import FeatureMap, run
@@ -45,6 +45,10 @@ class BoxMap(FeatureMap):
         index: tuple[Any, ...] = (..., *held.slices(within=region))
         box_BCS[index] = self.view(held)
         return box_BCS
+
+    def beside(self, region: Region) -> Halo:
+        """Nothing: what is held depends on the tile."""
+        return Halo.uniform(0, ndim=region.ndim)
 
 
 class CanonicalNetwork:

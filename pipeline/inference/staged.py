@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.domain import Region, Shape
+from pipeline.domain import Halo, Region, Shape
 from pipeline.inference.convolution import convolve
 from pipeline.inference.map_layout import Layout, row_size
-from pipeline.inference.stage_plan import Needs, block_of
+from pipeline.inference.stage_plan import Needs, beside, block_of, own_padding, row_bands
 from pipeline.inference.turns import Turns
 from pipeline.models.chain import Chain, Convolution, Gate, Norm, Pool, Stage, Step
 from pipeline.models.context_pool import WindowMean
@@ -42,9 +42,6 @@ _POOL: Mapping[tuple[str, int], Callable[..., Tensor]] = MappingProxyType(
     }
 )
 _FORMAT = MappingProxyType({2: torch.channels_last, 3: torch.channels_last_3d})
-
-_FEW = 8
-"""A window's side over what it may compute in vain at its end, rather than copy what it reads."""
 
 
 @dataclass(slots=True)
@@ -84,6 +81,10 @@ class FeatureMap:
     def read(self, region: Region) -> Tensor:
         """What a layer that needs ``region`` is given: (1, C, *S), not to be written."""
         return self.view(region)
+
+    def beside(self, region: Region) -> Halo:
+        """What is read with ``region``, which is held, so that it need not be copied."""
+        return beside(region, self.region)
 
 
 class StagedNetwork:
@@ -211,17 +212,27 @@ def _slide(
     layer: Convolution | Pool, source: FeatureMap, window: Region, *, shape: Shape
 ) -> Tensor:
     """The layer's output in ``window``, padded at the border of ``shape``, the map's own in all."""
-    if isinstance(layer, Convolution):
-        layer = without_idle_taps(layer, window, shape)
+    if isinstance(layer, Pool):
+        return _slid(layer, source, window, shape=shape)
+    bands = row_bands(layer.slide, window, shape)
+    parts = [_slid(without_idle_taps(layer, w, shape), source, w, shape=shape) for w in bands]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _slid(layer: Convolution | Pool, source: FeatureMap, window: Region, *, shape: Shape) -> Tensor:
     reads = layer.slide.reads(window)
+    around = window
+    if set(layer.slide.stride) == {1}:  # what is computed follows what is read
+        around = window.grow(source.beside(reads.clip(shape)))
+        reads = layer.slide.reads(around)
     inside = reads.clip(shape)
     lacks = [
         (b - a, c - d)
         for a, b, c, d in zip(reads.start, inside.start, reads.stop, inside.stop, strict=True)
     ]
     padding = tuple(
-        _own_padding(ends, side, stride)
-        for ends, side, stride in zip(lacks, window.shape, layer.slide.stride, strict=True)
+        own_padding(ends, side, stride)
+        for ends, side, stride in zip(lacks, around.shape, layer.slide.stride, strict=True)
     )
     part_BCS = source.read(inside)
     fill = [
@@ -238,11 +249,13 @@ def _slide(
         slide, pool = layer.slide, _POOL[layer.kind, window.ndim]
         rate = (slide.dilation,) if layer.kind == "max" else ()
         result_BCS = pool(part_BCS, slide.kernel, slide.stride, padding, *rate)
+    # What is padded at both ends for one of them begins with places before the first.
+    more = (max(0, own - ends[0]) for ends, own in zip(lacks, padding, strict=True))
     kept: tuple[Any, ...] = (
         ...,
         *(
-            slice(max(0, own - ends[0]), max(0, own - ends[0]) + side)
-            for ends, own, side in zip(lacks, padding, window.shape, strict=True)
+            slice(n + side.start, n + side.stop)
+            for n, side in zip(more, window.slices(within=around), strict=True)
         ),
     )
     # Batch norm computes in another way, and rounds otherwise, where memory has gaps.
@@ -255,15 +268,6 @@ def _resize(scale: Scale, source: FeatureMap, window: Region, *, shape: Shape) -
     resized_BCS: Tensor = scale.layer(source.read(reads))
     kept: tuple[Any, ...] = (..., *window.slices(within=scale.gives(reads)))
     return resized_BCS[kept].contiguous(memory_format=_FORMAT[window.ndim])
-
-
-def _own_padding(lacks: tuple[int, int], side: int, stride: int) -> int:
-    """What a layer pads itself, without a copy, at both ends of an axis that lacks so much.
-
-    At an end that lacks less it computes places that are cut off again, where those are few.
-    """
-    few = stride == 1 and _FEW * max(lacks) <= side
-    return max(lacks) if few else min(lacks)
 
 
 def without_idle_taps(layer: Convolution, window: Region, shape: Shape) -> Convolution:
