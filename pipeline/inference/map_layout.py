@@ -18,7 +18,7 @@ _LINE = 16
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One block of memory for all maps but the image and the logits, which others hold."""
+    """One block of memory for the image and all maps but the logits, which others hold."""
 
     starts: Mapping[str, int]
     """Number of the block at which a map starts."""
@@ -30,9 +30,9 @@ class Layout:
     def of(cls, chain: Chain, needs: Needs, turns: Turns) -> Layout:
         """The largest maps first, each at the lowest place that is free in its time."""
         sizes = {
-            stage.name: turns.heights[stage.name] * row_size(stage, needs)
-            for stage in chain.stages
-            if stage.name != chain.logits
+            name: height * row_size(chain, needs, name)
+            for name, height in turns.heights.items()
+            if name != chain.logits
         }
         starts: dict[str, int] = {}
         for name in sorted(sizes, key=lambda name: (-sizes[name], turns.lives[name])):
@@ -46,9 +46,9 @@ class Layout:
         return cls(starts, max((starts[name] + sizes[name] for name in sizes), default=0))
 
 
-def row_size(stage: Stage, needs: Needs) -> int:
-    """Numbers of a row (or plane) of the stage's map."""
-    return math.prod(needs.regions[stage.name].shape[1:]) * stage.channels
+def row_size(chain: Chain, needs: Needs, name: str) -> int:
+    """Numbers of a row (or plane) of a map."""
+    return math.prod(needs.regions[name].shape[1:]) * chain.channels[name]
 
 
 def _lowest(taken: Iterable[tuple[int, int]]) -> int:
@@ -61,7 +61,7 @@ def _lowest(taken: Iterable[tuple[int, int]]) -> int:
 
 
 def stage_bytes(chain: Chain, needs: Needs, *, window: int, itemsize: int) -> int:
-    """Peak bytes of image and maps, with the scratch of one window.
+    """Peak bytes of the maps, with the scratch of one window; of the image a band is held.
 
     Args:
         chain: the network's stages.
@@ -70,13 +70,11 @@ def stage_bytes(chain: Chain, needs: Needs, *, window: int, itemsize: int) -> in
         itemsize: bytes of a number in the maps.
     """
     block = Layout.of(chain, needs, Turns.of(chain, needs, window=window)).size
-    image, logits = (
-        needs.regions[name].size * chain.channels[name] for name in (chain.image, chain.logits)
-    )
+    logits = needs.regions[chain.logits].size * chain.channels[chain.logits]
     scratch = max(
         _scratch(stage, needs, channels=chain.channels, window=window) for stage in chain.stages
     )
-    return (block + image + logits + scratch) * itemsize
+    return (block + logits + scratch) * itemsize
 
 
 def _scratch(stage: Stage, needs: Needs, *, channels: Mapping[str, int], window: int) -> int:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -41,7 +41,19 @@ _POOL: Mapping[tuple[str, int], Callable[..., Tensor]] = MappingProxyType(
         ("average", 3): F.avg_pool3d,
     }
 )
+
 _FORMAT = MappingProxyType({2: torch.channels_last, 3: torch.channels_last_3d})
+
+
+class Picture(Protocol):
+    """(1, C, *S) pixels on the device: a tensor, or what makes parts of one when asked."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """(1, C, *S)."""
+
+    def __getitem__(self, index: tuple[slice, ...], /) -> Tensor:
+        """A part, with all channels; may alias."""
 
 
 @dataclass(slots=True)
@@ -94,16 +106,15 @@ class StagedNetwork:
         """Run ``chain`` over windows of as many features as a box of side ``window`` has."""
         self.chain, self.window = chain, window
 
-    def coarse_logits(self, image_BCS: Tensor, frame: Frame, coarse: Region) -> Tensor:
+    def coarse_logits(self, image_BCS: Picture, frame: Frame, coarse: Region) -> Tensor:
         """Return (1, K, *S) logits of ``coarse``, in features of this input; a new tensor.
 
         ``image_BCS`` (1, C, *S) lies at ``frame``. Raises RegionError.
         """
         size = tuple(image_BCS.shape[2:])
         needs = Needs.of(self.chain, size, frame=frame, coarse=coarse)
-        image = FeatureMap(image_BCS.movedim(1, -1).contiguous(), Region.whole(size))
-        del image_BCS  # it may be a copy
-        return run(self.chain, image, needs, window=self.window).view(coarse)
+        image = parts_of(image_BCS, Region.whole(size))
+        return run(self.chain, needs, image, window=self.window, kind=FeatureMap).view(coarse)
 
 
 class WholeNetwork:
@@ -112,37 +123,74 @@ class WholeNetwork:
     def __init__(self, network: DeepLab | CustomNetwork) -> None:
         self.network = network
 
-    def coarse_logits(self, image_BCS: Tensor, frame: Frame, coarse: Region) -> Tensor:
+    def coarse_logits(self, image_BCS: Picture, frame: Frame, coarse: Region) -> Tensor:
         """As ``StagedNetwork.coarse_logits``; a view."""
         with TRACING:  # another thread's tracing would take these calls for its own
-            logits_BKS = self.network.coarse_logits(image_BCS, frame)
+            logits_BKS = self.network.coarse_logits(image_BCS[:, :], frame)
         whole = Region.whole(tuple(logits_BKS.shape[2:]))
         index: tuple[Any, ...] = (..., *coarse.slices(within=whole))
         return logits_BKS[index]
 
 
-def run(chain: Chain, image: FeatureMap, needs: Needs, *, window: int) -> FeatureMap:
+def parts_of(image_BCS: Picture, read: Region) -> Callable[[Region], Tensor]:
+    """What gives any part of an image that lies at ``read``, in the same coordinates."""
+    return lambda part: image_BCS[slice(None), slice(None), *part.slices(within=read)]
+
+
+def run(
+    chain: Chain,
+    needs: Needs,
+    image: Callable[[Region], Tensor],
+    *,
+    window: int,
+    kind: type[FeatureMap],
+) -> FeatureMap:
     """The coarse logits that are needed of an image, by every stage in its turns.
 
-    The logits' memory is their own. ``window``: as ``block_of`` takes it.
+    The logits' memory is their own.
+
+    Args:
+        chain: the network's stages.
+        needs: of the tile.
+        image: gives a region of it, (1, C, *S), as often as it is asked for a band.
+        window: as ``block_of`` takes it.
+        kind: of map.
     """
     turns = Turns.of(chain, needs, window=window)
-    layout, maps = Layout.of(chain, needs, turns), {chain.image: image}
-    block = image.array_BSC.new_empty(layout.size)
-    for stage in chain.stages:
-        region, height = needs.regions[stage.name], turns.heights[stage.name]
-        if stage.name == chain.logits:
-            memory = block.new_empty(height * row_size(stage, needs))
+    maps = _laid(chain, needs, turns, image, kind)
+    stages = {stage.name: stage for stage in chain.stages}
+    for name, first, stop, keep in turns.order:
+        result, needed = maps[name], needs.regions[name]
+        result.roll(min(stop, needed.stop[0]), keep=keep)
+        whole = needed if name == chain.image else needs.computed(stages[name])
+        band = Region((first, *whole.start[1:]), (stop, *whole.stop[1:]))
+        if name == chain.image:
+            result.view(band).copy_(image(band))
         else:
-            memory = block[layout.starts[stage.name] :]
-        laid = type(image).laid(memory, region, height=height, channels=stage.channels)
-        maps[stage.name] = laid
-    for turn in turns.order:
-        result, whole = maps[turn.stage.name], needs.computed(turn.stage)
-        result.roll(min(turn.stop, needs.regions[turn.stage.name].stop[0]), keep=turn.keep)
-        band = Region((turn.first, *whole.start[1:]), (turn.stop, *whole.stop[1:]))
-        _fill(result, turn.stage, maps, needs, band.blocks(block_of(turn.stage, needs, window)))
+            windows = band.blocks(block_of(stages[name], needs, window))
+            _fill(result, stages[name], maps, needs, windows)
     return maps[chain.logits]
+
+
+def _laid(
+    chain: Chain,
+    needs: Needs,
+    turns: Turns,
+    image: Callable[[Region], Tensor],
+    kind: type[FeatureMap],
+) -> dict[str, FeatureMap]:
+    """All maps, empty, in one block of memory but for the logits."""
+    layout, start = Layout.of(chain, needs, turns), needs.regions[chain.image].start
+    block = image(Region(start, start)).new_empty(layout.size)  # where the image is, in its floats
+    maps: dict[str, FeatureMap] = {}
+    for name, height in turns.heights.items():
+        if name == chain.logits:
+            memory = block.new_empty(height * row_size(chain, needs, name))
+        else:
+            memory = block[layout.starts[name] :]
+        channels = chain.channels[name]
+        maps[name] = kind.laid(memory, needs.regions[name], height=height, channels=channels)
+    return maps
 
 
 def _fill(

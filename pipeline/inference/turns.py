@@ -2,7 +2,7 @@
 
 Each stage runs band by band of whole rows (or planes), and no band before the stages after it ask
 for it; rows that nobody will read again make room for the next. So of a map little more is held
-than its readers reach over, however tall the tile is.
+than its readers reach over, however tall the tile is. The image is such a map, too.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pipeline.inference.stage_plan import Needs, block_of, needed_span
-from pipeline.models.chain import Chain, Stage, Step
+from pipeline.models.chain import Chain, Step
 
 _BAND_PX = 64
 """Bands that are thinner than that are taken together: turns take time to count."""
 
 
 class Turn(NamedTuple):
-    """One band of a stage's output, computed at once or in windows side by side."""
+    """One band of a map, computed at once or in windows side by side."""
 
-    stage: Stage
+    name: str
+    """Of the map: the image's, or its stage's."""
 
     first: int
     """First row of the band."""
@@ -30,7 +31,7 @@ class Turn(NamedTuple):
     """First row after it."""
 
     keep: int
-    """First row of the stage's map that somebody has still to read."""
+    """First row of the map that somebody has still to read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +58,9 @@ class Turns:
         }
         lives: dict[str, tuple[int, int]] = {}
         for number, turn in enumerate(progress.order):
-            name = turn.stage.name
-            lives.setdefault(name, (number, number))
-            for _, read in turn.stage.reads():
-                if read != chain.image:
-                    lives[read] = lives[read][0], number
+            lives.setdefault(turn.name, (number, number))
+            for reader in progress.bands[turn.name].readers:
+                lives[reader.source] = lives[reader.source][0], number
         return cls(tuple(progress.order), heights, lives)
 
 
@@ -77,15 +76,15 @@ class _Reader:
 
 @dataclass(slots=True)
 class _Band:
-    """How far a stage is: rows before ``made`` of what it computes are done, to ``stop`` next."""
+    """How far a map is: rows before ``made`` of what is computed are done, to ``stop`` next."""
 
-    stage: Stage
+    name: str
     made: int
     stop: int
     end: int
     height: int
     readers: list[_Reader]
-    """Of the stage's inputs."""
+    """Of the stage's inputs; the image has none."""
 
 
 @dataclass(slots=True)
@@ -100,11 +99,13 @@ class _Progress:
     users: dict[str, list[_Reader]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.users.update({stage.name: [] for stage in self.chain.stages})
+        self.users.update({name: [] for name in self.chain.channels})
         heights, ends = self._heights(), self._ends()
-        for stage in self.chain.stages:
-            name, region = stage.name, self.needs.computed(stage)
-            reads = [(step, read) for step, read in stage.reads() if read != self.chain.image]
+        stages = {stage.name: stage for stage in self.chain.stages}
+        for name in self.users:
+            stage = stages.get(name)
+            region = self.needs.computed(stage) if stage else self.needs.regions[name]
+            reads = stage.reads() if stage else ()
             readers = [_Reader(step, read, 0, 0) for step, read in reads]
             for reader in readers:
                 self.users[reader.source].append(reader)
@@ -112,12 +113,12 @@ class _Progress:
             # Canonical windows stand where the scene's do.
             first = height if self.needs.sides else (ends[name] - start - 1) % height + 1
             stop = min(start + first, region.stop[0])
-            self.bands[name] = _Band(stage, start, stop, region.stop[0], height, readers)
+            self.bands[name] = _Band(name, start, stop, region.stop[0], height, readers)
             self.held[name] = self.kept[name] = 0
             self._look(self.bands[name])
 
     def _heights(self) -> dict[str, int]:
-        """Rows of each stage's bands: as many pixels of all, so that no stage waits for another.
+        """Rows of each map's bands: as many pixels of all, so that no stage waits for another.
 
         Those of the stage whose windows are the highest, or of several, one below the other.
         """
@@ -158,7 +159,7 @@ class _Progress:
 
     def _take(self, band: _Band) -> None:
         """The band's turn, after that of all that it reads."""
-        name, stop = band.stage.name, band.stop
+        name, stop = band.name, band.stop
         needed = self.needs.regions[name]
         made = max(band.made, needed.start[0])
         readers = self.users[name]
@@ -166,7 +167,7 @@ class _Progress:
         keep = min([made, *(reader.first for reader in readers)]) if readers else needed.start[0]
         self.held[name] = max(self.held[name], min(stop, needed.stop[0]) - keep)
         self.kept[name] = max(self.kept[name], made - keep)
-        self.order.append(Turn(band.stage, band.made, stop, keep))
+        self.order.append(Turn(name, band.made, stop, keep))
         band.made, band.stop = stop, min(stop + band.height, band.end)
         self._look(band)
 
