@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from pipeline.domain import Region, Shape
-from pipeline.inference.stage_plan import Needs, block_of
+from pipeline.domain import Region
+from pipeline.inference.stage_plan import Needs, beside, block_of, own_padding
 from pipeline.inference.turns import Turns
 from pipeline.models.chain import Chain, Convolution, Stage, Step
 from pipeline.models.context_pool import WindowMean
+from pipeline.models.geometry import Slide
 
 _LINE = 16
 """A map starts at a multiple of so many numbers, as memory of its own would."""
@@ -79,24 +80,41 @@ def stage_bytes(chain: Chain, needs: Needs, *, window: int, itemsize: int) -> in
 
 def _scratch(stage: Stage, needs: Needs, *, channels: Mapping[str, int], window: int) -> int:
     """Numbers that one window takes beside the maps."""
-    block = Region.whole(block_of(stage, needs, window))
+    start, shape = needs.computed(stage).start, block_of(stage, needs, window)
+    block = Region.whole(shape).move(start)
     made = sum(step.channels for step in stage.steps if not step.scratch) * block.size
     # While a step runs: a part of a map that is padded, or narrower than the map, is copied, and
     # all that a canonical window reads; weights are reordered.
     copies: dict[str, int] = {}
     for step, name in stage.reads():
-        if step.geometry is not None or needs.sides is not None:
-            copied = _copied(step, block, needs.shapes[name]) * channels[name]
+        if step.spreads or isinstance(step.layer, Convolution) or needs.sides is not None:
+            copied = _copied(step, block, name, needs) * channels[name]
             copies[step.name] = copies.get(step.name, 0) + copied
     weights = [s.layer.weight.numel() for s in stage.steps if isinstance(s.layer, Convolution)]
     return made + max(copies.values(), default=0) + max(weights, default=0)
 
 
-def _copied(step: Step, block: Region, shape: Shape) -> int:
-    """Places of a map of ``shape`` that the step reads for ``block``."""
+def _copied(step: Step, block: Region, name: str, needs: Needs) -> int:
+    """Places of a map that the step copies to read them for ``block``."""
+    shape = needs.shapes[name]
     if isinstance(step.layer, WindowMean):
         spans = step.layer.window or shape
         return math.prod(
             min(side, span + n) for side, span, n in zip(shape, spans, block.shape, strict=True)
         )
-    return step.geometry.reads(block).size if step.geometry else block.size
+    held, over = needs.regions[name], step.geometry
+    if over is None:
+        whole = needs.sides is None and block.shape[1:] == held.shape[1:]
+        return 0 if whole else block.size
+    reads = over.reads(block)
+    if needs.sides is not None or not isinstance(over, Slide) or set(over.stride) != {1}:
+        return reads.size
+    inside = reads.clip(shape)
+    lacks = [
+        (b - a, c - d)
+        for a, b, c, d in zip(reads.start, inside.start, reads.stop, inside.stop, strict=True)
+    ]
+    pairs = list(zip(lacks, block.shape, strict=True))[1:]  # rows are cut where padding begins
+    padded = any(own_padding(ends, side, 1) < max(ends) for ends, side in pairs)
+    rows = inside.grow(beside(inside, held))
+    return reads.size if padded or rows.shape[1:] != held.shape[1:] else 0
