@@ -18,6 +18,7 @@ from pipeline.inference.canonical import BoxMap, CanonicalNetwork, upsampled
 from pipeline.inference.convolution import fix_convolutions
 from pipeline.inference.normalise import Image
 from pipeline.inference.precision import Precision, fix_kernels
+from pipeline.inference.row_sums import with_row_sums
 from pipeline.inference.stage_plan import coarse_place, coarse_region, feature_region
 from pipeline.inference.staged import Picture, StagedNetwork, WholeNetwork
 from pipeline.inference.zoom import NATURAL, Zoom
@@ -78,7 +79,11 @@ class Predictor:
                 weight.data = self._moved(weight.data)
             self._network = WholeNetwork(network)
         else:
-            self._network = self._in_windows(stages_of(network).moved(self._moved))
+            chain = stages_of(network)
+            # The mean of a scene takes other chains, made of one whose stages are the network's.
+            if canonical_px is None and context != "scene":
+                chain = with_row_sums(chain)
+            self._network = self._in_windows(chain.moved(self._moved))
 
     def logits(
         self,

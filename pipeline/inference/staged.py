@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from pipeline.domain import Halo, Region, Shape
 from pipeline.inference.convolution import convolve
 from pipeline.inference.map_layout import Layout, row_size
+from pipeline.inference.row_sums import lead
 from pipeline.inference.stage_plan import Needs, beside, block_of, own_padding, row_bands
-from pipeline.inference.turns import Turns
+from pipeline.inference.turns import Turn, Turns
 from pipeline.models.chain import Chain, Convolution, Gate, Norm, Pool, Stage, Step
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.custom_network import CustomNetwork
@@ -159,17 +160,49 @@ def run(
     turns = Turns.of(chain, needs, window=window)
     maps = _laid(chain, needs, turns, image, kind)
     stages = {stage.name: stage for stage in chain.stages}
-    for name, first, stop, keep in turns.order:
-        result, needed = maps[name], needs.regions[name]
+    for turn in turns.order:
+        name, first, stop, keep = turn
+        result, needed, stage = maps[name], needs.regions[name], stages.get(name)
+        if stage and stage.eager:
+            _follow(stage, maps, needs, turn, window=window)
+            continue
         result.roll(min(stop, needed.stop[0]), keep=keep)
-        whole = needed if name == chain.image else needs.computed(stages[name])
+        whole = needs.computed(stage) if stage else needed
         band = Region((first, *whole.start[1:]), (stop, *whole.stop[1:]))
-        if name == chain.image:
-            result.view(band).copy_(image(band))
+        if stage:
+            windows = band.blocks(block_of(stage, needs, window))
+            _fill(result, stage, maps, needs, windows)
         else:
-            windows = band.blocks(block_of(stages[name], needs, window))
-            _fill(result, stages[name], maps, needs, windows)
+            result.view(band).copy_(image(band))
     return maps[chain.logits]
+
+
+def _follow(
+    stage: Stage, maps: Mapping[str, FeatureMap], needs: Needs, turn: Turn, *, window: int
+) -> None:
+    """The turn of an eager stage: all that the rows which were made last add to its map."""
+    result, needed = maps[stage.name], needs.regions[stage.name]
+    reads, block = list(stage.reads()), block_of(stage, needs, window)
+
+    def band(by: int) -> Region:
+        """The rows to which those made last belong as the row of a kernel."""
+        start, stop = turn.first + by, turn.stop + by
+        return Region((start, *needed.start[1:]), (stop, *needed.stop[1:])) & needed
+
+    ahead = band(max(lead(step) for step, _ in reads)).stop[0]
+    result.roll(max(ahead, result.region.stop[0]), keep=turn.keep)
+    if len(reads) == 1:
+        _fill(result, stage, maps, needs, band(0).blocks(block))
+        return
+    fresh = needed.stop[0]
+    for step, name in reads:
+        assert isinstance(step.layer, Convolution)
+        for part in band(lead(step)).blocks(block):
+            value_BCS = _slide(step.layer, maps[name], part, shape=needs.shapes[name])
+            sum_BCS, rows = result.view(part), max(0, fresh - part.start[0])
+            sum_BCS[:, :, :rows].copy_(value_BCS[:, :, :rows])
+            sum_BCS[:, :, rows:].add_(value_BCS[:, :, rows:])
+        fresh = lead(step)  # before it, this row of the kernel lies beyond the map
 
 
 def _laid(

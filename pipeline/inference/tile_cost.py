@@ -10,6 +10,7 @@ import numpy as np
 from pipeline.domain import Region, Shape, Tile
 from pipeline.inference.average import Average
 from pipeline.inference.map_layout import stage_bytes
+from pipeline.inference.row_sums import with_row_sums
 from pipeline.inference.stage_plan import (
     Needs,
     feature_region,
@@ -89,7 +90,7 @@ class CostModel:
 
     def _of_zoom(self, zoom: Zoom, tile: Tile) -> tuple[int, int]:
         """Multiply-adds of the passes at a zoom, and what the device holds in one of them."""
-        chain = self.chain
+        chain = self.chain if self.canonical_px else with_row_sums(self.chain)
         read = self.average.part(zoom, tile.read, scored=tile.scored, shape=self.shape)
         needs = needs_of(
             chain,

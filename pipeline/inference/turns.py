@@ -7,12 +7,14 @@ than its readers reach over, however tall the tile is. The image is such a map, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from pipeline.inference.row_sums import lead
 from pipeline.inference.stage_plan import Needs, block_of, needed_span
-from pipeline.models.chain import Chain, Step
+from pipeline.models.chain import Chain, Stage, Step
 
 _BAND_PX = 64
 """Bands that are thinner than that are taken together: turns take time to count."""
@@ -25,7 +27,7 @@ class Turn(NamedTuple):
     """Of the map: the image's, or its stage's."""
 
     first: int
-    """First row of the band."""
+    """First row of the band; of an eager stage, of the band of what it reads."""
 
     stop: int
     """First row after it."""
@@ -41,8 +43,9 @@ class Turns:
     order: tuple[Turn, ...]
 
     heights: Mapping[str, int]
-    """Rows for which each map has room: those held at most, and half as many as are kept from turn
-    to turn, so that these are moved to the front once in a while only."""
+    """Rows for which each map has room: those held at most, or those held on average and half as
+    many as are kept from turn to turn, so that these are moved to the front once in a while only.
+    """
 
     lives: Mapping[str, tuple[int, int]]
     """Numbers of the turns from which and to which each map is held, the last one included."""
@@ -53,15 +56,21 @@ class Turns:
         progress = _Progress(chain, needs, window)
         progress.advance(chain.logits, needs.regions[chain.logits].stop[0])
         heights = {
-            name: min(needs.regions[name].shape[0], held + progress.kept[name] // 2)
-            for name, held in progress.held.items()
+            name: min(needs.regions[name].shape[0], _room(progress.held[name], progress.kept[name]))
+            for name in progress.bands
         }
         lives: dict[str, tuple[int, int]] = {}
         for number, turn in enumerate(progress.order):
             lives.setdefault(turn.name, (number, number))
             for reader in progress.bands[turn.name].readers:
                 lives[reader.source] = lives[reader.source][0], number
+            lives[turn.name] = lives[turn.name][0], number
         return cls(tuple(progress.order), heights, lives)
+
+
+def _room(held: list[int], kept: list[int]) -> int:
+    """Rows of a map; at the scene's edge, where windows of means are shifted, more are held."""
+    return max(max(held), math.ceil((sum(held) + sum(kept) / 2) / len(held)))
 
 
 @dataclass(slots=True)
@@ -86,6 +95,9 @@ class _Band:
     readers: list[_Reader]
     """Of the stage's inputs; the image has none."""
 
+    source: str = ""
+    """The map after whose bands it runs, if it is of an eager stage."""
+
 
 @dataclass(slots=True)
 class _Progress:
@@ -93,10 +105,14 @@ class _Progress:
     needs: Needs
     window: int
     order: list[Turn] = field(default_factory=list)
-    held: dict[str, int] = field(default_factory=dict)
-    kept: dict[str, int] = field(default_factory=dict)
+    held: dict[str, list[int]] = field(default_factory=dict)
+    kept: dict[str, list[int]] = field(default_factory=dict)
+    """Rows of a map, after each of its turns, and those of them that were there before it."""
+
     bands: dict[str, _Band] = field(default_factory=dict)
     users: dict[str, list[_Reader]] = field(default_factory=dict)
+    followers: dict[str, list[Stage]] = field(default_factory=dict)
+    """The eager stages that run after a map's bands."""
 
     def __post_init__(self) -> None:
         self.users.update({name: [] for name in self.chain.channels})
@@ -113,9 +129,15 @@ class _Progress:
             # Canonical windows stand where the scene's do.
             first = height if self.needs.sides else (ends[name] - start - 1) % height + 1
             stop = min(start + first, region.stop[0])
-            self.bands[name] = _Band(name, start, stop, region.stop[0], height, readers)
-            self.held[name] = self.kept[name] = 0
-            self._look(self.bands[name])
+            band = _Band(name, start, stop, region.stop[0], height, readers)
+            self.bands[name], self.held[name], self.kept[name] = band, [], []
+            if stage and stage.eager:
+                band.source, band.stop = readers[0].source, start
+                self.followers.setdefault(band.source, []).append(stage)
+                for reader in readers:  # it has nothing to wait for
+                    reader.first = self.needs.regions[band.source].stop[0]
+            else:
+                self._look(band)
 
     def _heights(self) -> dict[str, int]:
         """Rows of each map's bands: as many pixels of all, so that no stage waits for another.
@@ -152,6 +174,9 @@ class _Progress:
         """Have the rows before ``stop`` of a map computed, and before them what they need."""
         band = self.bands[name]
         while band.made < min(stop, band.end):
+            if band.source:
+                self.advance(band.source, self.bands[band.source].made + 1)
+                continue
             for reader in band.readers:
                 if self.bands[reader.source].made < reader.stop:
                     self.advance(reader.source, reader.stop)
@@ -165,11 +190,26 @@ class _Progress:
         readers = self.users[name]
         # Nobody reads the logits: they are kept.
         keep = min([made, *(reader.first for reader in readers)]) if readers else needed.start[0]
-        self.held[name] = max(self.held[name], min(stop, needed.stop[0]) - keep)
-        self.kept[name] = max(self.kept[name], made - keep)
+        self.held[name].append(min(stop, needed.stop[0]) - keep)
+        self.kept[name].append(made - keep)
         self.order.append(Turn(name, band.made, stop, keep))
-        band.made, band.stop = stop, min(stop + band.height, band.end)
+        first, band.made, band.stop = band.made, stop, min(stop + band.height, band.end)
         self._look(band)
+        for stage in self.followers.get(name, ()):
+            self._follow(stage, first, stop)
+
+    def _follow(self, stage: Stage, first: int, stop: int) -> None:
+        """The turn of an eager stage, after rows ``[first, stop)`` of what it reads."""
+        name, band = stage.name, self.bands[stage.name]
+        leads = [lead(step) for step, _ in stage.reads()]
+        keep = min([band.made, *(reader.first for reader in self.users[name])])
+        self.kept[name].append(band.stop - keep)
+        # Its last rows lack what lies beyond the map.
+        whole = stop == self.bands[band.source].end
+        band.made = band.end if whole else max(band.made, min(stop + min(leads), band.end))
+        band.stop = max(band.stop, min(stop + max(leads), band.end))
+        self.held[name].append(band.stop - keep)
+        self.order.append(Turn(name, first, stop, keep))
 
     def _look(self, band: _Band) -> None:
         """What the band's next turn reads."""
