@@ -212,9 +212,8 @@ class Chain:
         shapes = {self.image: size}
         for stage in self.stages:
             step, name = next(stage.reads())
-            over = step.geometry
-            same = over is None or stage.eager
-            shapes[stage.name] = shapes[name] if same else over.shape(shapes[name])
+            over = None if stage.eager else step.geometry
+            shapes[stage.name] = over.shape(shapes[name]) if over else shapes[name]
         return shapes
 
 

@@ -9,6 +9,7 @@ from pipeline.domain import Grid, Halo, Pass, Region
 from pipeline.inference import staged as staged_module
 from pipeline.inference.canonical import CanonicalNetwork
 from pipeline.inference.map_layout import Layout
+from pipeline.inference.row_sums import with_row_sums
 from pipeline.inference.stage_plan import Needs, coarse_region, needed_of, needs_of
 from pipeline.inference.staged import FeatureMap, StagedNetwork
 from pipeline.inference.turns import Turns
@@ -29,7 +30,16 @@ NETWORKS = {
     "resnet50": Architecture(
         family="v3", backbone="resnet50", dims=2, output_stride=8, rates=(1, 3), image_pooling=True
     ),
+    "resnet50, far": Architecture(
+        family="v3",
+        backbone="resnet50",
+        dims=2,
+        output_stride=8,
+        rates=(12, 24, 36),
+        image_pooling=True,
+    ),
 }
+WIDEST = "backbone_layer4_2_relu_2"
 
 
 def sweep_of(name: str, side: int, *, wide: int, pooled: bool = True) -> tuple[Chain, Pass]:
@@ -90,9 +100,12 @@ def test_every_row_is_there_when_it_is_read(
     assert (logits_BKS == marks[chain.logits]).all()
 
 
-def needs_of_inner(side: int, *, pooled: bool = True) -> tuple[Chain, Needs]:
-    """Stages of ResNet-50 and what an inner tile needs of them."""
-    chain, sweep = sweep_of("resnet50", side, wide=3, pooled=pooled)
+def needs_of_inner(
+    side: int, *, name: str = "resnet50", pooled: bool = True
+) -> tuple[Chain, Needs]:
+    """Stages of a network, as tiles run them, and what an inner tile needs of them."""
+    chain, sweep = sweep_of(name, side, wide=3, pooled=pooled)
+    chain = with_row_sums(chain)
     tile, shape = sweep.tile(1), sweep.grid.padded_shape
     return chain, needs_of(chain, tile.read, scored=tile.scored, shape=shape)
 
@@ -111,6 +124,17 @@ def test_maps_hold_a_part_of_a_large_tile() -> None:
     assert small < 0.27 * max(few)
     assert large < 2.1 * small
     assert large < 0.14 * max(many)
+
+
+def test_a_map_that_is_summed_by_rows_is_held_for_a_band() -> None:
+    """The widest map of ResNet-50 would be held over the reach of ASPP: nine times as high."""
+    chain, needs = needs_of_inner(4096, name="resnet50, far")
+    turns = Turns.of(chain, needs, window=64)
+    bands = [turn.stop - turn.first for turn in turns.order if turn.name == WIDEST]
+    assert turns.heights[WIDEST] == max(bands)
+    sums = [stage for stage in chain.stages if stage.eager]
+    room = sum(turns.heights[stage.name] * stage.channels for stage in sums)
+    assert room < 0.65 * (72 + max(bands)) * chain.channels[WIDEST]
 
 
 @pytest.mark.parametrize("side", [4096, 5000])
