@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import NamedTuple
 
 from pipeline.inference.row_sums import lead
@@ -145,14 +146,17 @@ class _Progress:
         Those of the stage whose windows are the highest, or of several, one below the other.
         """
         shapes, end = self.needs.shapes, self.chain.endpoint
-        image = shapes[self.chain.image][0] - end
-        row_px = {name: max(1, image // max(1, shapes[name][0] - end)) for name in self.users}
-        parts = [stage for stage in self.chain.stages if not stage.whole]
-        windows = (block_of(s, self.needs, self.window)[0] * row_px[s.name] for s in parts)
-        window_px = max(windows, default=1)
-        band_px = window_px * max(1, _BAND_PX // window_px)
-        heights = {name: max(1, band_px // row_px[name]) for name in self.users}
+        image = max(1, shapes[self.chain.image][0] - end)
+        row_px = {name: Fraction(image, max(1, shapes[name][0] - end)) for name in self.users}
         whole = [stage for stage in self.chain.stages if stage.whole]
+        if self.needs.sides is not None:
+            window_px = Fraction(self.needs.sides[self.chain.image][0])
+        else:
+            parts = (stage for stage in self.chain.stages if not stage.whole)
+            windows = (block_of(s, self.needs, self.window)[0] * row_px[s.name] for s in parts)
+            window_px = max(windows, default=Fraction(1))
+        band_px = window_px * max(1, int(_BAND_PX / window_px))
+        heights = {name: max(1, int(band_px / row_px[name])) for name in self.users}
         return heights | {s.name: self.needs.computed(s).shape[0] for s in whole}
 
     def _ends(self) -> dict[str, int]:
