@@ -44,7 +44,7 @@ class TileCost:
     """Multiply-adds of the convolutions."""
 
     device_bytes: int
-    """Peak of maps and logits where the network runs, its weights left out."""
+    """Peak of image, maps and logits where the network runs, its weights left out."""
 
     host_bytes: int
     """Peak of what reader, CRF and writer hold at the same time, in the host's memory."""
