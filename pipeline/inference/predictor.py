@@ -81,7 +81,9 @@ class Predictor:
         else:
             chain = stages_of(network)
             # The mean of a scene takes other chains, made of one whose stages are the network's.
-            if canonical_px is None and context != "scene":
+            # Sums in bfloat16 would be rounded for each row of a kernel.
+            rows = canonical_px is None and self._dtype == torch.float32
+            if rows and context != "scene":
                 chain = with_row_sums(chain)
             self._network = self._in_windows(chain.moved(self._moved))
 

@@ -90,7 +90,9 @@ class CostModel:
 
     def _of_zoom(self, zoom: Zoom, tile: Tile) -> tuple[int, int]:
         """Multiply-adds of the passes at a zoom, and what the device holds in one of them."""
-        chain = self.chain if self.canonical_px else with_row_sums(self.chain)
+        chain = self.chain
+        if self.canonical_px is None and self.itemsize == _FLOAT32:
+            chain = with_row_sums(chain)
         read = self.average.part(zoom, tile.read, scored=tile.scored, shape=self.shape)
         needs = needs_of(
             chain,
