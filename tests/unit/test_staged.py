@@ -172,6 +172,27 @@ def test_atrous_branches_of_a_deep_network_are_summed_by_rows() -> None:
     assert work[0] == work[1]
 
 
+@pytest.mark.parametrize("rows", [True, False], ids=["summed by rows", "as it is"])
+def test_wide_maps_are_not_copied_to_be_padded(rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 rows of 2048 channels, the most that a tile of ResNet-50 held, were copied at the scene's
+    border for the sake of a few rows of zeros."""
+    network = network_of(RESNET50_FAR, dtype=torch.float32)
+    chain, shape, padded = stages_of(network), (208, 40), []
+
+    def watched(part_BCS: Tensor, fill: list[int], value: float) -> Tensor:
+        padded.append(part_BCS.shape[1])
+        return pad(part_BCS, fill, value=value)
+
+    pad = torch.nn.functional.pad
+    monkeypatch.setattr(torch.nn.functional, "pad", watched)
+    staged = StagedNetwork(with_row_sums(chain) if rows else chain, window=4)
+    with torch.inference_mode():
+        staged.coarse_logits(
+            torch.zeros(1, 2, *shape), Frame((0, 0), shape), Region((0, 0), (26, 5))
+        )
+    assert set(padded) <= {2, 64, 128}  # those of layers with a stride: image, pool, first halving
+
+
 @pytest.mark.parametrize("key", [SLIM_POOLED, RESNET18, SLIM_3D_POOLED], ids=lambda key: key[0])
 def test_the_same_tile_gives_the_same_bytes(key: Key) -> None:
     """Memory that was not written, or written in another order, would show in a retried tile."""
