@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.domain import Shape, Tile
 from pipeline.inference.average import Logits
-from pipeline.inference.normalise import normalise
+from pipeline.inference.normalise import Normalised
 from pipeline.inference.padding import read_padded
 from pipeline.inference.scene_context import SceneSums, core_features
 from pipeline.models.frame import Frame
@@ -56,7 +56,7 @@ class ContextTiles:
             return self.sums.zeros(tile.core)
         frame = Frame.of(tile.read, shape=self.padded_shape)
         features_CS = model.pooled(
-            normalise(data, self.model.bundle.input.scaling), frame, core=tile.scored
+            Normalised(data, self.model.bundle.input.scaling), frame, core=tile.scored
         )
         return block_sums(features_CS, valid_S, block=self.sums.block)
 

@@ -17,7 +17,7 @@ from pipeline.crf.params import ResolvedCrf
 from pipeline.domain import Shape, Tile
 from pipeline.errors import BundleError
 from pipeline.inference.average import Average, Logits, averaged
-from pipeline.inference.normalise import normalise
+from pipeline.inference.normalise import Normalised
 from pipeline.inference.padding import read_padded
 from pipeline.inference.precision import Precision, resolve_precision
 from pipeline.inference.scene_context import SceneContext
@@ -162,7 +162,7 @@ class SegmentTiles:
         frame = Frame.of(tile.read, shape=self.padded_shape)
         pooling = None if self.scene is None else self.scene.pooling(tile, data)
         logit_KS = model.logits(
-            normalise(data, self.model.bundle.input.scaling),
+            Normalised(data, self.model.bundle.input.scaling),
             frame,
             scored=tile.scored,
             pooling=pooling,

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from pipeline.domain import Reach, Region, Shape
 from pipeline.errors import PlanError
+from pipeline.inference.normalise import Image
 from pipeline.inference.zoom import NATURAL, Zoom
 from pipeline.models.frame import Frame
 from pipeline.models.scene_mean import GivenMean, OwnMean
@@ -122,7 +123,7 @@ class Logits(Protocol):
 
     def logits(
         self,
-        image_CS: NDArray[np.float32],
+        image_CS: Image,
         frame: Frame,
         *,
         scored: Region,
@@ -130,7 +131,7 @@ class Logits(Protocol):
     ) -> Tensor:
         """As ``Predictor.logits``."""
 
-    def pooled(self, image_CS: NDArray[np.float32], frame: Frame, *, core: Region) -> Tensor:
+    def pooled(self, image_CS: Image, frame: Frame, *, core: Region) -> Tensor:
         """As ``Predictor.pooled``."""
 
 
@@ -139,7 +140,7 @@ class ZoomedLogits(Logits, Protocol):
 
     def logits(
         self,
-        image_CS: NDArray[np.float32],
+        image_CS: Image,
         frame: Frame,
         *,
         scored: Region,
@@ -157,7 +158,7 @@ class AveragedPredictor:
 
     def logits(
         self,
-        image_CS: NDArray[np.float32],
+        image_CS: Image,
         frame: Frame,
         *,
         scored: Region,
@@ -194,7 +195,7 @@ class AveragedPredictor:
         assert total_KS is not None
         return total_KS.sub_(math.log(self._average.passes))
 
-    def pooled(self, image_CS: NDArray[np.float32], frame: Frame, *, core: Region) -> Tensor:
+    def pooled(self, image_CS: Image, frame: Frame, *, core: Region) -> Tensor:
         """As ``Predictor.pooled``, of the image as it is."""
         return self._predictor.pooled(image_CS, frame, core=core)
 

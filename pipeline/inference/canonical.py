@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.domain import Region, Shape
+from pipeline.domain import Halo, Region, Shape
 from pipeline.errors import RegionError
 from pipeline.inference.stage_plan import Needs, coarse_place, coarse_region
-from pipeline.inference.staged import FeatureMap, run
+from pipeline.inference.staged import FeatureMap, Picture, parts_of, run
 from pipeline.models.chain import Chain
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.frame import Frame
@@ -46,6 +46,10 @@ class BoxMap(FeatureMap):
         box_BCS[index] = self.view(held)
         return box_BCS
 
+    def beside(self, region: Region) -> Halo:
+        """Nothing: what is held depends on the tile."""
+        return Halo.uniform(0, ndim=region.ndim)
+
 
 class CanonicalNetwork:
     """The stages of a network, run over canonical windows."""
@@ -57,7 +61,7 @@ class CanonicalNetwork:
         assert not over_all, "a mean over the tile is the tile's"
         self.chain, self.side_px = chain, side_px
 
-    def coarse_logits(self, image_BCS: Tensor, frame: Frame, coarse: Region) -> Tensor:
+    def coarse_logits(self, image_BCS: Picture, frame: Frame, coarse: Region) -> Tensor:
         """As ``StagedNetwork.coarse_logits``.
 
         Raises:
@@ -69,9 +73,8 @@ class CanonicalNetwork:
         needed = needs.regions[self.chain.image]
         if needed not in read:
             raise RegionError(f"canonical windows need {needed} of the scene, the input is {read}")
-        image = BoxMap(image_BCS.movedim(1, -1).contiguous(), read)
-        del image_BCS  # it may be a copy
-        return run(self.chain, image, needs, window=self.side_px).view(wanted)
+        image = parts_of(image_BCS, read)
+        return run(self.chain, needs, image, window=self.side_px, kind=BoxMap).view(wanted)
 
 
 def upsampled(

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from pipeline.domain import Region, Shape
-from pipeline.inference.stage_plan import Needs, block_of
+from pipeline.domain import Region
+from pipeline.inference.stage_plan import Needs, beside, block_of, own_padding
 from pipeline.inference.turns import Turns
 from pipeline.models.chain import Chain, Convolution, Stage, Step
 from pipeline.models.context_pool import WindowMean
+from pipeline.models.geometry import Slide
 
 _LINE = 16
 """A map starts at a multiple of so many numbers, as memory of its own would."""
@@ -18,7 +19,7 @@ _LINE = 16
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One block of memory for all maps but the image and the logits, which others hold."""
+    """One block of memory for the image and all maps but the logits, which others hold."""
 
     starts: Mapping[str, int]
     """Number of the block at which a map starts."""
@@ -30,9 +31,9 @@ class Layout:
     def of(cls, chain: Chain, needs: Needs, turns: Turns) -> Layout:
         """The largest maps first, each at the lowest place that is free in its time."""
         sizes = {
-            stage.name: turns.heights[stage.name] * row_size(stage, needs)
-            for stage in chain.stages
-            if stage.name != chain.logits
+            name: height * row_size(chain, needs, name)
+            for name, height in turns.heights.items()
+            if name != chain.logits
         }
         starts: dict[str, int] = {}
         for name in sorted(sizes, key=lambda name: (-sizes[name], turns.lives[name])):
@@ -46,9 +47,9 @@ class Layout:
         return cls(starts, max((starts[name] + sizes[name] for name in sizes), default=0))
 
 
-def row_size(stage: Stage, needs: Needs) -> int:
-    """Numbers of a row (or plane) of the stage's map."""
-    return math.prod(needs.regions[stage.name].shape[1:]) * stage.channels
+def row_size(chain: Chain, needs: Needs, name: str) -> int:
+    """Numbers of a row (or plane) of a map."""
+    return math.prod(needs.regions[name].shape[1:]) * chain.channels[name]
 
 
 def _lowest(taken: Iterable[tuple[int, int]]) -> int:
@@ -61,7 +62,7 @@ def _lowest(taken: Iterable[tuple[int, int]]) -> int:
 
 
 def stage_bytes(chain: Chain, needs: Needs, *, window: int, itemsize: int) -> int:
-    """Peak bytes of image and maps, with the scratch of one window.
+    """Peak bytes of the maps, with the scratch of one window; of the image a band is held.
 
     Args:
         chain: the network's stages.
@@ -70,35 +71,50 @@ def stage_bytes(chain: Chain, needs: Needs, *, window: int, itemsize: int) -> in
         itemsize: bytes of a number in the maps.
     """
     block = Layout.of(chain, needs, Turns.of(chain, needs, window=window)).size
-    image, logits = (
-        needs.regions[name].size * chain.channels[name] for name in (chain.image, chain.logits)
-    )
+    logits = needs.regions[chain.logits].size * chain.channels[chain.logits]
     scratch = max(
         _scratch(stage, needs, channels=chain.channels, window=window) for stage in chain.stages
     )
-    return (block + image + logits + scratch) * itemsize
+    return (block + logits + scratch) * itemsize
 
 
 def _scratch(stage: Stage, needs: Needs, *, channels: Mapping[str, int], window: int) -> int:
     """Numbers that one window takes beside the maps."""
-    block = Region.whole(block_of(stage, needs, window))
+    start, shape = needs.computed(stage).start, block_of(stage, needs, window)
+    block = Region.whole(shape).move(start)
     made = sum(step.channels for step in stage.steps if not step.scratch) * block.size
     # While a step runs: a part of a map that is padded, or narrower than the map, is copied, and
     # all that a canonical window reads; weights are reordered.
     copies: dict[str, int] = {}
     for step, name in stage.reads():
-        if step.geometry is not None or needs.sides is not None:
-            copied = _copied(step, block, needs.shapes[name]) * channels[name]
+        if step.spreads or isinstance(step.layer, Convolution) or needs.sides is not None:
+            copied = _copied(step, block, name, needs) * channels[name]
             copies[step.name] = copies.get(step.name, 0) + copied
     weights = [s.layer.weight.numel() for s in stage.steps if isinstance(s.layer, Convolution)]
     return made + max(copies.values(), default=0) + max(weights, default=0)
 
 
-def _copied(step: Step, block: Region, shape: Shape) -> int:
-    """Places of a map of ``shape`` that the step reads for ``block``."""
+def _copied(step: Step, block: Region, name: str, needs: Needs) -> int:
+    """Places of a map that the step copies to read them for ``block``."""
+    shape = needs.shapes[name]
     if isinstance(step.layer, WindowMean):
         spans = step.layer.window or shape
         return math.prod(
             min(side, span + n) for side, span, n in zip(shape, spans, block.shape, strict=True)
         )
-    return step.geometry.reads(block).size if step.geometry else block.size
+    held, over = needs.regions[name], step.geometry
+    if over is None:
+        whole = needs.sides is None and block.shape[1:] == held.shape[1:]
+        return 0 if whole else block.size
+    reads = over.reads(block)
+    if needs.sides is not None or not isinstance(over, Slide) or set(over.stride) != {1}:
+        return reads.size
+    inside = reads.clip(shape)
+    lacks = [
+        (b - a, c - d)
+        for a, b, c, d in zip(reads.start, inside.start, reads.stop, inside.stop, strict=True)
+    ]
+    pairs = list(zip(lacks, block.shape, strict=True))[1:]  # rows are cut where padding begins
+    padded = any(own_padding(ends, side, 1) < max(ends) for ends, side in pairs)
+    rows = inside.grow(beside(inside, held))
+    return reads.size if padded or rows.shape[1:] != held.shape[1:] else 0

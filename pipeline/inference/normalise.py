@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import SourceError
 from pipeline.models.input_spec import Scaling
 from pipeline.ports import Block
+
+
+class Image(Protocol):
+    """(C, *S) float32, as the network wants it: an array, or what makes parts of one when asked."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """(C, *S)."""
+
+    def __getitem__(self, index: tuple[slice, ...], /) -> NDArray[np.float32]:
+        """A part, with all channels; may alias."""
+
+
+@dataclass(frozen=True, slots=True)
+class Normalised:
+    """A block as ``normalise`` gives it, made part by part: of integers a half of its memory."""
+
+    block: Block
+    scaling: Scaling
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """As ``Image.shape``."""
+        return self.block.image_CS.shape
+
+    def __getitem__(self, index: tuple[slice, ...], /) -> NDArray[np.float32]:
+        """As ``Image``; a new array. Raises SourceError."""
+        part = Block(self.block.image_CS[index], self.block.valid_S[index[1:]])
+        return normalise(part, self.scaling)
 
 
 def normalise(block: Block, scaling: Scaling) -> NDArray[np.float32]:

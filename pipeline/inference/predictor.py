@@ -5,20 +5,22 @@ Axes in array names: C channel, K class, S space, (y, x) or (z, y, x).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.domain import Region
 from pipeline.errors import BundleError, SourceError
 from pipeline.inference.canonical import BoxMap, CanonicalNetwork, upsampled
 from pipeline.inference.convolution import fix_convolutions
+from pipeline.inference.normalise import Image
 from pipeline.inference.precision import Precision, fix_kernels
+from pipeline.inference.row_sums import with_row_sums
 from pipeline.inference.stage_plan import coarse_place, coarse_region, feature_region
-from pipeline.inference.staged import StagedNetwork, WholeNetwork
+from pipeline.inference.staged import Picture, StagedNetwork, WholeNetwork
 from pipeline.inference.zoom import NATURAL, Zoom
 from pipeline.models.bundle import Bundle
 from pipeline.models.chain import Chain
@@ -75,11 +77,17 @@ class Predictor:
             fix_convolutions(network)
             self._network = WholeNetwork(network)
         else:
-            self._network = self._in_windows(stages_of(network))
+            chain = stages_of(network)
+            # The mean of a scene takes other chains, made of one whose stages are the network's.
+            # Sums in bfloat16 would be rounded for each row of a kernel.
+            rows = canonical_px is None and self._dtype == torch.float32
+            if rows and context != "scene":
+                chain = with_row_sums(chain).moved(self._moved)  # rows laid as kernels are
+            self._network = self._in_windows(chain)
 
     def logits(
         self,
-        image_CS: NDArray[np.float32],
+        image_CS: Image,
         frame: Frame,
         *,
         scored: Region,
@@ -88,8 +96,8 @@ class Predictor:
     ) -> Tensor:
         """Predict ``scored``, a region of the scene, from an input that lies at ``frame``.
 
-        The input has valid sides, and its origin lies on the stride. It is freed before its logits
-        are upsampled, where nobody else holds it: build it in the call. With context
+        The input has valid sides, and its origin lies on the stride. It is asked for band by band,
+        and let go before its logits are upsampled. With context
         ``scene``, ``pooling`` is the scene's mean, or how to take it where the input is all of it.
         The network sees the scene as ``zoom`` makes it, and its scores are resized to the scene.
 
@@ -129,7 +137,7 @@ class Predictor:
         index: tuple[Any, ...] = (0, ..., *scored.slices(within=upsample.gives(at)))
         return logits_BKS[index]
 
-    def pooled(self, image_CS: NDArray[np.float32], frame: Frame, *, core: Region) -> Tensor:
+    def pooled(self, image_CS: Image, frame: Frame, *, core: Region) -> Tensor:
         """The features of ``core`` whose mean image pooling takes, after its convolution and norm.
 
         ``core``, a region of the scene, lies on the stride; the input as in ``logits``.
@@ -155,26 +163,24 @@ class Predictor:
         assert self._window is not None
         return StagedNetwork(chain, window=self._window)
 
-    def _read(self, image_CS: NDArray[np.float32], frame: Frame, zoom: Zoom) -> Region:
+    def _read(self, image_CS: Image, frame: Frame, zoom: Zoom) -> Region:
         """Where the input lies in the scene. Raises SourceError or RegionError."""
-        if len(image_CS) != self._bands:
-            raise SourceError(
-                f"the network takes {self._bands} bands, the input has {len(image_CS)}"
-            )
-        size = image_CS.shape[1:]
+        bands, size = image_CS.shape[0], tuple(image_CS.shape[1:])
+        if bands != self._bands:
+            raise SourceError(f"the network takes {self._bands} bands, the input has {bands}")
         stride = zoom.stride(self._stride)
         frame.check(size, stride=stride, endpoint=int(self._scale.align_corners))
         return Region(frame.origin, tuple(a + n for a, n in zip(frame.origin, size, strict=True)))
 
-    def _input(self, image_CS: NDArray[np.float32], zoom: Zoom) -> Tensor:
-        """(1, C, *S) on the device; of the same memory where nothing has to be moved."""
+    def _input(self, image_CS: Image, zoom: Zoom) -> Picture:
+        """(1, C, *S) on the device."""
         # Here, not at construction: networks with other threads may share the process.
         torch.set_num_threads(self._threads)
-        image_BCS = torch.from_numpy(image_CS).unsqueeze(0)
-        if not zoom.natural:  # in float32: bfloat16 would turn ramps into steps
-            layer = zoom.scale(self._scale).layer
-            image_BCS = layer.forward(image_BCS.to(self._device).contiguous())
-        return self._moved(image_BCS)
+        if zoom.natural:
+            return _Moved(image_CS, self._moved)
+        # In float32: bfloat16 would turn ramps into steps.
+        image_BCS = torch.from_numpy(image_CS[:,]).unsqueeze(0).to(self._device).contiguous()
+        return self._moved(zoom.scale(self._scale).layer.forward(image_BCS))
 
     def _moved(self, tensor: Tensor) -> Tensor:
         """On the device, in its floats and memory format."""
@@ -183,3 +189,20 @@ class Predictor:
             moved = moved.to(dtype=self._dtype)
         spatial = moved.ndim == self._dims + 2
         return moved.contiguous(memory_format=self._format) if spatial else moved
+
+
+@dataclass(frozen=True, slots=True)
+class _Moved:
+    """An image on the device, moved part by part."""
+
+    image_CS: Image
+    move: Callable[[Tensor], Tensor]
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """As ``Picture.shape``."""
+        return (1, *self.image_CS.shape)
+
+    def __getitem__(self, index: tuple[slice, ...], /) -> Tensor:
+        """As ``Picture``; of the same memory where nothing has to be moved."""
+        return self.move(torch.from_numpy(self.image_CS[index[1:]]).unsqueeze(0))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from pipeline.domain import Region, Shape
+from pipeline.domain import Halo, Region, Shape
 from pipeline.inference.zoom import NATURAL, Zoom
 from pipeline.models.chain import Chain, Gate, Stage, Step
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.frame import Frame
-from pipeline.models.geometry import Scale
+from pipeline.models.geometry import Scale, Slide
 from pipeline.models.scene_mean import OwnMean
+
+_FEW = 8
+"""A window's side over what it may compute in vain at its end, rather than copy what it reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +173,44 @@ def needed_span(
     start, end = step.geometry.span(axis, first, stop)
     start = min(max(start, 0), shape[axis])
     return start, max(min(end, shape[axis]), start)
+
+
+def own_padding(lacks: tuple[int, int], side: int, stride: int) -> int:
+    """What a layer pads itself, without a copy, at both ends of an axis that lacks so much.
+
+    At an end that lacks less it computes places that are cut off again, where those are few.
+    """
+    few = stride == 1 and _FEW * max(lacks) <= side
+    return max(lacks) if few else min(lacks)
+
+
+def beside(region: Region, held: Region) -> Halo:
+    """What of whole rows (or planes) ``held`` lies beside ``region``, where that is little."""
+    rows = Region((region.start[0], *held.start[1:]), (region.stop[0], *held.stop[1:]))
+    if _FEW * (rows.size - region.size) > region.size:
+        rows = region
+    return Halo(
+        tuple(a - b for a, b in zip(region.start, rows.start, strict=True)),
+        tuple(b - a for a, b in zip(region.stop, rows.stop, strict=True)),
+    )
+
+
+def row_bands(slide: Slide, window: Region, shape: Shape) -> list[Region]:
+    """A window of a convolution's output, cut where another tap meets rows of the map.
+
+    So each band's taps meet rows, or padding alone: what meets both is copied to be padded.
+    """
+    first, stop = window.start[0], window.stop[0]
+    start, end = slide.span(0, first, stop)
+    lacks = max(0, -start), max(0, end - shape[0])
+    if slide.stride[0] > 1 or own_padding(lacks, stop - first, 1) == max(lacks):
+        return [window]
+    taps = [slide.padding[0] - tap * slide.dilation[0] for tap in range(slide.kernel[0])]
+    cuts = {cut for tap in taps for cut in (tap, shape[0] + tap) if first < cut < stop}
+    ends = sorted({first, stop} | cuts)
+    return [
+        Region((a, *window.start[1:]), (b, *window.stop[1:])) for a, b in itertools.pairwise(ends)
+    ]
 
 
 def block_of(stage: Stage, needs: Needs, window: int) -> Shape:

@@ -13,17 +13,18 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.domain import Region, Shape
+from pipeline.domain import Halo, Region, Shape
 from pipeline.inference.convolution import convolve
 from pipeline.inference.map_layout import Layout, row_size
-from pipeline.inference.stage_plan import Needs, block_of
-from pipeline.inference.turns import Turns
+from pipeline.inference.row_sums import lead
+from pipeline.inference.stage_plan import Needs, beside, block_of, own_padding, row_bands
+from pipeline.inference.turns import Turn, Turns
 from pipeline.models.chain import Chain, Convolution, Gate, Norm, Pool, Stage, Step
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.custom_network import CustomNetwork
@@ -41,10 +42,19 @@ _POOL: Mapping[tuple[str, int], Callable[..., Tensor]] = MappingProxyType(
         ("average", 3): F.avg_pool3d,
     }
 )
+
 _FORMAT = MappingProxyType({2: torch.channels_last, 3: torch.channels_last_3d})
 
-_FEW = 8
-"""A window's side over what it may compute in vain at its end, rather than copy what it reads."""
+
+class Picture(Protocol):
+    """(1, C, *S) pixels on the device: a tensor, or what makes parts of one when asked."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """(1, C, *S)."""
+
+    def __getitem__(self, index: tuple[slice, ...], /) -> Tensor:
+        """A part, with all channels; may alias."""
 
 
 @dataclass(slots=True)
@@ -85,6 +95,10 @@ class FeatureMap:
         """What a layer that needs ``region`` is given: (1, C, *S), not to be written."""
         return self.view(region)
 
+    def beside(self, region: Region) -> Halo:
+        """What is read with ``region``, which is held, so that it need not be copied."""
+        return beside(region, self.region)
+
 
 class StagedNetwork:
     """The stages of a network, ready to run."""
@@ -93,16 +107,15 @@ class StagedNetwork:
         """Run ``chain`` over windows of as many features as a box of side ``window`` has."""
         self.chain, self.window = chain, window
 
-    def coarse_logits(self, image_BCS: Tensor, frame: Frame, coarse: Region) -> Tensor:
+    def coarse_logits(self, image_BCS: Picture, frame: Frame, coarse: Region) -> Tensor:
         """Return (1, K, *S) logits of ``coarse``, in features of this input; a new tensor.
 
         ``image_BCS`` (1, C, *S) lies at ``frame``. Raises RegionError.
         """
         size = tuple(image_BCS.shape[2:])
         needs = Needs.of(self.chain, size, frame=frame, coarse=coarse)
-        image = FeatureMap(image_BCS.movedim(1, -1).contiguous(), Region.whole(size))
-        del image_BCS  # it may be a copy
-        return run(self.chain, image, needs, window=self.window).view(coarse)
+        image = parts_of(image_BCS, Region.whole(size))
+        return run(self.chain, needs, image, window=self.window, kind=FeatureMap).view(coarse)
 
 
 class WholeNetwork:
@@ -111,37 +124,106 @@ class WholeNetwork:
     def __init__(self, network: DeepLab | CustomNetwork) -> None:
         self.network = network
 
-    def coarse_logits(self, image_BCS: Tensor, frame: Frame, coarse: Region) -> Tensor:
+    def coarse_logits(self, image_BCS: Picture, frame: Frame, coarse: Region) -> Tensor:
         """As ``StagedNetwork.coarse_logits``; a view."""
         with TRACING:  # another thread's tracing would take these calls for its own
-            logits_BKS = self.network.coarse_logits(image_BCS, frame)
+            logits_BKS = self.network.coarse_logits(image_BCS[:, :], frame)
         whole = Region.whole(tuple(logits_BKS.shape[2:]))
         index: tuple[Any, ...] = (..., *coarse.slices(within=whole))
         return logits_BKS[index]
 
 
-def run(chain: Chain, image: FeatureMap, needs: Needs, *, window: int) -> FeatureMap:
+def parts_of(image_BCS: Picture, read: Region) -> Callable[[Region], Tensor]:
+    """What gives any part of an image that lies at ``read``, in the same coordinates."""
+    return lambda part: image_BCS[slice(None), slice(None), *part.slices(within=read)]
+
+
+def run(
+    chain: Chain,
+    needs: Needs,
+    image: Callable[[Region], Tensor],
+    *,
+    window: int,
+    kind: type[FeatureMap],
+) -> FeatureMap:
     """The coarse logits that are needed of an image, by every stage in its turns.
 
-    The logits' memory is their own. ``window``: as ``block_of`` takes it.
+    The logits' memory is their own.
+
+    Args:
+        chain: the network's stages.
+        needs: of the tile.
+        image: gives a region of it, (1, C, *S), as often as it is asked for a band.
+        window: as ``block_of`` takes it.
+        kind: of map.
     """
     turns = Turns.of(chain, needs, window=window)
-    layout, maps = Layout.of(chain, needs, turns), {chain.image: image}
-    block = image.array_BSC.new_empty(layout.size)
-    for stage in chain.stages:
-        region, height = needs.regions[stage.name], turns.heights[stage.name]
-        if stage.name == chain.logits:
-            memory = block.new_empty(height * row_size(stage, needs))
-        else:
-            memory = block[layout.starts[stage.name] :]
-        laid = type(image).laid(memory, region, height=height, channels=stage.channels)
-        maps[stage.name] = laid
+    maps = _laid(chain, needs, turns, image, kind)
+    stages = {stage.name: stage for stage in chain.stages}
     for turn in turns.order:
-        result, whole = maps[turn.stage.name], needs.computed(turn.stage)
-        result.roll(min(turn.stop, needs.regions[turn.stage.name].stop[0]), keep=turn.keep)
-        band = Region((turn.first, *whole.start[1:]), (turn.stop, *whole.stop[1:]))
-        _fill(result, turn.stage, maps, needs, band.blocks(block_of(turn.stage, needs, window)))
+        name, first, stop, keep = turn
+        result, needed, stage = maps[name], needs.regions[name], stages.get(name)
+        if stage and stage.eager:
+            _follow(stage, maps, needs, turn, window=window)
+            continue
+        result.roll(min(stop, needed.stop[0]), keep=keep)
+        whole = needs.computed(stage) if stage else needed
+        band = Region((first, *whole.start[1:]), (stop, *whole.stop[1:]))
+        if stage:
+            windows = band.blocks(block_of(stage, needs, window))
+            _fill(result, stage, maps, needs, windows)
+        else:
+            result.view(band).copy_(image(band))
     return maps[chain.logits]
+
+
+def _follow(
+    stage: Stage, maps: Mapping[str, FeatureMap], needs: Needs, turn: Turn, *, window: int
+) -> None:
+    """The turn of an eager stage: all that the rows which were made last add to its map."""
+    result, needed = maps[stage.name], needs.regions[stage.name]
+    reads, block = list(stage.reads()), block_of(stage, needs, window)
+
+    def band(by: int) -> Region:
+        """The rows to which those made last belong as the row of a kernel."""
+        start, stop = turn.first + by, turn.stop + by
+        return Region((start, *needed.start[1:]), (stop, *needed.stop[1:])) & needed
+
+    ahead = band(max(lead(step) for step, _ in reads)).stop[0]
+    result.roll(max(ahead, result.region.stop[0]), keep=turn.keep)
+    if len(reads) == 1:
+        _fill(result, stage, maps, needs, band(0).blocks(block))
+        return
+    fresh = needed.stop[0]
+    for step, name in reads:
+        assert isinstance(step.layer, Convolution)
+        for part in band(lead(step)).blocks(block):
+            value_BCS = _slide(step.layer, maps[name], part, shape=needs.shapes[name])
+            sum_BCS, rows = result.view(part), max(0, fresh - part.start[0])
+            sum_BCS[:, :, :rows].copy_(value_BCS[:, :, :rows])
+            sum_BCS[:, :, rows:].add_(value_BCS[:, :, rows:])
+        fresh = lead(step)  # before it, this row of the kernel lies beyond the map
+
+
+def _laid(
+    chain: Chain,
+    needs: Needs,
+    turns: Turns,
+    image: Callable[[Region], Tensor],
+    kind: type[FeatureMap],
+) -> dict[str, FeatureMap]:
+    """All maps, empty, in one block of memory but for the logits."""
+    layout, start = Layout.of(chain, needs, turns), needs.regions[chain.image].start
+    block = image(Region(start, start)).new_empty(layout.size)  # where the image is, in its floats
+    maps: dict[str, FeatureMap] = {}
+    for name, height in turns.heights.items():
+        if name == chain.logits:
+            memory = block.new_empty(height * row_size(chain, needs, name))
+        else:
+            memory = block[layout.starts[name] :]
+        channels = chain.channels[name]
+        maps[name] = kind.laid(memory, needs.regions[name], height=height, channels=channels)
+    return maps
 
 
 def _fill(
@@ -211,17 +293,27 @@ def _slide(
     layer: Convolution | Pool, source: FeatureMap, window: Region, *, shape: Shape
 ) -> Tensor:
     """The layer's output in ``window``, padded at the border of ``shape``, the map's own in all."""
-    if isinstance(layer, Convolution):
-        layer = without_idle_taps(layer, window, shape)
+    if isinstance(layer, Pool):
+        return _slid(layer, source, window, shape=shape)
+    bands = row_bands(layer.slide, window, shape)
+    parts = [_slid(without_idle_taps(layer, w, shape), source, w, shape=shape) for w in bands]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _slid(layer: Convolution | Pool, source: FeatureMap, window: Region, *, shape: Shape) -> Tensor:
     reads = layer.slide.reads(window)
+    around = window
+    if set(layer.slide.stride) == {1}:  # what is computed follows what is read
+        around = window.grow(source.beside(reads.clip(shape)))
+        reads = layer.slide.reads(around)
     inside = reads.clip(shape)
     lacks = [
         (b - a, c - d)
         for a, b, c, d in zip(reads.start, inside.start, reads.stop, inside.stop, strict=True)
     ]
     padding = tuple(
-        _own_padding(ends, side, stride)
-        for ends, side, stride in zip(lacks, window.shape, layer.slide.stride, strict=True)
+        own_padding(ends, side, stride)
+        for ends, side, stride in zip(lacks, around.shape, layer.slide.stride, strict=True)
     )
     part_BCS = source.read(inside)
     fill = [
@@ -238,11 +330,13 @@ def _slide(
         slide, pool = layer.slide, _POOL[layer.kind, window.ndim]
         rate = (slide.dilation,) if layer.kind == "max" else ()
         result_BCS = pool(part_BCS, slide.kernel, slide.stride, padding, *rate)
+    # What is padded at both ends for one of them begins with places before the first.
+    more = (max(0, own - ends[0]) for ends, own in zip(lacks, padding, strict=True))
     kept: tuple[Any, ...] = (
         ...,
         *(
-            slice(max(0, own - ends[0]), max(0, own - ends[0]) + side)
-            for ends, own, side in zip(lacks, padding, window.shape, strict=True)
+            slice(n + side.start, n + side.stop)
+            for n, side in zip(more, window.slices(within=around), strict=True)
         ),
     )
     # Batch norm computes in another way, and rounds otherwise, where memory has gaps.
@@ -255,15 +349,6 @@ def _resize(scale: Scale, source: FeatureMap, window: Region, *, shape: Shape) -
     resized_BCS: Tensor = scale.layer(source.read(reads))
     kept: tuple[Any, ...] = (..., *window.slices(within=scale.gives(reads)))
     return resized_BCS[kept].contiguous(memory_format=_FORMAT[window.ndim])
-
-
-def _own_padding(lacks: tuple[int, int], side: int, stride: int) -> int:
-    """What a layer pads itself, without a copy, at both ends of an axis that lacks so much.
-
-    At an end that lacks less it computes places that are cut off again, where those are few.
-    """
-    few = stride == 1 and _FEW * max(lacks) <= side
-    return max(lacks) if few else min(lacks)
 
 
 def without_idle_taps(layer: Convolution, window: Region, shape: Shape) -> Convolution:

@@ -10,6 +10,7 @@ import numpy as np
 from pipeline.domain import Region, Shape, Tile, TileCost
 from pipeline.inference.average import Average
 from pipeline.inference.map_layout import stage_bytes
+from pipeline.inference.row_sums import with_row_sums
 from pipeline.inference.stage_plan import (
     Needs,
     feature_region,
@@ -31,8 +32,8 @@ _SCORES = 5
 """Probabilities of a core that are held while they are written, with the logits they are of: 3.7
 (float16) to 4.9 (uint8) measured on the CPU."""
 
-_LABEL = 12
-"""Bytes per pixel of the argmax, which counts in 8, and of labels in two stages of a worker."""
+_LABEL = 8
+"""Bytes per pixel of labels in two stages of a worker, and while they are counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +71,14 @@ class CostModel:
         return TileCost(
             work=sum(work for work, _ in zooms),
             device_bytes=max(held for _, held in zooms) + mean,
-            host_bytes=self._read_bytes(tile) + kept,
+            host_bytes=self._read_bytes(tile, in_bands=self.average.alone) + kept,
         )
 
     def _of_zoom(self, zoom: Zoom, tile: Tile) -> tuple[int, int]:
         """Multiply-adds of the passes at a zoom, and what the device holds in one of them."""
         chain = self.chain
+        if self.canonical_px is None and self.itemsize == _FLOAT32:
+            chain = with_row_sums(chain)
         read = self.average.part(zoom, tile.read, scored=tile.scored, shape=self.shape)
         needs = needs_of(
             chain,
@@ -87,12 +90,14 @@ class CostModel:
         )
         maps = stage_bytes(chain, needs, window=self.window, itemsize=self.itemsize)
         size = math.prod(zoom.scale(chain.upsample).shape(read.shape))
-        image = size * chain.bands * self.itemsize
-        fine = zoom.upsample(chain.upsample).gives(needs.regions[chain.logits]).size
-        upsampled = fine * self.classes * _FLOAT32
+        if not zoom.natural:  # it is resized as a whole
+            maps += size * chain.bands * self.itemsize
+        coarse = needs.regions[chain.logits]
+        fine = zoom.upsample(chain.upsample).gives(coarse).size
+        upsampled = (fine + 2 * coarse.size) * self.classes * _FLOAT32
         work = len(self.average.mirrors) * stage_work(chain, needs)
         resized = resized_bytes(zoom, read.size, size, bands=chain.bands)
-        return work, max(maps, image + upsampled, resized)
+        return work, max(maps, upsampled, resized)
 
     def of_sums(self, tile: Tile) -> TileCost:
         """Cost of one tile of a context pass; the sums themselves are few."""
@@ -108,7 +113,7 @@ class CostModel:
         return TileCost(
             work=stage_work(chain, needs),
             device_bytes=stage_bytes(chain, needs, window=self.window, itemsize=self.itemsize),
-            host_bytes=self._read_bytes(tile),
+            host_bytes=self._read_bytes(tile, in_bands=True),
         )
 
     def of_sample(self, tile: Tile) -> TileCost:
@@ -119,7 +124,7 @@ class CostModel:
         return TileCost(
             work=sum(work for work, _ in zooms),
             device_bytes=max(held for _, held in zooms) + mean,
-            host_bytes=self._read_bytes(tile),
+            host_bytes=self._read_bytes(tile, in_bands=False),
         )
 
     def _of_zoomed_sample(self, zoom: Zoom, tile: Tile) -> tuple[int, int]:
@@ -144,13 +149,10 @@ class CostModel:
         """Costs of the pass after a context pass; ``scene_work`` is then without pooling."""
         return replace(self, chain=pooled_by(self.chain, GivenMean(np.empty(0))))
 
-    def _read_bytes(self, tile: Tile) -> int:
-        return read_bytes(
-            tile,
-            bands=self.chain.bands,
-            pixel_bytes=self.pixel_bytes,
-            average=self.average,
-        )
+    def _read_bytes(self, tile: Tile, *, in_bands: bool) -> int:
+        """``in_bands``: whether the network is given the image band by band."""
+        image = image_bytes(tile, bands=self.chain.bands, average=self.average)
+        return read_bytes(tile, pixel_bytes=self.pixel_bytes) + (not in_bands) * image
 
     @property
     def scene_work(self) -> int:
@@ -170,14 +172,19 @@ def resized_bytes(zoom: Zoom, pixels: int, resized: int, *, bands: int) -> int:
     return 0 if zoom.natural else (pixels + 3 * max(pixels, resized)) * bands * _FLOAT32
 
 
-def read_bytes(tile: Tile, *, bands: int, pixel_bytes: int, average: Average) -> int:
+def read_bytes(tile: Tile, *, pixel_bytes: int) -> int:
     """Bytes of what is read, in the host's memory.
 
     Of three tiles: on the device, being refined, and being read, of which the bands are picked in
-    a copy. The image is kept for further passes.
+    a copy.
     """
+    return tile.read.size * 4 * (pixel_bytes + 1)
+
+
+def image_bytes(tile: Tile, *, bands: int, average: Average) -> int:
+    """Bytes of an image that is normalised as a whole; its mirror images are copies."""
     images = 1 + (not average.alone)
-    return tile.read.size * (4 * (pixel_bytes + 1) + (images * bands + 2) * _FLOAT32)
+    return tile.read.size * (images * bands + 2) * _FLOAT32
 
 
 def mean_bytes(region: Region, *, classes: int, average: Average) -> int:

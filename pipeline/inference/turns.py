@@ -2,35 +2,39 @@
 
 Each stage runs band by band of whole rows (or planes), and no band before the stages after it ask
 for it; rows that nobody will read again make room for the next. So of a map little more is held
-than its readers reach over, however tall the tile is.
+than its readers reach over, however tall the tile is. The image is such a map, too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import NamedTuple
 
+from pipeline.inference.row_sums import lead
 from pipeline.inference.stage_plan import Needs, block_of, needed_span
 from pipeline.models.chain import Chain, Stage, Step
 
 _BAND_PX = 64
-"""Bands of windows that are thinner than that are taken together: turns take time to count."""
+"""Bands that are thinner than that are taken together: turns take time to count."""
 
 
 class Turn(NamedTuple):
-    """One band of a stage's output, computed at once or in windows side by side."""
+    """One band of a map, computed at once or in windows side by side."""
 
-    stage: Stage
+    name: str
+    """Of the map: the image's, or its stage's."""
 
     first: int
-    """First row of the band."""
+    """First row of the band; of an eager stage, of the band of what it reads."""
 
     stop: int
     """First row after it."""
 
     keep: int
-    """First row of the stage's map that somebody has still to read."""
+    """First row of the map that somebody has still to read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +44,9 @@ class Turns:
     order: tuple[Turn, ...]
 
     heights: Mapping[str, int]
-    """Rows for which each map has room: those held at most, and half as many as are kept from turn
-    to turn, so that these are moved to the front once in a while only."""
+    """Rows for which each map has room: those held at most, or those held on average and half as
+    many as are kept from turn to turn, so that these are moved to the front once in a while only.
+    """
 
     lives: Mapping[str, tuple[int, int]]
     """Numbers of the turns from which and to which each map is held, the last one included."""
@@ -52,17 +57,21 @@ class Turns:
         progress = _Progress(chain, needs, window)
         progress.advance(chain.logits, needs.regions[chain.logits].stop[0])
         heights = {
-            name: min(needs.regions[name].shape[0], held + progress.kept[name] // 2)
-            for name, held in progress.held.items()
+            name: min(needs.regions[name].shape[0], _room(progress.held[name], progress.kept[name]))
+            for name in progress.bands
         }
         lives: dict[str, tuple[int, int]] = {}
         for number, turn in enumerate(progress.order):
-            name = turn.stage.name
-            lives.setdefault(name, (number, number))
-            for _, read in turn.stage.reads():
-                if read != chain.image:
-                    lives[read] = lives[read][0], number
+            lives.setdefault(turn.name, (number, number))
+            for reader in progress.bands[turn.name].readers:
+                lives[reader.source] = lives[reader.source][0], number
+            lives[turn.name] = lives[turn.name][0], number
         return cls(tuple(progress.order), heights, lives)
+
+
+def _room(held: list[int], kept: list[int]) -> int:
+    """Rows of a map; at the scene's edge, where windows of means are shifted, more are held."""
+    return max(max(held), math.ceil((sum(held) + sum(kept) / 2) / len(held)))
 
 
 @dataclass(slots=True)
@@ -77,14 +86,18 @@ class _Reader:
 
 @dataclass(slots=True)
 class _Band:
-    """How far a stage is: rows before ``made`` of what it computes are done."""
+    """How far a map is: rows before ``made`` of what is computed are done, to ``stop`` next."""
 
-    stage: Stage
+    name: str
     made: int
+    stop: int
     end: int
     height: int
     readers: list[_Reader]
-    """Of the stage's inputs."""
+    """Of the stage's inputs; the image has none."""
+
+    source: str = ""
+    """The map after whose bands it runs, if it is of an eager stage."""
 
 
 @dataclass(slots=True)
@@ -93,33 +106,81 @@ class _Progress:
     needs: Needs
     window: int
     order: list[Turn] = field(default_factory=list)
-    held: dict[str, int] = field(default_factory=dict)
-    kept: dict[str, int] = field(default_factory=dict)
+    held: dict[str, list[int]] = field(default_factory=dict)
+    kept: dict[str, list[int]] = field(default_factory=dict)
+    """Rows of a map, after each of its turns, and those of them that were there before it."""
+
     bands: dict[str, _Band] = field(default_factory=dict)
     users: dict[str, list[_Reader]] = field(default_factory=dict)
+    followers: dict[str, list[Stage]] = field(default_factory=dict)
+    """The eager stages that run after a map's bands."""
 
     def __post_init__(self) -> None:
-        for stage in self.chain.stages:
-            reads = [(step, name) for step, name in stage.reads() if name != self.chain.image]
-            readers = [_Reader(step, name, 0, 0) for step, name in reads]
+        self.users.update({name: [] for name in self.chain.channels})
+        heights, ends = self._heights(), self._ends()
+        stages = {stage.name: stage for stage in self.chain.stages}
+        for name in self.users:
+            stage = stages.get(name)
+            region = self.needs.computed(stage) if stage else self.needs.regions[name]
+            reads = stage.reads() if stage else ()
+            readers = [_Reader(step, read, 0, 0) for step, read in reads]
             for reader in readers:
                 self.users[reader.source].append(reader)
-            region = self.needs.computed(stage)
-            band = _Band(stage, region.start[0], region.stop[0], self._height(stage), readers)
-            self.bands[stage.name], self.users[stage.name] = band, []
-            self.held[stage.name] = self.kept[stage.name] = 0
-            self._look(band)
+            start, height = region.start[0], heights[name]
+            # Canonical windows stand where the scene's do.
+            first = height if self.needs.sides else (ends[name] - start - 1) % height + 1
+            stop = min(start + first, region.stop[0])
+            band = _Band(name, start, stop, region.stop[0], height, readers)
+            self.bands[name], self.held[name], self.kept[name] = band, [], []
+            if stage and stage.eager:
+                band.source, band.stop = readers[0].source, start
+                self.followers.setdefault(band.source, []).append(stage)
+                for reader in readers:  # it has nothing to wait for
+                    reader.first = self.needs.regions[band.source].stop[0]
+            else:
+                self._look(band)
 
-    def _height(self, stage: Stage) -> int:
-        """Rows of a band, which are whole windows."""
-        image, own = (self.needs.shapes[name][0] for name in (self.chain.image, stage.name))
-        height = block_of(stage, self.needs, self.window)[0]
-        return height * max(1, _BAND_PX * own // (image * height))
+    def _heights(self) -> dict[str, int]:
+        """Rows of each map's bands: as many pixels of all, so that no stage waits for another.
+
+        Those of the stage whose windows are the highest, or of several, one below the other.
+        """
+        shapes, end = self.needs.shapes, self.chain.endpoint
+        image = max(1, shapes[self.chain.image][0] - end)
+        row_px = {name: Fraction(image, max(1, shapes[name][0] - end)) for name in self.users}
+        whole = [stage for stage in self.chain.stages if stage.whole]
+        if self.needs.sides is not None:
+            window_px = Fraction(self.needs.sides[self.chain.image][0])
+        else:
+            parts = (stage for stage in self.chain.stages if not stage.whole)
+            windows = (block_of(s, self.needs, self.window)[0] * row_px[s.name] for s in parts)
+            window_px = max(windows, default=Fraction(1))
+        band_px = window_px * max(1, int(_BAND_PX / window_px))
+        heights = {name: max(1, int(band_px / row_px[name])) for name in self.users}
+        return heights | {s.name: self.needs.computed(s).shape[0] for s in whole}
+
+    def _ends(self) -> dict[str, int]:
+        """A row of each map before which a band ends: what the band of its readers' needs.
+
+        So of a map no row is held for a band of a reader that needs some more of the next.
+        """
+        region = self.needs.regions[self.chain.logits]
+        ends = {self.chain.logits: (region.start[0] + region.stop[0] + 1) // 2}
+        for stage in reversed(self.chain.stages):
+            last = ends[stage.name]
+            for step, name in stage.reads():
+                shape = self.needs.shapes[name]
+                _, stop = needed_span(step, 0, last - 1, last, shape, self.needs.frame)
+                ends[name] = max(ends.get(name, 0), stop)
+        return ends
 
     def advance(self, name: str, stop: int) -> None:
         """Have the rows before ``stop`` of a map computed, and before them what they need."""
         band = self.bands[name]
         while band.made < min(stop, band.end):
+            if band.source:
+                self.advance(band.source, self.bands[band.source].made + 1)
+                continue
             for reader in band.readers:
                 if self.bands[reader.source].made < reader.stop:
                     self.advance(reader.source, reader.stop)
@@ -127,26 +188,40 @@ class _Progress:
 
     def _take(self, band: _Band) -> None:
         """The band's turn, after that of all that it reads."""
-        name, stop = band.stage.name, min(band.made + band.height, band.end)
+        name, stop = band.name, band.stop
         needed = self.needs.regions[name]
         made = max(band.made, needed.start[0])
         readers = self.users[name]
         # Nobody reads the logits: they are kept.
         keep = min([made, *(reader.first for reader in readers)]) if readers else needed.start[0]
-        self.held[name] = max(self.held[name], min(stop, needed.stop[0]) - keep)
-        self.kept[name] = max(self.kept[name], made - keep)
-        self.order.append(Turn(band.stage, band.made, stop, keep))
-        band.made = stop
+        self.held[name].append(min(stop, needed.stop[0]) - keep)
+        self.kept[name].append(made - keep)
+        self.order.append(Turn(name, band.made, stop, keep))
+        first, band.made, band.stop = band.made, stop, min(stop + band.height, band.end)
         self._look(band)
+        for stage in self.followers.get(name, ()):
+            self._follow(stage, first, stop)
+
+    def _follow(self, stage: Stage, first: int, stop: int) -> None:
+        """The turn of an eager stage, after rows ``[first, stop)`` of what it reads."""
+        name, band = stage.name, self.bands[stage.name]
+        leads = [lead(step) for step, _ in stage.reads()]
+        keep = min([band.made, *(reader.first for reader in self.users[name])])
+        self.kept[name].append(band.stop - keep)
+        # Its last rows lack what lies beyond the map.
+        whole = stop == self.bands[band.source].end
+        band.made = band.end if whole else max(band.made, min(stop + min(leads), band.end))
+        band.stop = max(band.stop, min(stop + max(leads), band.end))
+        self.held[name].append(band.stop - keep)
+        self.order.append(Turn(name, first, stop, keep))
 
     def _look(self, band: _Band) -> None:
         """What the band's next turn reads."""
-        first, stop = band.made, min(band.made + band.height, band.end)
         for reader in band.readers:
             held = self.needs.regions[reader.source]
-            if first == stop:  # there is none
+            if band.made == band.stop:  # there is none
                 reader.first = reader.stop = held.stop[0]
                 continue
             shape = self.needs.shapes[reader.source]
-            a, b = needed_span(reader.step, 0, first, stop, shape, self.needs.frame)
+            a, b = needed_span(reader.step, 0, band.made, band.stop, shape, self.needs.frame)
             reader.first, reader.stop = max(a, held.start[0]), min(b, held.stop[0])

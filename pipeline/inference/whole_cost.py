@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from pipeline.domain import Region, Shape, Tile, TileCost
 from pipeline.inference.average import Average
 from pipeline.inference.tile_cost import (
+    image_bytes,
     kept_bytes,
     mean_bytes,
     read_bytes,
@@ -150,9 +151,8 @@ class WholeCostModel:
         return TileCost(
             work=self._work(parts),
             device_bytes=held + mean,
-            host_bytes=read_bytes(
-                tile, bands=trial.bands, pixel_bytes=self.pixel_bytes, average=self.average
-            ),
+            host_bytes=read_bytes(tile, pixel_bytes=self.pixel_bytes)
+            + image_bytes(tile, bands=trial.bands, average=self.average),
         )
 
     def _part(self, zoom: Zoom, tile: Tile) -> Region:

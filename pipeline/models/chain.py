@@ -132,6 +132,10 @@ class Stage:
 
     steps: tuple[Step, ...]
 
+    eager: bool = False
+    """Whether it runs as soon as a band of the one map that it reads is there, which need not be
+    held then. It reads its own places, or is a sum of convolutions of single rows."""
+
     @property
     def name(self) -> str:
         """Of the map that it makes."""
@@ -197,7 +201,10 @@ class Chain:
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Chain:
         """The same chain with ``move`` applied to every weight and bias."""
-        stages = (Stage(tuple(_moved(step, move) for step in s.steps)) for s in self.stages)
+        stages = (
+            replace(stage, steps=tuple(_moved(step, move) for step in stage.steps))
+            for stage in self.stages
+        )
         return replace(self, stages=tuple(stages))
 
     def shapes(self, size: Shape) -> dict[str, Shape]:
@@ -205,7 +212,7 @@ class Chain:
         shapes = {self.image: size}
         for stage in self.stages:
             step, name = next(stage.reads())
-            over = step.geometry
+            over = None if stage.eager else step.geometry
             shapes[stage.name] = over.shape(shapes[name]) if over else shapes[name]
         return shapes
 

@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from pipeline.domain import Region
 
+_AT_ONCE = 2**20
+"""Scores that the argmax is taken of at once."""
+
 
 def keep_core(array: NDArray[Any], *, core: Region, within: Region) -> NDArray[Any]:
     """The last axes of ``array``, which holds ``within``, cut to ``core``; a view.
@@ -27,6 +30,11 @@ def to_labels(
 
     ``values`` (K,) holds the id of each channel in the mask's dtype; a new array of that dtype.
     """
-    labels_S: NDArray[Any] = values[np.argmax(score_KS, axis=0)]
+    labels_S: NDArray[Any] = np.empty(score_KS.shape[1:], values.dtype)
+    # Some rows at a time: numpy copies what it takes the argmax of, and gives 8 bytes a pixel.
+    height = max(1, _AT_ONCE * len(labels_S) // max(1, score_KS.size))
+    for row in range(0, len(labels_S), height):
+        rows = slice(row, row + height)
+        labels_S[rows] = values[np.argmax(score_KS[:, rows], axis=0)]
     labels_S[~valid_S] = nodata
     return labels_S

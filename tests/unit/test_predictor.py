@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +14,9 @@ from torch import fx, nn
 from pipeline.domain import Region
 from pipeline.errors import PlanError, RegionError, SourceError
 from pipeline.inference import precision as precision_module
-from pipeline.inference import staged as staged_module
-from pipeline.inference.normalise import normalise
+from pipeline.inference.normalise import Normalised, normalise
 from pipeline.inference.precision import Precision, processor_flags, resolve_precision
 from pipeline.inference.predictor import Predictor
-from pipeline.inference.staged import FeatureMap
 from pipeline.models.bundle import Architecture, Bundle, save_bundle
 from pipeline.models.context_pool import Context
 from pipeline.models.frame import Frame
@@ -29,7 +25,6 @@ from pipeline.models.input_spec import Scaling
 from pipeline.models.receptive_field import reach_of
 from pipeline.models.resize import Resize
 from pipeline.models.scene_mean import GivenMean, OwnMean, block_sums, mean_of, total_of
-from pipeline.models.stages import Stage
 from pipeline.ports import Block
 
 FP32 = Precision(name="fp32", channels_last=True, why="")
@@ -195,11 +190,11 @@ def test_a_device_that_is_not_there_is_refused() -> None:
 
 
 @pytest.mark.parametrize("canonical_px", [None, 64])
-def test_the_input_is_held_once_and_freed_before_logits_are_upsampled(
+def test_the_input_is_freed_before_logits_are_upsampled(
     bundle: Bundle, canonical_px: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An image of floats is as large as all maps of a slim network: it would be held beside the
-    logits, and a second time where the network wants its channels innermost."""
+    """An image of floats is larger than the maps of a slim network: it would be held beside the
+    logits, which are larger still."""
     predictor = Predictor(
         bundle,
         device="cpu",
@@ -209,29 +204,51 @@ def test_the_input_is_held_once_and_freed_before_logits_are_upsampled(
         canonical_px=canonical_px,
     )
     kept: list[weakref.ref[NDArray[np.float32]]] = []
-    fill = staged_module._fill
 
     def made() -> NDArray[np.float32]:
-        block = Block(image_of(), np.ones((96, 128), np.bool_))
-        image_CS = normalise(block, Scaling(type="offset-scale", offset=(0.0,), scale=(1.0,)))
+        image_CS = image_of()
         kept.append(weakref.ref(image_CS))
         return image_CS
-
-    def watched(
-        result: FeatureMap, stage: Stage, maps: Mapping[str, FeatureMap], *rest: Any
-    ) -> None:
-        (image,) = (each for name, each in maps.items() if name == predictor._network.chain.image)
-        assert image.array_BSC.data_ptr() == kept[0]().ctypes.data
-        fill(result, stage, maps, *rest)
 
     def upsampled(layer: Resize, logits_BKS: torch.Tensor) -> torch.Tensor:
         assert kept[0]() is None
         return upsample(layer, logits_BKS)
 
     upsample = Resize.forward
-    monkeypatch.setattr(staged_module, "_fill", watched)
     monkeypatch.setattr(Resize, "forward", upsampled)
     predictor.logits(made(), FRAME, scored=WHOLE)
+
+
+@pytest.mark.parametrize("canonical_px", [None, 32])
+def test_an_image_normalised_in_bands_gives_the_bits_of_one_normalised_at_once(
+    bundle: Bundle, canonical_px: int | None
+) -> None:
+    """Bands would be cut from the wrong rows, or the next one come before one is read."""
+    predictor = Predictor(
+        bundle,
+        device="cpu",
+        precision=FP32,
+        context="window",
+        threads=1,
+        window=8,
+        canonical_px=canonical_px,
+    )
+    generator = np.random.default_rng(2)
+    image_CS = generator.integers(0, 999, (2, 96, 128)).astype(np.uint16)
+    block = Block(image_CS, generator.random((96, 128)) < 0.9)
+    scaling = Scaling(type="z-score", mean=(400.0, 500.0), std=(90.0,))
+    asked: list[tuple[int, ...]] = []
+
+    class Watched(Normalised):
+        def __getitem__(self, index: tuple[slice, ...], /) -> NDArray[np.float32]:
+            part_CS = super().__getitem__(index)
+            asked.append(part_CS.shape)
+            return part_CS
+
+    bands_KS = predictor.logits(Watched(block, scaling), FRAME, scored=WHOLE)
+    assert max(rows for _, rows, _ in asked) <= 64
+    assert sum(rows for _, rows, _ in asked) == 96
+    assert torch.equal(bands_KS, predictor.logits(normalise(block, scaling), FRAME, scored=WHOLE))
 
 
 @pytest.mark.parametrize("canonical_px", [None, 64])

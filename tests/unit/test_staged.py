@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.domain import Grid, Halo, Pass, Region, Tile
+from pipeline.inference.row_sums import with_row_sums
 from pipeline.inference.stage_plan import coarse_region
 from pipeline.inference.staged import StagedNetwork
 from pipeline.models.architecture import Architecture
@@ -30,6 +31,8 @@ RESNET18_POOLED: Key = ("resnet18", 2, 16, (1, 2), (112, 80))
 RESNET50: Key = ("resnet50", 2, 8, (1, 3), None)
 RESNET101: Key = ("resnet101", 2, 8, (1, 2), None)
 RESNET50_POOLED: Key = ("resnet50", 2, 8, (1, 2), (104, 72))
+RESNET50_FAR: Key = ("resnet50", 2, 8, (8, 12), None)
+RESNET50_FAR_POOLED: Key = ("resnet50", 2, 8, (3, 9), (232, 72))
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +95,7 @@ def staged_logits(network: DeepLab, scene_BCS: Tensor, tile: Tile, *, window: in
     shape = tuple(scene_BCS.shape[2:])
     part_BCS = cut(scene_BCS, tile.read.slices(within=Region.whole(shape)))
     coarse = coarse_region(tile.read, scored=tile.scored, upsample=Scale.of(network.upsample))
-    staged = StagedNetwork(stages_of(network), window=window)
+    staged = StagedNetwork(with_row_sums(stages_of(network)), window=window)
     with torch.inference_mode():
         return staged.coarse_logits(part_BCS, Frame.of(tile.read, shape=shape), coarse)
 
@@ -127,6 +130,9 @@ EXACT = [
     pytest.param(RESNET50, (25, 803), 272, 16, id="resnet50"),
     pytest.param(RESNET50_POOLED, (27, 901), 320, 9, id="resnet50, pooled"),
     pytest.param(RESNET101, (17, 1303), 272, 16, id="resnet101"),
+    pytest.param(RESNET50_FAR, (1003, 25), 320, 5, id="resnet50, summed by rows"),
+    pytest.param(RESNET50_FAR, (43, 203), 320, 5, id="summed by rows, lower than the kernel"),
+    pytest.param(RESNET50_FAR_POOLED, (803, 25), 400, 3, id="summed by rows, pooled"),
 ]
 
 
@@ -152,6 +158,39 @@ def test_stages_agree_with_one_pass_in_single_precision(
     """Arithmetic of the stages' own, such as a folded batch norm, would move a deep network."""
     network = network_of(key, dtype=torch.float32)
     assert worst(network, sweep_of(network, shape, side), window=64) <= 1e-4
+
+
+def test_atrous_branches_of_a_deep_network_are_summed_by_rows() -> None:
+    """Else the tests of sums above would see none, and 72 rows of 2048 channels be held."""
+    plain = stages_of(network_of(RESNET50_FAR_POOLED, dtype=torch.float32))
+    summed = with_row_sums(plain)
+    assert [stage.name for stage in summed.stages if stage.eager] == [
+        "classifier_0_convs_3_norm",
+        *(f"classifier_0_convs_{branch}_0" for branch in range(3)),
+    ]
+    work = [sum(stage.work for stage in chain.stages) for chain in (plain, summed)]
+    assert work[0] == work[1]
+
+
+@pytest.mark.parametrize("rows", [True, False], ids=["summed by rows", "as it is"])
+def test_wide_maps_are_not_copied_to_be_padded(rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 rows of 2048 channels, the most that a tile of ResNet-50 held, were copied at the scene's
+    border for the sake of a few rows of zeros."""
+    network = network_of(RESNET50_FAR, dtype=torch.float32)
+    chain, shape, padded = stages_of(network), (208, 40), []
+
+    def watched(part_BCS: Tensor, fill: list[int], value: float) -> Tensor:
+        padded.append(part_BCS.shape[1])
+        return pad(part_BCS, fill, value=value)
+
+    pad = torch.nn.functional.pad
+    monkeypatch.setattr(torch.nn.functional, "pad", watched)
+    staged = StagedNetwork(with_row_sums(chain) if rows else chain, window=4)
+    with torch.inference_mode():
+        staged.coarse_logits(
+            torch.zeros(1, 2, *shape), Frame((0, 0), shape), Region((0, 0), (26, 5))
+        )
+    assert set(padded) <= {2, 64, 128}  # those of layers with a stride: image, pool, first halving
 
 
 @pytest.mark.parametrize("key", [SLIM_POOLED, RESNET18, SLIM_3D_POOLED], ids=lambda key: key[0])
