@@ -23,7 +23,7 @@ from workflows.sizing import Budget, Sizer, Team
 from workflows.workplace import usual_workers, workplace
 
 SHARE = 0.7
-"""Of the machine's memory: what an ``auto`` tile may take where no budget was given."""
+"""Of the machine's memory: what is taken where ``auto`` may take more, and no budget was given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

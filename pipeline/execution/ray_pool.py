@@ -150,6 +150,7 @@ class _Member:
 
     handle: Any
     starting: Any
+    name: str = ""
     jobs: dict[Any, Job] = field(default_factory=dict)
     exclusive: bool = False
     ready: bool = False
@@ -228,13 +229,14 @@ class _Pool:
             self._drop(member)
 
     def _hand_out(self) -> None:
-        while free := [m for m in self._members if m.free]:
+        free = [m for m in self._members if m.free]
+        while free:
             member = min(free, key=lambda m: len(m.jobs))
-            job = self._queue.take(member.handle, alone=not member.jobs)
-            if job is None:
-                return
-            member.exclusive, member.recalled = self._queue.is_suspect(job), False
-            member.jobs[member.handle.run.remote(job)] = job
+            if job := self._queue.take(member.name, alone=not member.jobs):
+                member.exclusive, member.recalled = self._queue.is_suspect(job), False
+                member.jobs[member.handle.run.remote(job)] = job
+            if job is None or not member.free:  # what there is may be for others
+                free.remove(member)
 
     def _answers(self, refs: list[Any]) -> list[Any]:
         """All references that are ready, once one is or the feed should be asked again."""
@@ -285,6 +287,7 @@ class _Pool:
     def _drop(self, member: _Member) -> None:
         """Take an actor out of the pool, and end it: one that seems dead may be out of reach."""
         self._members.remove(member)
+        self._feed.lost(member.name)
         ray.kill(member.handle)
 
     def _admit(self, member: _Member, answer: tuple[str, str, str]) -> None:
@@ -299,7 +302,7 @@ class _Pool:
                 f"worker {name} does not share {self._backend.run_dir} with the driver:"
                 " put --run-dir on storage that every node mounts"
             )
-        member.ready = True
+        member.ready, member.name = True, name
 
     def _check_alive(self) -> None:
         """Raise ExecutionError when no actor lives for long; warn once when some cannot start."""
