@@ -116,6 +116,10 @@ class Record:
     vertices: int = 0
     """Of a lattice under all tiles, those that this tile's pixels touch."""
 
+    kept: bool = False
+    """Whether that process holds what it made of the tile, so that the next pass is best done
+    there."""
+
     deaths: int = 0
     """How many workers died while they held this tile."""
 
@@ -199,6 +203,9 @@ class Job:
     work: Work
     tile: Tile
 
+    home: str = ""
+    """The worker that holds what the tile's next pass needs; empty where none does."""
+
 
 class Feed(Protocol):
     """Jobs of many cases, more of which may come while they run."""
@@ -208,6 +215,9 @@ class Feed(Protocol):
 
         Raises what a case's own jobs raise.
         """
+
+    def lost(self, worker: Hashable) -> None:
+        """Say that it will take no more: what was for it is for all."""
 
     @property
     def ended(self) -> bool:

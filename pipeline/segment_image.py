@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.domain import Pass, Sweep, Tile, TileKey, TilePlan, Walk
 from pipeline.ports import Backend, Feed, Job, Ledger, Record, Work
@@ -67,9 +67,13 @@ class ImageTiles:
         self.observers = list(observers)
         wanted = {tile.key for tile in plan.tiles()}
         found = ledger.records().items()
-        done = {key: r for key, r in found if key in wanted and r.status == "done"}
+        # Whoever kept something in an earlier run is gone.
+        done = {
+            key: replace(r, kept=False) for key, r in found if key in wanted and r.status == "done"
+        }
         self._left = Counter({sweep.name: len(sweep) for sweep in plan.passes})
         self._left.subtract(key.stage for key in done)
+        self._given_up: set[TileKey] = set()
         self.outcome = Outcome(done, len(plan))
 
     def jobs(self) -> Iterator[list[Job] | None]:
@@ -82,31 +86,49 @@ class ImageTiles:
                 yield None
             for tiles in _stretches(sweep):
                 wanted = (tile for tile in tiles if tile.key not in self.outcome.records)
-                yield [Job(work=self._works[sweep.name], tile=tile) for tile in wanted]
+                work = self._works[sweep.name]
+                yield [Job(work=work, tile=t, home=self._home(sweep, t)) for t in wanted]
+
+    def _home(self, sweep: Sweep, tile: Tile) -> str:
+        """The worker that kept what it made of the tile in the pass before; empty for none."""
+        before = self.outcome.records.get(tile.key._replace(stage=sweep.needs))
+        return before.worker if before is not None and before.kept else ""
 
     def note(self, record: Record) -> None:
         """Into the ledger first, before anyone hears of it. Raises StoreError.
 
-        Once a pass has ended with failed tiles, those of passes that need it fail as well.
+        Once a pass has ended with failed tiles, so have those that cannot do without them.
         """
         self._note(record)
         stage = record.key.stage
         if self._left[stage]:
             return
         lost = [r for r in self.outcome.failed if r.key.stage == stage]
+        lost = [r for r in lost if r.key not in self._given_up]
         if lost:
-            self._give_up({stage}, lost[0])
+            self._give_up(stage, {r.key.number: r for r in lost})
 
-    def _give_up(self, stages: set[str], cause: Record) -> None:
-        """Fail the tiles of all passes that need one of ``stages``, or one that does."""
-        why = f"{cause.key.stage} pass: tile {cause.key.number} failed: {cause.error}"
+    def _give_up(self, stage: str, causes: Mapping[int, Record]) -> None:
+        """Fail what needs tiles of ``stage`` that failed, in all passes that build on it.
+
+        All tiles of a pass that does not bear gaps, else those of the same numbers.
+        """
+        first = next(iter(causes.values()))
+        all_of: dict[str, bool] = {}
         for sweep in self._plan.passes:
-            if sweep.needs not in stages:
+            if sweep.needs == stage:
+                all_of[sweep.name] = not sweep.bears_gaps
+            elif sweep.needs in all_of:
+                all_of[sweep.name] = all_of[sweep.needs]
+            else:
                 continue
-            stages.add(sweep.name)
             for tile in sweep.tiles():
-                if tile.key not in self.outcome.records:
-                    self._note(Record(key=tile.key, status="failed", error=why))
+                cause = causes.get(tile.key.number, first if all_of[sweep.name] else None)
+                if cause is None or tile.key in self.outcome.records:
+                    continue
+                why = f"{stage} pass: tile {cause.key.number} failed: {cause.error}"
+                self._given_up.add(tile.key)
+                self._note(Record(key=tile.key, status="failed", error=why))
 
     def _note(self, record: Record) -> None:
         self._ledger.append(record)

@@ -58,3 +58,11 @@ def fresh(path: Path, **changes: object) -> Bundle:
         "seed": 7,
     }
     return create(output=path, **(asked | changes))  # type: ignore[arg-type]
+
+
+def noisy(image_S: np.ndarray) -> np.ndarray:
+    """(3, *S) float32 probabilities by brightness, wrong in a third of the pixels."""
+    truth_S = np.digitize(image_S, np.quantile(image_S, [0.33, 0.67]))
+    noise_KS = np.random.default_rng(3).normal(0, 1.5, (3, *image_S.shape))
+    odds_KS = np.exp(noise_KS + 1.5 * (truth_S == np.arange(3).reshape(3, *(1,) * truth_S.ndim)))
+    return (odds_KS / odds_KS.sum(0)).astype(np.float32)

@@ -83,7 +83,8 @@ class ImageRun:
 
         Raises FinishError, StoreError, SourceError or LeaseHeldError.
         """
-        allowed = len(self.outcome.failed) <= self.options.allow_failed
+        failed = self.tiles.outcome.of(self.plan.last).failed
+        allowed = len(failed) <= self.options.allow_failed
         seam = self._certified() if allowed and not self.tiles.outcome.interrupted else None
         if seam is not None:
             self.guard.check()

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pipeline.crf.placed_tile import Room
 from pipeline.crf.whole_scene import SceneCrf, ScenePixels
 from pipeline.domain import Grid, Halo, Pass, Region
 from pipeline.ports import Source
+from workflows.config import RunOptions
+from workflows.resolved import SHARE
+from workflows.workplace import workplace
 
 PLACES = 5
 """Tiles that are looked at, evenly spread."""
 
 SIDE = {2: 1024, 3: 128}
 """The most that is read of one, in pixels, by number of axes."""
+
+ROOM_BYTES = 2 * 2**30
+"""The most that a worker keeps of placed tiles where no budget is given, some 25 million pixels of
+them: a constant, so that memory does not grow with the scene."""
 
 _KEY_BYTES, _SUM_BYTES = 16, 8
 
@@ -40,6 +48,22 @@ class LatticeSize:
     tile_bytes: int
     """Of memory, for what the largest tile hears of others."""
 
+    placed_bytes: int
+    """Of memory, were all tiles kept as they are placed."""
+
+    room_bytes: int
+    """Of memory, what a worker may keep of them between rounds."""
+
+    def with_room(self, options: RunOptions, *, peak_bytes: int, workers: int) -> LatticeSize:
+        """The same with what each worker may keep, beside a peak of all that is taken else.
+
+        All that is left of a budget that was asked for. Raises ExecutionError.
+        """
+        asked = options.memory_budget
+        left = (asked or int(SHARE * workplace(options).memory_bytes)) - peak_bytes
+        room = left // workers if asked else min(left // workers, ROOM_BYTES)
+        return replace(self, room_bytes=max(0, min(room, self.placed_bytes)))
+
 
 def expected_lattice(source: Source, sweep: Pass, crf: SceneCrf, *, classes: int) -> LatticeSize:
     """From the vertices that a few places touch.
@@ -49,18 +73,24 @@ def expected_lattice(source: Source, sweep: Pass, crf: SceneCrf, *, classes: int
     numbers = sorted({place * (len(sweep) - 1) // (PLACES - 1) for place in range(PLACES)})
     counts = [_vertices(source, sweep.tile(n).core, crf, classes=classes) for n in numbers]
     columns = classes - 1 + (crf.params.compatibility is not None)
-    vertices = sent = heard_bytes = 0
+    pixels, vertices, sent, heard_bytes = math.prod(sweep.grid.shape), 0, 0, 0
+    placed_bytes = pixels * (4 * _width(columns) + 1)  # energies, and which are valid
     for kernel, shares in enumerate(zip(*counts, strict=True)):
-        vertices += math.ceil(max(shares) * math.prod(sweep.grid.shape))
-        heard = [math.ceil(max(shares) * pixels) for pixels in _heard(sweep.grid, crf, kernel)]
-        sent += sum(heard)
+        own = math.ceil(max(shares) * pixels)
+        heard = [math.ceil(max(shares) * others) for others in _heard(sweep.grid, crf, kernel)]
+        vertices, sent = vertices + own, sent + sum(heard)
         heard_bytes += max(heard) * _vertex_bytes(crf, kernel, columns=columns)
+        corners = _corners(crf, kernel)
+        placed_bytes += pixels * 8 * corners  # row and weight
+        placed_bytes += (own + sum(heard)) * (8 * corners + 16 * _width(columns) + 4)
     first, each = _KEY_BYTES + _SUM_BYTES, _SUM_BYTES * columns
     return LatticeSize(
         vertices=vertices,
         sent_bytes=sent * (first + crf.params.iterations * each),
         kept_bytes=vertices * (_SUM_BYTES + 2 * each) + sent * (first + 2 * each),
         tile_bytes=heard_bytes,
+        placed_bytes=placed_bytes,
+        room_bytes=0,
     )
 
 
@@ -72,12 +102,9 @@ def _vertices(source: Source, core: Region, crf: SceneCrf, *, classes: int) -> t
     )
     block = source.read(region)
     even_KS = np.full((classes, *region.shape), 1 / classes, np.float32)
-    alone = SceneCrf(
-        grid=Grid(shape=region.shape, tile=region.shape, stride=1),
-        params=crf.params,
-        threads=crf.threads,
-    )
-    told = alone.tell(ScenePixels(number=0, prob_KS=even_KS, block=block), None)
+    alone = SceneCrf(grid=Grid(shape=region.shape, tile=region.shape, stride=1), params=crf.params)
+    found = ScenePixels(number=0, prob_KS=even_KS, block=block)
+    told = alone.tell(alone.place(found, Room(threads=1)), None)
     return tuple(len(own_V) / max(int(block.valid_S.sum()), 1) for own_V in told.own)
 
 
@@ -101,7 +128,16 @@ def _heard(grid: Grid, crf: SceneCrf, kernel: int) -> Iterator[float]:
 
 def _vertex_bytes(crf: SceneCrf, kernel: int, *, columns: int) -> int:
     """Key and sums as heard and joined, its place in the tables, two neighbours an axis, rows."""
-    features = crf.params.kernels[kernel]
-    axes = len(features.position_px) + len(features.channels) + 1
     heard = 2 * (_KEY_BYTES + _SUM_BYTES + _SUM_BYTES * columns)
-    return heard + _TABLE_BYTES + 4 * (2 * axes + 4 * (columns + columns // 2 + 1))
+    return heard + _TABLE_BYTES + 4 * (2 * _corners(crf, kernel) + 4 * _width(columns))
+
+
+def _corners(crf: SceneCrf, kernel: int) -> int:
+    """Of a simplex: one more than there are features."""
+    features = crf.params.kernels[kernel]
+    return len(features.position_px) + len(features.channels) + 1
+
+
+def _width(columns: int) -> int:
+    """Values of a row with those that only fill it up, at most."""
+    return columns + columns // 2 + 1

@@ -96,8 +96,13 @@ def make_plan(
         scene = plan_scene(
             under_all, case.source, sweep, channels=channels, classes=len(bundle.classes)
         )
+    tiles = _tile_plan(case, options, sizer, resolved, channels, scene)
+    if scene is not None:
+        count, peak = _workers(options, sweep, resolved), tiles.peak_bytes
+        scene = scene.with_room(options, peak_bytes=peak, workers=count)
+        tiles = replace(tiles, peak_bytes=peak + count * scene.lattice.room_bytes)
     plan = SegmentPlan(
-        tiles=_tile_plan(case, options, sizer, resolved, channels, scene),
+        tiles=tiles,
         resolved=resolved,
         request_digest=request,
         source_digest=case.digest,

@@ -117,7 +117,7 @@ class RefinePlan:
     @property
     def scene(self) -> SceneCrf:
         """The mean field of the scene, where one lattice lies under all tiles."""
-        return SceneCrf(grid=self.sweep.grid, params=self.crf, threads=self.resolved.threads)
+        return SceneCrf(grid=self.sweep.grid, params=self.crf)
 
     @property
     def samples(self) -> SamplePass:
@@ -145,6 +145,7 @@ class RefinePlan:
 
     def as_json(self) -> dict[str, Any]:
         """What plan.json holds."""
+        rounds = {"rounds": [sweep.name for sweep in self.rounds]}
         return {
             "fingerprint": self.tiles.fingerprint,
             "request_digest": self.request_digest,
@@ -159,7 +160,7 @@ class RefinePlan:
             "halo_work_ratio": round(self.sweep.read_ratio, 4),
             "workers": self.workers,
             "peak_memory_bytes": self.tiles.peak_bytes,
-            "lattice": None if self.lattice is None else asdict(self.lattice),
+            "lattice": None if self.lattice is None else asdict(self.lattice) | rounds,
             "store_bytes": self.tiles.store_bytes,
             "crf": self.crf.as_json(),
             "classes": [asdict(look) for look in self.legend.classes],
@@ -190,14 +191,16 @@ def make_refine_plan(
     tiles = _tile_plan(wish, sweep, {**fitted.content, "resolved": asdict(resolved)}, workers=count)
     lattice = None
     if crf.scope == "scene":
-        scene = SceneCrf(grid=sweep.grid, params=crf, threads=resolved.threads)
-        lattice = expected_lattice(
+        scene = SceneCrf(grid=sweep.grid, params=crf)
+        expected = expected_lattice(
             wish.case.source, sweep, scene, classes=len(fitted.legend.classes)
         )
+        peak = tiles.peak_bytes + count * expected.tile_bytes
+        lattice = expected.with_room(options, peak_bytes=peak, workers=count)
         tiles = replace(
             tiles,
             passes=(*rounds_of(sweep, scene), *tiles.passes[1:]),
-            peak_bytes=tiles.peak_bytes + count * lattice.tile_bytes,
+            peak_bytes=peak + count * lattice.room_bytes,
         )
     notes = over_budget(
         tiles.peak_bytes,

@@ -59,7 +59,7 @@ class RefineRun:
         self._ledger = LedgerFile(self.run.ledger, owner=f"pid{time.time_ns()}")
         self.rows = None
         if self.plan.lattice is not None:
-            self.rows = LatticeRows(self.run.lattice, self.plan.rounds)
+            self.rows = LatticeRows(self.run.lattice, self.plan.rounds, self.plan.scene)
         self._distrust()
         self.run.manifest.unlink(missing_ok=True)  # its presence means that the product exists
         self.tiles = ImageTiles(
@@ -133,20 +133,23 @@ class RefineRun:
 
     def _works(self) -> dict[str, Work]:
         """What is done in each pass."""
-        if self.rows is not None:
-            return self._rounds(self.rows.store)
+        if self.rows is not None and self.plan.lattice is not None:
+            return self._rounds(self.rows.store, self.plan.lattice.room_bytes)
         tiles, samples = self._each(), self.plan.samples
         key = f"{tiles.key} {samples.name}"
         again = RefineSamples(key=key, tiles=tiles, labels=self._labels)
         return {self.plan.sweep.name: tiles, samples.name: again}
 
-    def _rounds(self, rows: RowStore) -> dict[str, Work]:
+    def _rounds(self, rows: RowStore, room_bytes: int) -> dict[str, Work]:
         """The tiles under one lattice, round by round."""
-        tiles, crf = self._each(), self.plan.scene
-        return {
-            sweep.name: RefineScene(tiles=tiles, crf=crf, rows=rows, turn=turn)
-            for turn, sweep in enumerate(self.plan.rounds)
-        }
+        work = RefineScene(
+            tiles=self._each(),
+            crf=self.plan.scene,
+            rows=rows,
+            turns=tuple(sweep.name for sweep in self.plan.rounds),
+            room_bytes=room_bytes,
+        )
+        return dict.fromkeys(work.turns, work)
 
     def _each(self) -> RefineTiles:
         plan, wish = self.plan, self.product.wish

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from workflows.sizing import Sizer
 
 SHARE = 0.7
-"""Of the machine's memory: what an ``auto`` tile may take where no budget was given."""
+"""Of the machine's memory: what is taken where ``auto`` may take more, and no budget was given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,6 +50,11 @@ class ScenePlan:
         given = self.classes * (np.dtype(SCORES).itemsize + 3 * 4)
         return pixels * given + crf_bytes(pixels, classes=self.classes) + self.lattice.tile_bytes
 
+    def with_room(self, options: SegmentOptions, *, peak_bytes: int, workers: int) -> ScenePlan:
+        """The same with what each worker may keep between rounds; see LatticeSize."""
+        found = self.lattice.with_room(options, peak_bytes=peak_bytes, workers=workers)
+        return replace(self, lattice=found)
+
     @property
     def summary(self) -> str:
         """What is added to the line for people."""
@@ -62,7 +67,8 @@ class ScenePlan:
 
     def as_json(self) -> dict[str, Any]:
         """What plan.json holds."""
-        return asdict(self.lattice) | {"rounds": len(self.rounds), "kept_bytes": self.kept_bytes}
+        rounds = [sweep.name for sweep in self.rounds]
+        return asdict(self.lattice) | {"rounds": rounds, "kept_bytes": self.kept_bytes}
 
     def manifest(self, lattice: Mapping[str, int] | None) -> dict[str, Any]:
         """The manifest's ``crf``."""
@@ -98,7 +104,7 @@ def plan_scene(
     grid = Grid(shape=sweep.grid.shape, tile=sweep.grid.tile, stride=1)
     reach = Reach(stride=1, halo=Halo.uniform(0, ndim=len(grid.shape)))
     alone = replace(sweep, name="refine", grid=grid, reach=reach, after=sweep.name)
-    scene = SceneCrf(grid=grid, params=replace(crf, kernels=bands), threads=1)
+    scene = SceneCrf(grid=grid, params=replace(crf, kernels=bands))
     return ScenePlan(
         crf=scene,
         rounds=rounds_of(alone, scene),

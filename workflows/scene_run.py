@@ -31,7 +31,7 @@ class SceneRun:
             chunks=(plan.classes, *grid.tile), dtype=SCORES, fill=0,
         )  # fmt: skip
         self.scores = ScoreSink(scores, SCORES)
-        self.rows = LatticeRows(run.lattice / "rows", plan.rounds)
+        self.rows = LatticeRows(run.lattice / "rows", plan.rounds, plan.crf)
         for store in (self.labels, scores):
             store.sweep()
 
@@ -62,8 +62,11 @@ class SceneRun:
             mask=mask,
             guard=guard,
         )
-        crf = replace(plan.crf, threads=threads)
-        return {
-            sweep.name: RefineScene(tiles=tiles, crf=crf, rows=self.rows.store, turn=turn)
-            for turn, sweep in enumerate(plan.rounds)
-        }
+        work = RefineScene(
+            tiles=tiles,
+            crf=plan.crf,
+            rows=self.rows.store,
+            turns=tuple(sweep.name for sweep in plan.rounds),
+            room_bytes=plan.lattice.room_bytes,
+        )
+        return dict.fromkeys(work.turns, work)

@@ -35,12 +35,18 @@ def run_status(path: Path) -> dict[str, Any]:
 def _image(run: RunDir, plan: dict[str, Any], *, alive: bool) -> dict[str, Any]:
     manifest = read_json(run.manifest)
     records = LedgerFile(run.ledger, owner="status").records()
-    tiles = Counter(r.status for key, r in records.items() if key.stage == "segment")
+    # Under one lattice the mask is written in the last of many rounds.
+    rounds = (plan.get("lattice") or {}).get("rounds", ["segment"])
+    settled = Counter(key.stage for key in records)
+    tiles = Counter(r.status for key, r in records.items() if key.stage == rounds[-1])
+    ended = sum(settled[name] == plan["tiles"] for name in rounds)
+    turns = {"rounds_done": ended, "rounds_total": len(rounds)} if len(rounds) > 1 else {}
     return {
         "state": manifest["status"] if manifest else "running" if alive else "stopped",
         "tiles_done": tiles["done"],
         "tiles_failed": tiles["failed"],
         "tiles_total": plan["tiles"],
+        **turns,
         "fingerprint": plan["fingerprint"],
         "output": manifest["output"] if manifest else None,
     }

@@ -15,7 +15,7 @@ Axes in array names: K class, C channel, S space, N valid pixel, V vertex, D pos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from pipeline.crf.dense import to_engine
 from pipeline.crf.native_engine import module_for_this_processor, penalties
 from pipeline.crf.params import ResolvedCrf
+from pipeline.crf.placed_tile import PlacedTile, Room, Wanted
 from pipeline.domain import Grid, Halo
 from pipeline.errors import CrfError
 from pipeline.ports import Block, RowStore
@@ -47,11 +48,11 @@ class ScenePixels:
 class Heard:
     """What tile and neighbours told, for each kernel: its own rows, then those of the others."""
 
-    keys: Sequence[NDArray[np.uint64]]
-    """(V, 2) of the others' vertices."""
+    keys: Sequence[NDArray[np.uint64]] | None
+    """(V, 2) of the others' vertices; None for a tile that has met them."""
 
-    ones: Sequence[NDArray[np.int64]]
-    """(V, 1)."""
+    ones: Sequence[NDArray[np.int64]] | None
+    """(V, 1); None with the keys."""
 
     sums: Sequence[NDArray[np.int64]] | None
     """(V, columns); None in the second round, when nobody has told any."""
@@ -90,9 +91,6 @@ class SceneCrf:
     grid: Grid
     params: ResolvedCrf
 
-    threads: int
-    """Those that may be used; the result does not depend on them."""
-
     @property
     def rounds(self) -> int:
         """How often each tile is visited."""
@@ -113,8 +111,11 @@ class SceneCrf:
         near = self.grid.core(number).grow(Halo(widths, widths)).clip(self.grid.shape)
         return [other for other in self.grid.meeting(near) if other != number]
 
-    def hear(self, store: RowStore, turn: int, number: int) -> Heard | None:
-        """What the tile is to know in this round; nothing in the first. Raises StoreError."""
+    def hear(self, store: RowStore, turn: int, number: int, *, met: bool) -> Heard | None:
+        """What the tile is to know in this round; nothing in the first.
+
+        ``met``: it has its neighbours' vertices. Raises StoreError.
+        """
         if turn == 0:
             return None
         own = [_own(kernel) for kernel in range(len(self.params.kernels))]
@@ -123,11 +124,11 @@ class SceneCrf:
             told = [[rows_V] for rows_V in store.read(since, number, own)]
             return self._joined(store, since, number, name=_for, told=told)
 
-        return Heard(
-            keys=self._joined(store, 0, number, name=_keys, told=[[] for _ in own]),
-            ones=sums(0),
-            sums=sums(turn - 1) if turn > 1 else None,
-        )
+        told = sums(turn - 1) if turn > 1 else None
+        if met:
+            return Heard(keys=None, ones=None, sums=told)
+        keys = self._joined(store, 0, number, name=_keys, told=[[] for _ in own])
+        return Heard(keys=keys, ones=sums(0), sums=told)
 
     def _joined(
         self,
@@ -147,41 +148,14 @@ class SceneCrf:
                 told[kernel].append(rows_V)
         return [_one(parts) for parts in told]
 
-    def tell(self, found: ScenePixels, heard: Heard | None) -> Told:
-        """What the tile says in this round, to itself and to its neighbours.
+    def place(self, found: ScenePixels, room: Room) -> PlacedTile:
+        """The tile's pixels in the lattice; keys have room for all that the scene allows.
 
-        Raises:
-            CrfError: a valid pixel is not finite, or the lattice cannot address the scene.
-            ImportError: the native engine was not built here.
+        Raises CrfError: a valid pixel is not finite, or the lattice cannot address the scene.
         """
-        kernels = range(len(self.params.kernels))
-        if not found.block.valid_S.any():
-            return self._silence(found.number)
-        tile = self._placed(found)
-        if heard is None:
-            own = [tile.ones(kernel) for kernel in kernels]
-        else:
-            prob_KN = _updated(tile, heard)
-            own = [tile.sums(kernel, prob_KN) for kernel in kernels]
-        sent: dict[str, NDArray[Any]] = {}
-        for kernel in kernels:
-            keys_V = tile.keys(kernel) if heard is None else None
-            for other, chosen_V in self._wanted(tile, kernel, found.number):
-                sent[_for(other, kernel)] = own[kernel][chosen_V]
-                if keys_V is not None:
-                    sent[_keys(other, kernel)] = keys_V[chosen_V]
-        return Told(own=own, sent=sent)
-
-    def finish(self, found: ScenePixels, heard: Heard) -> NDArray[np.float32]:
-        """The tile's refined probabilities, (K, *S) float32, as ``dense.refine``; a new array."""
-        refined_KS = found.prob_KS.astype(np.float32, order="C")
         valid_S = found.block.valid_S
-        if valid_S.any():
-            refined_KS[:, valid_S] = _updated(self._placed(found), heard)
-        return refined_KS
-
-    def _placed(self, found: ScenePixels) -> Any:
-        """The tile's pixels in the lattice; keys have room for all that the scene allows."""
+        if not valid_S.any():
+            return self.nothing(found.number)
         energy_KN, kernels = to_engine(
             found.prob_KS,
             block=found.block,
@@ -190,53 +164,86 @@ class SceneCrf:
         )
         tops = [kernel.greatest(self.grid.shape) for kernel in self.params.kernels]
         try:
-            return module_for_this_processor().place_tile(
+            native = module_for_this_processor().place_tile(
+                room.team,
                 energy_KN,
                 [kernel.features_DN for kernel in kernels],
                 [[0.0] * len(top) for top in tops],
                 tops,
                 penalties(kernels, classes=len(energy_KN)),
-                self.threads,
             )
         except (OverflowError, ValueError) as error:
             raise CrfError(f"crf: native engine: {error}") from error
+        return PlacedTile(native=native, valid_S=valid_S, wanted=self._wanted(native, found.number))
 
-    def _wanted(
-        self, tile: Any, kernel: int, number: int
-    ) -> Iterator[tuple[int, NDArray[np.intp]]]:
-        """Each neighbour, and which of the tile's vertices it needs.
+    def tell(self, tile: PlacedTile, heard: Heard | None) -> Told:
+        """What the tile says in this round, to itself and to its neighbours."""
+        kernels, native = range(len(self.params.kernels)), tile.native
+        if native is None:
+            own = [_NOTHING for _ in kernels]
+        elif heard is None:
+            own = [native.ones(kernel) for kernel in kernels]
+        else:
+            prob_KN = _updated(tile, heard)
+            own = [native.sums(kernel, prob_KN) for kernel in kernels]
+        sent = {_for(w.other, w.kernel): own[w.kernel][w.chosen_V] for w in tile.wanted}
+        if heard is None:
+            keys = [_NOTHING if native is None else native.keys(kernel) for kernel in kernels]
+            sent |= {_keys(w.other, w.kernel): keys[w.kernel][w.chosen_V] for w in tile.wanted}
+        return Told(own=own, sent=sent)
 
-        Those within one and a half reaches of its pixels: a blur ends half a reach from them.
+    def finish(self, tile: PlacedTile, heard: Heard) -> NDArray[np.float32]:
+        """The tile's refined probabilities, (K, *S) float32, 0 where not valid; a new array."""
+        prob_KN, valid_S = _updated(tile, heard), tile.valid_S
+        if valid_S.all():
+            return prob_KN.reshape(-1, *valid_S.shape)
+        refined_KS = np.zeros((len(prob_KN), *valid_S.shape), np.float32)
+        refined_KS[:, valid_S] = prob_KN
+        return refined_KS
+
+    def _wanted(self, native: Any, number: int) -> list[Wanted]:
+        """What each neighbour needs: the vertices within one and a half reaches of its pixels.
+
+        A blur ends half a reach from them.
         """
-        deviations = np.array(self.params.kernels[kernel].position_px)
-        margin = 1.5 * np.array(self.reach(kernel)) + 1
-        position_VS = tile.positions(kernel, len(margin))[:, ::-1] * deviations
-        for other in self.neighbours(kernel, number):
-            core = self.grid.core(other)
-            near_VS = position_VS >= np.array(core.start) - margin
-            near_VS &= position_VS <= np.array(core.stop) + margin
-            yield other, np.flatnonzero(near_VS.all(axis=1))
+        wanted: list[Wanted] = []
+        for kernel, features in enumerate(self.params.kernels):
+            deviations = np.array(features.position_px)
+            margin = 1.5 * np.array(self.reach(kernel)) + 1
+            position_VS = native.positions(kernel, len(margin))[:, ::-1] * deviations
+            for other in self.neighbours(kernel, number):
+                core = self.grid.core(other)
+                near_VS = position_VS >= np.array(core.start) - margin
+                near_VS &= position_VS <= np.array(core.stop) + margin
+                wanted.append(Wanted(kernel, other, np.flatnonzero(near_VS.all(axis=1))))
+        return wanted
 
-    def _silence(self, number: int) -> Told:
-        """Of a tile without a valid pixel."""
-        nothing = np.zeros((0, 0), np.int64)
-        sent = {
-            name(other, kernel): nothing
+    def nothing(self, number: int) -> PlacedTile:
+        """A tile without a valid pixel."""
+        wanted = [
+            Wanted(kernel, other, np.zeros(0, np.intp))
             for kernel in range(len(self.params.kernels))
             for other in self.neighbours(kernel, number)
-            for name in (_for, _keys)
-        }
-        return Told(own=[nothing] * len(self.params.kernels), sent=sent)
+        ]
+        valid_S = np.zeros(self.grid.core(number).shape, np.bool_)
+        return PlacedTile(native=None, valid_S=valid_S, wanted=wanted, met=True)
 
 
-def _updated(tile: Any, heard: Heard) -> NDArray[np.float32]:
+def _updated(tile: PlacedTile, heard: Heard) -> NDArray[np.float32]:
     """Probabilities (K, N) of the round."""
-    for kernel, (keys_V, ones_V) in enumerate(zip(heard.keys, heard.ones, strict=True)):
-        tile.meet(kernel, keys_V, ones_V)
+    if heard.keys is not None and heard.ones is not None:
+        for kernel, (keys_V, ones_V) in enumerate(zip(heard.keys, heard.ones, strict=True)):
+            tile.native.meet(kernel, keys_V, ones_V)
+        tile.met = True
+    assert tile.met
     if heard.sums is not None:
-        tile.read(heard.sums)
-    prob_KN: NDArray[np.float32] = tile.update()
+        tile.native.read(heard.sums)
+    prob_KN: NDArray[np.float32] = tile.native.update()
     return prob_KN
+
+
+_NOTHING = np.zeros((0, 0), np.int64)
+"""Rows of a tile without a valid pixel."""
 
 
 def _own(kernel: int) -> str:

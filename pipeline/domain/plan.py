@@ -64,6 +64,9 @@ class Pass:
     after: str = ""
     """The pass that must have ended before, by name; empty where the network's reach says it."""
 
+    bears_gaps: bool = False
+    """Whether a tile that failed there is all that fails here, or every tile does."""
+
     def __len__(self) -> int:
         return len(self.grid)
 
@@ -137,6 +140,10 @@ class Sweep(Protocol):
     @property
     def needs(self) -> str:
         """The pass whose results this one reads, by name; empty where there is none."""
+
+    @property
+    def bears_gaps(self) -> bool:
+        """Whether a tile that failed there is all that fails here, or every tile does."""
 
     def __len__(self) -> int: ...
 

@@ -80,6 +80,11 @@ class SamplePass:
         """As of the tiles: the scene's mean is the one that they pooled by."""
         return "context" if self.reach.pooled is not None and len(self.grid) > 1 else ""
 
+    @property
+    def bears_gaps(self) -> bool:
+        """A mean that lacks a tile is another one."""
+        return False
+
     def __len__(self) -> int:
         return len(self.samples)
 

@@ -102,6 +102,7 @@ class _Member:
     calls: set[Any]
     """References of its answers: to its start, then to exchanges."""
 
+    name: str = ""
     jobs: dict[TileKey, Job] = field(default_factory=dict)
     parcel: list[Job] = field(default_factory=list)
     """Of its jobs, those that the next exchange takes along."""
@@ -185,14 +186,15 @@ class _Pool:
             self._drop(member)
 
     def _hand_out(self) -> None:
-        while free := [m for m in self._members if m.free]:
+        free = [m for m in self._members if m.free]
+        while free:
             member = min(free, key=lambda m: len(m.jobs))
-            job = self._queue.take(member.handle, alone=not member.jobs)
-            if job is None:
-                return
-            member.exclusive, member.recalled = self._queue.is_suspect(job), False
-            member.jobs[job.tile.key] = job
-            member.parcel.append(job)
+            if job := self._queue.take(member.name, alone=not member.jobs):
+                member.exclusive, member.recalled = self._queue.is_suspect(job), False
+                member.jobs[job.tile.key] = job
+                member.parcel.append(job)
+            if job is None or not member.free:  # what there is may be for others
+                free.remove(member)
 
     def _exchange(self) -> None:
         """Send what was handed out; wait with every actor that holds something."""
@@ -257,6 +259,7 @@ class _Pool:
     def _drop(self, member: _Member) -> None:
         """Take an actor out of the pool, and end it: one that seems dead may be out of reach."""
         self._members.remove(member)
+        self._feed.lost(member.name)
         ray.kill(member.handle)
 
     def _admit(self, member: _Member, answer: tuple[str, str, str]) -> None:
@@ -271,7 +274,7 @@ class _Pool:
                 f"worker {name} does not share {self._backend.run_dir} with the driver:"
                 " put --run-dir on storage that every node mounts"
             )
-        member.ready = True
+        member.ready, member.name = True, name
 
     def _check_alive(self) -> None:
         """Raise ExecutionError when no actor lives for long; warn once when some cannot start."""

@@ -50,6 +50,9 @@ class Run:
     actors: int
     """0: this process alone."""
 
+    budget: str
+    """Of memory, as ``--memory-budget`` takes it; empty for none."""
+
 
 def write_scene(folder: Path, *, side: int, classes: int) -> None:
     """Three bands of Landsat 8, mirrored to fill, and scores as smooth as those of a network."""
@@ -106,6 +109,8 @@ def run(folder: Path, asked: Run) -> tuple[str, Path]:
     mask = folder / f"{asked.scope}-{asked.tile}-{asked.actors}.tif"
     crf.write_text(yaml.safe_dump(CRF | own))
     backend = ["--workers", str(asked.actors)] if asked.actors else ["--backend", "serial"]
+    if asked.budget:
+        backend += ["--memory-budget", asked.budget]
     command = [
         str(Path(sys.executable).with_name("terravox")), "refine", str(folder / "image.tif"),
         "--scores", str(folder / "scores.tif"), "-o", str(mask), "--crf", str(crf),
@@ -117,6 +122,7 @@ def run(folder: Path, asked: Run) -> tuple[str, Path]:
     lattice, expected = found["crf"]["lattice"], plan["lattice"]
     sent = "".join(f"{x['sent_bytes'] / 2**20 if x else 0:>9.1f}" for x in (lattice, expected))
     ledger = LedgerFile(Path(f"{mask}.run", "ledger"), owner="bench").records().values()
+    kept = sum(record.kept for record in ledger) / len(ledger)
     over = measured.peak_bytes > plan["peak_memory_bytes"]
     if over or (lattice and lattice["sent_bytes"] > expected["sent_bytes"]):
         sys.exit(f"{asked} took {measured} and {lattice}, the plan said {plan}")
@@ -124,6 +130,7 @@ def run(folder: Path, asked: Run) -> tuple[str, Path]:
         f"{asked.scope:6}{plan['tiles']:>6}{asked.actors:>7}{measured.seconds:>9.1f}"
         f"{found['seconds']:>9.1f}{max(r.peak_bytes for r in ledger) / 2**20:>9.0f}"
         f"{measured.peak_bytes / 2**20:>9.0f}{plan['peak_memory_bytes'] / 2**20:>9.0f}{sent}"
+        f"{kept:>9.0%}"
     )
     return row, mask
 
@@ -134,8 +141,9 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=1024, help="of the scene, in px")
     parser.add_argument("--classes", type=int, default=2)
     parser.add_argument("--cuts", type=int, nargs="*", default=[1, 2, 4, 8], help="of a side")
-    parser.add_argument("--actors", type=int, nargs="*", default=[0, 1, 2, 3])
+    parser.add_argument("--actors", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--scopes", nargs="*", default=["scene", "tile"])
+    parser.add_argument("--budget", default="", help="of memory, such as 12GB; none otherwise")
     parser.add_argument("--folder", type=Path, help="of the files; otherwise a temporary one")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="terravox-bench-", dir=asked.folder) as name:
@@ -144,14 +152,15 @@ def main() -> None:
         print(f"{asked.side} px a side, {asked.classes} classes, halo of a tile's own: {HALO} px")
         print(
             f"{'scope':6}{'tiles':>6}{'actors':>7}{'command':>9}{'run s':>9}{'worker':>9}"
-            f"{'all MiB':>9}{'planned':>9}{'sent':>9}{'planned':>9}{'differ':>9}"
+            f"{'all MiB':>9}{'planned':>9}{'sent':>9}{'planned':>9}{'kept':>9}{'differ':>9}"
         )
         first, seen = None, []
         for scope in asked.scopes:
             for cut in asked.cuts:
-                for actors in asked.actors if scope == "scene" else asked.actors[-1:]:
+                for actors in (actors for actors in asked.actors if actors <= cut**2):
                     tile = -(-asked.side // cut)
-                    row, mask = run(folder, Run(scope=scope, tile=tile, actors=actors))
+                    this = Run(scope=scope, tile=tile, actors=actors, budget=asked.budget)
+                    row, mask = run(folder, this)
                     first = first or mask
                     differ = differing(first, mask)
                     seen += [differ] if scope == "scene" else []

@@ -19,7 +19,7 @@ import rasterio
 import yaml
 from command import Command
 from real_files import assert_same_grid, labels_of
-from scenes import texture, write_raster
+from scenes import noisy, texture, write_raster
 
 from adapters.ledger_file import LedgerFile
 from pipeline.crf.dense import refine as refine_array
@@ -40,14 +40,6 @@ CRF = {
     "smoothness": {"weight": 3, "position": 3},
     "appearance": {"weight": 4, "position": 25, "value": 13, "bands": BANDS, "range": [0, 2000]},
 }
-
-
-def noisy(image_S: np.ndarray) -> np.ndarray:
-    """(3, *S) float32 probabilities by brightness, wrong in a third of the pixels."""
-    truth_S = np.digitize(image_S, np.quantile(image_S, [0.33, 0.67]))
-    noise_KS = np.random.default_rng(3).normal(0, 1.5, (3, *image_S.shape))
-    odds_KS = np.exp(noise_KS + 1.5 * (truth_S == np.arange(3).reshape(3, *(1,) * truth_S.ndim)))
-    return (odds_KS / odds_KS.sum(0)).astype(np.float32)
 
 
 def of_the_whole(image_CS: np.ndarray, prob_KS: np.ndarray, valid_S: np.ndarray) -> np.ndarray:
@@ -206,21 +198,6 @@ def test_rounds_start_over_where_what_was_told_is_gone(made, caplog, tmp_path):
     rest = refine(made / "image.tif", tmp_path / "mask.tif", **asked)
     assert "all rounds are done again" in caplog.text
     assert rest["output_sha256"] == once["output_sha256"]
-
-
-def test_a_tile_that_cannot_be_read_leaves_no_mask_of_the_others(made, tmp_path):
-    """Its neighbours would be refined as if nothing were there."""
-    bad = tmp_path / "scores.tif"
-    with rasterio.open(made / "scores.tif") as file:
-        prob_KYX = file.read()
-    prob_KYX[:, 140, 150] = 7
-    write_raster(bad, prob_KYX, nodata=None)
-    options = RefineOptions(tile=64, tracking_uri="none", backend="serial", allow_failed=3)
-    asked = {"scores": bad, "crf": made / "crf.yaml", "options": options}
-    answer = refine(made / "image.tif", tmp_path / "mask.tif", **asked)
-    assert (answer["status"], answer["tiles"]["failed"]) == ("partial", 9)
-    assert "no probabilities" in answer["failed_tiles"][0]["error"]
-    assert not (tmp_path / "mask.tif").exists()
 
 
 def test_no_run_takes_more_than_was_planned(made, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -19,6 +20,13 @@ def jobs(case: str, count: int, *, stretch: int = 1) -> Iterator[list[Job]]:
         keys = [TileKey(case, "segment", n) for n in range(first, min(first + stretch, count))]
         tiles = [Tile(key=key, core=box, scored=box, read=box) for key in keys]
         yield [Job(work=None, tile=tile) for tile in tiles]  # type: ignore[arg-type]
+
+
+def at_home(*homes: str) -> Iterator[list[Job]]:
+    """A stretch for each word, a job for each of its letters, which is its home; ``-`` is none."""
+    each = jobs("a", sum(map(len, homes)))
+    for word in homes:
+        yield [replace(next(each)[0], home=home.strip("-")) for home in word]
 
 
 def taken(feed: FairFeed, *, worker: str = "w") -> list[tuple[str, int]]:
@@ -206,3 +214,43 @@ def test_nothing_is_lost_or_doubled_when_threads_add_and_take() -> None:
     for taker in takers:
         taker.join()
     assert sorted(keys) == sorted((str(case), n) for case in range(50) for n in range(20))
+
+
+def test_what_a_worker_holds_comes_to_it_and_others_leave_it_there() -> None:
+    """Each round of a scene would place its pixels anew, wherever they were placed before."""
+    feed = FairFeed()
+    feed.add(at_home("xxyy", "-xy-"))
+    feed.close()
+    assert numbers(feed, "yyyyy") == [2, 3, 6, 4, 7]
+    assert feed.take("y") is None
+    assert not feed.ended
+    assert numbers(feed, "xxx") == [0, 1, 5]
+    assert feed.ended
+
+
+def test_a_worker_that_holds_much_gives_away_the_last_of_it() -> None:
+    """It would be waited for, round after round, by workers that have nothing to do."""
+    feed = FairFeed()
+    feed.add(at_home("x" * 11))
+    assert numbers(feed, "xyxy") == [0, 10, 1]
+    assert numbers(feed, "yx" * 9) == list(range(2, 10))
+
+
+def test_what_a_lost_worker_held_is_done_by_others() -> None:
+    """A round would wait for ever for a worker that died."""
+    feed, open_ = FairFeed(), False
+
+    def rounds() -> Iterator[list[Job] | None]:
+        yield from at_home("xxy")
+        while not open_:
+            yield None
+        yield from at_home("xxy")
+
+    feed.add(rounds())
+    feed.close()
+    assert numbers(feed, "xyy") == [0, 2]
+    feed.lost("x")
+    assert numbers(feed, "yy") == [1]
+    open_ = True
+    assert numbers(feed, "yyyy") == [2, 0, 1]
+    assert feed.ended

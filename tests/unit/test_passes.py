@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from pipeline.domain import Grid, Halo, Pass, Reach, TileKey, TilePlan
 from pipeline.execution.feed import FairFeed
@@ -145,3 +146,43 @@ def test_what_the_ledger_has_of_both_passes_is_not_done_again() -> None:
         taken, ended = run(done, hands=2, a=image_of(plan, ledger))
         assert taken == keys[cut:]
         assert ended == ["a"]
+
+
+def test_a_tile_is_at_home_where_the_pass_before_kept_it() -> None:
+    """What was kept would be of no use; or a process that has ended would be waited for."""
+    plan, seen = plan_of("a"), dict[TileKey, str]()
+
+    def judge(job: Job) -> Record:
+        seen[job.tile.key] = job.home
+        return Record(key=job.tile.key, status="done", worker="w", kept=job.tile.key.number % 2 > 0)
+
+    ledger = MemoryLedger()
+    run(judge, hands=2, a=image_of(plan, ledger))
+    assert {key.number for key, home in seen.items() if home == "w"} == {1, 3, 5, 7, 9, 11}
+    assert {key.stage for key, home in seen.items() if home} == {"segment"}
+    seen.clear()
+    first = MemoryLedger(*(r for r in ledger.lines if r.key.stage == "context"))
+    run(judge, hands=2, a=image_of(plan, first))
+    assert {*seen.values()} == {""}
+
+
+def test_a_pass_that_bears_gaps_lacks_the_tile_alone_and_so_do_those_after_it() -> None:
+    """One bad tile would end all of a scene; or be done as if what it needs were there."""
+    first, second = plan_of("a").passes
+    assert isinstance(second, Pass)
+    second = replace(second, bears_gaps=True)
+    third = replace(second, name="third", after="segment", bears_gaps=False)
+    plan = TilePlan(passes=(first, second, third), fingerprint="", peak_bytes=0, store_bytes=0)
+
+    def bad(job: Job) -> Record:
+        key, gone = job.tile.key, {TileKey("a", "context", 7), TileKey("a", "context", 9)}
+        return Record(key=key, status="failed", error="no disk") if key in gone else done(job)
+
+    image = image_of(plan, MemoryLedger())
+    _, ended = run(bad, hands=4, a=image)
+    assert ended == ["a"]
+    failed = {r.key: r.error for r in image.outcome.failed}
+    assert {(key.stage, key.number) for key in failed} == {
+        (stage, number) for stage in ("context", "segment", "third") for number in (7, 9)
+    }
+    assert failed[TileKey("a", "third", 9)] == "context pass: tile 9 failed: no disk"

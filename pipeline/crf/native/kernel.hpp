@@ -31,6 +31,8 @@ struct Kernel {
         std::fill_n(values.data(), width, 0.0f);
         sums.assign(plan.rows() * width, 0.0f);
     }
+
+    size_t bytes() const { return plan.bytes() + held(values) + held(sums); }
 };
 
 // Tables of rows of V values; 0 stands for `width` of them, known at run time, a multiple of STEP.

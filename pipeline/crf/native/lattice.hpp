@@ -40,13 +40,21 @@ template <class T> struct HugePages {
     HugePages() = default;
     template <class U> HugePages(const HugePages<U> &) {}
 
+    static constexpr size_t PAGE = size_t(1) << 21;
+
+    static size_t align_of(size_t bytes) { return bytes < PAGE ? 64 : PAGE; }
+
+    // What `count` of them take.
+    static size_t bytes(size_t count) {
+        const size_t align = align_of(count * sizeof(T));
+        return (count * sizeof(T) + align - 1) / align * align;
+    }
+
     T *allocate(size_t count) {
-        constexpr size_t PAGE = size_t(1) << 21;
-        const size_t bytes = count * sizeof(T);
-        const size_t align = bytes < PAGE ? 64 : PAGE;
-        void *place = std::aligned_alloc(align, (bytes + align - 1) / align * align);
+        const size_t align = align_of(count * sizeof(T));
+        void *place = std::aligned_alloc(align, bytes(count));
         if (!place) throw std::bad_alloc();
-        if (align == PAGE) madvise(place, bytes, MADV_HUGEPAGE);
+        if (align == PAGE) madvise(place, bytes(count), MADV_HUGEPAGE);
         return static_cast<T *>(place);
     }
 
@@ -61,6 +69,10 @@ template <class T> struct HugePages {
 };
 
 template <class T> using Large = std::vector<T, HugePages<T>>;
+
+// Bytes of memory that a vector has.
+template <class T> size_t held(const Large<T> &large) { return HugePages<T>::bytes(large.capacity()); }
+template <class T> size_t held(const std::vector<T> &small) { return sizeof(T) * small.capacity(); }
 
 // Where the D stored coordinates of a vertex lie in one integer, with the least of each taken off.
 // Steps along the lattice are then additions of constants.
@@ -122,6 +134,7 @@ public:
     explicit Numbering(size_t expected = 1024) { resize(expected); }
 
     size_t size() const { return keys_.size(); }
+    size_t bytes() const { return held(keys_) + held(slots_); }
     const std::vector<Key> &keys() const { return keys_; }
     void prefetch(Key key) const { __builtin_prefetch(&slots_[home(key)]); }
 

@@ -73,6 +73,8 @@ public:
         });
     }
 
+    size_t bytes() const { return held(base_); }
+
 private:
     using Part = typename Rows<V>::Part;
     static constexpr int STEP = Rows<V>::STEP;

@@ -141,14 +141,14 @@ template <class T> nb::object rows_of(std::vector<T> values, size_t columns) {
         held->data(), {held->size() / columns, columns}, owner));
 }
 
-std::unique_ptr<SceneTile> place_tile(Matrix energy, std::vector<Matrix> features,
+std::unique_ptr<SceneTile> place_tile(Team &team, Matrix energy, std::vector<Matrix> features,
                                       std::vector<std::vector<float>> low,
                                       std::vector<std::vector<float>> high,
-                                      std::vector<Matrix> penalties, int threads) {
+                                      std::vector<Matrix> penalties) {
     nb::gil_scoped_release release;
     const int classes = int(energy.shape(0)), width = rounded(classes - 1);
     auto tile = at_width(width, [&](auto v) -> std::unique_ptr<SceneTile> {
-        return std::make_unique<SceneTileOf<decltype(v)::value>>(classes, width, threads);
+        return std::make_unique<SceneTileOf<decltype(v)::value>>(classes, width, team);
     });
     tile->pixels.resize(low.size());
     for (size_t m = 0; m < low.size(); ++m) {
@@ -163,7 +163,6 @@ std::unique_ptr<SceneTile> place_tile(Matrix energy, std::vector<Matrix> feature
 }  // namespace
 
 NB_MODULE(TERRAVOX_MODULE, module) {
-    using Free = nb::call_guard<nb::gil_scoped_release>;
     module.def("has_avx2", [] {
 #ifdef __x86_64__
         return bool(__builtin_cpu_supports("avx2"));
@@ -177,7 +176,9 @@ NB_MODULE(TERRAVOX_MODULE, module) {
     module.def("mean_field", &mean_field, nb::arg("shelf"), nb::arg("energy"), nb::arg("features"),
                nb::arg("penalties"), nb::arg("recurring"), nb::arg("iterations"),
                nb::arg("threads"));
+    nb::class_<Team>(module, "Team").def(nb::init<int>(), nb::arg("threads"));
     nb::class_<SceneTile>(module, "SceneTile")
+        .def_prop_ro("bytes", &SceneTile::bytes)
         .def("keys", [](const SceneTile &tile, size_t m) { return rows_of(tile.keys(m), 2); })
         .def("positions", [](const SceneTile &tile, size_t m, int axes) {
             return rows_of(tile.positions(m, axes), axes);
@@ -204,6 +205,7 @@ NB_MODULE(TERRAVOX_MODULE, module) {
         .def("sums", [](SceneTile &tile, size_t m, Matrix prob) {
             return rows_of(tile.sums(m, prob.data()), tile.columns(m));
         }, nb::arg("m"), nb::arg("prob"));
-    module.def("place_tile", &place_tile, nb::arg("energy"), nb::arg("features"), nb::arg("low"),
-               nb::arg("high"), nb::arg("penalties"), nb::arg("threads"));
+    module.def("place_tile", &place_tile, nb::keep_alive<0, 1>(), nb::arg("team"),
+               nb::arg("energy"), nb::arg("features"), nb::arg("low"), nb::arg("high"),
+               nb::arg("penalties"));
 }

@@ -27,7 +27,7 @@ struct Plan {
     int64_t parts() const { return (pixels + PART - 1) / PART; }
     int64_t rows() const { return 1 + vertices + int64_t(mirrored.size()); }
     size_t bytes() const {
-        return 4 * (row.size() + weight.size() + neighbour.size() + 2 * mirrored.size());
+        return held(row) + held(weight) + held(neighbour) + held(mirrored) + held(by_owner);
     }
     float gain() const { return 1.0f / (1.0f + std::ldexp(1.0f, -d)); }
 

@@ -38,6 +38,7 @@ struct Surroundings {
     }
 
     void meet(const uint64_t *keys, int64_t count, Team &team) {
+        rows.reserve(own.size() + count);
         for (size_t i = 0; i < own.size(); ++i) rows.push_back(int32_t(1 + i));
         for (int64_t i = 0; i < count; ++i) {
             const Wide key = Wide(keys[2 * i + 1]) << 64 | keys[2 * i];
@@ -45,6 +46,11 @@ struct Surroundings {
         }
         kernel.plan.link(numbering, packing, team);
         numbering = Numbering<Wide>();  // the largest part, and of no use any more
+        std::vector<Wide>().swap(own);
+    }
+
+    size_t bytes() const {
+        return numbering.bytes() + held(own) + held(rows) + kernel.bytes();
     }
 
     // Columns [first, first + count) of what came in, added up; the rows of `values` are `width` wide.
@@ -62,7 +68,7 @@ struct Surroundings {
     // What the vertices hold after the blur, to those that the tile's pixels read.
     template <int V> void lend(Kernel &pixels, int width, Team &team) const {
         pixels.widen(width);
-        std::copy_n(&kernel.values[width], int64_t(own.size()) * width, &pixels.values[width]);
+        std::copy_n(&kernel.values[width], pixels.plan.vertices * width, &pixels.values[width]);
         Rows<V>{width}.spread(pixels, team);
     }
 
@@ -102,14 +108,14 @@ template <class Fill> Sums splat(const Plan &plan, int columns, Team &team, cons
 }
 
 // The pixels of one tile. Rows of keys and sums that come in are the tile's own, then its
-// neighbours' in one order throughout.
+// neighbours' in one order throughout. They are met once, then read in each round. One team works
+// on many tiles in turn, so that a tile that is kept holds no threads.
 class SceneTile {
 public:
-    SceneTile(int classes, int width, int threads)
-        : team(threads), classes(classes), width(width) {}
+    SceneTile(int classes, int width, Team &team) : team(team), classes(classes), width(width) {}
     virtual ~SceneTile() = default;
 
-    Team team;
+    Team &team;
     int classes, width;
     std::vector<Surroundings> around;  // of each kernel
     std::vector<Kernel> pixels;        // theirs over the tile's pixels
@@ -120,7 +126,14 @@ public:
     // Differences to the last class, and the mass where a matrix wants it.
     int columns(size_t m) const { return classes - 1 + !pixels[m].constant.empty(); }
 
-    // (own vertices, 2): low and high words of their keys.
+    // Of memory, all in all.
+    virtual size_t bytes() const {
+        size_t sum = 0;
+        for (size_t m = 0; m < pixels.size(); ++m) sum += around[m].bytes() + pixels[m].bytes();
+        return sum;
+    }
+
+    // (own vertices, 2): low and high words of their keys. Before they are met, as their positions.
     std::vector<uint64_t> keys(size_t m) const {
         std::vector<uint64_t> words;
         for (const Wide key : around[m].own) {
@@ -208,6 +221,8 @@ public:
     }
 
     void update(float *prob) override { field_->update(read_, prob); }
+
+    size_t bytes() const override { return SceneTile::bytes() + field_->bytes(); }
 
 private:
     std::optional<MeanField<V>> field_;
