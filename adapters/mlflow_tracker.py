@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
 import time
@@ -29,6 +30,13 @@ RUN_STATUS = {
     "interrupted": "KILLED",
 }
 """MLflow has no word for a partial run; the tag ``terravox.status`` holds ours."""
+
+
+def import_for(uri: str) -> None:
+    """Import what a tracker at ``uri`` needs, which takes seconds; nothing is opened."""
+    import_mlflow()
+    if _database_file(uri) is not None:
+        importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
 
 
 class NoTracker:

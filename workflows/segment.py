@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.lease_file import LeaseFile
-from adapters.mlflow_quiet import import_mlflow
+from adapters.mlflow_tracker import import_for
 from pipeline.execution.feed import FairFeed
 from pipeline.models.bundle import Bundle
 from pipeline.ports import Guard, Record
@@ -109,8 +109,9 @@ def _import_for_tiles(options: SegmentOptions) -> None:
     """Import what the tiles need, which takes seconds, while another process plans them."""
     ray_address(options.ray_address)  # before Ray is imported
     importlib.import_module("pipeline.execution.ray_pool")
-    if tracking_uri(options.tracking_uri, beside=Path()) != "none":
-        import_mlflow()
+    uri = tracking_uri(options.tracking_uri, beside=Path())
+    if uri != "none":
+        import_for(uri)
 
 
 def _run(

@@ -158,3 +158,10 @@ def test_a_network_comes_into_memory_without_torchs_compiler(tmp_path):
     )
     assert "torch" in loaded
     assert not loaded & {"torchvision", "sympy"}
+
+
+def test_what_drives_a_run_on_ray_loads_no_torch():
+    """The driver would hold 300 MiB until the end of a run that it computes nothing of."""
+    loaded = loaded_by("import workflows.segment\nimport pipeline.execution.ray_pool")
+    assert "ray" in loaded
+    assert "torch" not in loaded
