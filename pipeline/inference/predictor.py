@@ -79,13 +79,13 @@ class Predictor:
                 weight.data = self._moved(weight.data)
             self._network = WholeNetwork(network)
         else:
-            chain = stages_of(network)
+            chain = stages_of(network).moved(self._moved)
             # The mean of a scene takes other chains, made of one whose stages are the network's.
             # Sums in bfloat16 would be rounded for each row of a kernel.
             rows = canonical_px is None and self._dtype == torch.float32
             if rows and context != "scene":
                 chain = with_row_sums(chain)
-            self._network = self._in_windows(chain.moved(self._moved))
+            self._network = self._in_windows(chain)
 
     def logits(
         self,
