@@ -69,13 +69,14 @@ def _apart(stage: Stage, wide: set[str]) -> Iterator[Stage]:
     else:
         yield from (Stage(tuple(_rows(step)), eager=True) for step in taken)
         names = {step.name for step in taken}
-        left = (
+        left = tuple(
             # What was scratch is a map now.
             replace(step, scratch=step.scratch and step.inputs[0] not in names)
             for step in stage.steps
             if step.name not in names
         )
-        yield Stage(tuple(left))
+        if left:  # else it was nothing but such a convolution
+            yield Stage(left)
 
 
 def _rows(step: Step) -> Iterator[Step]:
