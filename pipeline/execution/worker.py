@@ -145,6 +145,7 @@ class TileWorker:
         except Exception as error:
             self._unloadable = error
             raise
+        _give_back()
         return model, time.perf_counter() - start
 
     def _kept(self, job: Job) -> Work:
@@ -177,6 +178,16 @@ def _keep_small_blocks() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
         libc.mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)
+
+
+def _give_back() -> None:
+    """Have glibc return what reading a tile and loading a model left free between other blocks.
+
+    Other threads' heaps among it, where windows would not find it.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _ask_for_huge_pages() -> None:

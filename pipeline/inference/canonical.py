@@ -42,8 +42,9 @@ class BoxMap(FeatureMap):
         box_BSC = self.array_BSC.new_zeros((1, *region.shape, self.array_BSC.shape[-1]))
         box_BCS = box_BSC.movedim(-1, 1)
         held = region & self.region
-        index: tuple[Any, ...] = (..., *held.slices(within=region))
-        box_BCS[index] = self.view(held)
+        if held.size:  # else it is a part of a window in which this tile needs nothing
+            index: tuple[Any, ...] = (..., *held.slices(within=region))
+            box_BCS[index] = self.view(held)
         return box_BCS
 
     def beside(self, region: Region) -> Halo:

@@ -82,7 +82,7 @@ class Predictor:
             # Sums in bfloat16 would be rounded for each row of a kernel.
             rows = canonical_px is None and self._dtype == torch.float32
             if rows and context != "scene":
-                chain = with_row_sums(chain).moved(self._moved)  # rows laid as kernels are
+                chain = with_row_sums(chain)
             self._network = self._in_windows(chain)
 
     def logits(

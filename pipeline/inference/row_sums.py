@@ -8,8 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import MappingProxyType
+
+import torch
 
 from pipeline.models.chain import Chain, Convolution, Stage, Step
+
+_FORMAT = MappingProxyType({2: torch.channels_last, 3: torch.channels_last_3d})
 
 _FAR = 8
 """Rows that a kernel must reach to either side: below that a map holds little more than a band."""
@@ -64,13 +69,14 @@ def _apart(stage: Stage, wide: set[str]) -> Iterator[Stage]:
     else:
         yield from (Stage(tuple(_rows(step)), eager=True) for step in taken)
         names = {step.name for step in taken}
-        left = (
+        left = tuple(
             # What was scratch is a map now.
             replace(step, scratch=step.scratch and step.inputs[0] not in names)
             for step in stage.steps
             if step.name not in names
         )
-        yield Stage(tuple(left))
+        if left:  # else it was nothing but such a convolution
+            yield Stage(left)
 
 
 def _rows(step: Step) -> Iterator[Step]:
@@ -90,7 +96,9 @@ def _rows(step: Step) -> Iterator[Step]:
             dilation=(1, *slide.dilation[1:]),
         )
         name = f"{step.name}_row{row}"
-        part = replace(layer, slide=one, weight=layer.weight.narrow(2, row, 1))
+        # A copy, or every window would make one: maps and weights keep channels innermost.
+        weight = layer.weight.narrow(2, row, 1).contiguous(memory_format=_FORMAT[len(slide.kernel)])
+        part = replace(layer, slide=one, weight=weight)
         yield replace(step, name=name, layer=part, scratch=False)
         if row:
             made = step.name if row == count - 1 else f"{step.name}_sum{row}"

@@ -21,10 +21,9 @@ class ResidualUnit(nn.Module, ABC):
     expansion: int
     """Channels that come out over ``width``."""
 
-    def __init__(self, *, downsample: nn.Module | None) -> None:
-        super().__init__()
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = downsample
+    relu: nn.ReLU
+    downsample: nn.Module | None
+    """After the convolutions, in torchvision's order: fresh weights are drawn in it."""
 
     @abstractmethod
     def residual(self, features_BCS: Tensor) -> Tensor:
@@ -48,11 +47,12 @@ class BasicUnit(ResidualUnit):
     def __init__(
         self, inputs: int, width: int, *, stride: int = 1, downsample: nn.Module | None = None
     ) -> None:
-        super().__init__(downsample=downsample)
+        super().__init__()
         self.conv1 = _strided(inputs, width, stride)
         self.bn1 = norm(2, width)
         self.conv2 = conv(2, width, width, kernel=3)
         self.bn2 = norm(2, width)
+        self.relu, self.downsample = nn.ReLU(inplace=True), downsample
 
     def residual(self, features_BCS: Tensor) -> Tensor:
         """As ``ResidualUnit.residual``."""
@@ -69,13 +69,14 @@ class Bottleneck(ResidualUnit):
     def __init__(
         self, inputs: int, width: int, *, stride: int = 1, downsample: nn.Module | None = None
     ) -> None:
-        super().__init__(downsample=downsample)
+        super().__init__()
         self.conv1 = conv(2, inputs, width, kernel=1)
         self.bn1 = norm(2, width)
         self.conv2 = _strided(width, width, stride)
         self.bn2 = norm(2, width)
         self.conv3 = conv(2, width, 4 * width, kernel=1)
         self.bn3 = norm(2, 4 * width)
+        self.relu, self.downsample = nn.ReLU(inplace=True), downsample
 
     def residual(self, features_BCS: Tensor) -> Tensor:
         """As ``ResidualUnit.residual``."""

@@ -159,7 +159,7 @@ def test_each_model_computes_with_its_own_threads(worker: TileWorker, model: Seg
         work, sweep, _ = case_of(recipe, seed=seed)
         assert worker.run(Job(work=work, tile=sweep.tile(0))).status == "done"
         asked = (lambda value: value, lambda _: torch.get_num_threads())
-        seen.append(worker._line.run(*asked, asked[0], asked[0])[0])
+        seen.append(worker._line.put(*asked, asked[0], asked[0]).result()[0])
     assert seen == [1, 2, 1, 2]
 
 
