@@ -62,7 +62,8 @@ class LatticeSize:
         asked = options.memory_budget
         left = (asked or int(SHARE * workplace(options).memory_bytes)) - peak_bytes
         room = left // workers if asked else min(left // workers, ROOM_BYTES)
-        return replace(self, room_bytes=max(0, min(room, self.placed_bytes)))
+        share = min(self.placed_bytes, 3 * self.placed_bytes // (2 * workers))  # not all alike
+        return replace(self, room_bytes=max(0, min(room, share)))
 
 
 def expected_lattice(source: Source, sweep: Pass, crf: SceneCrf, *, classes: int) -> LatticeSize:

@@ -49,10 +49,8 @@ class RayBackend:
     """Shared with every actor; the process enters it before the cluster starts."""
 
     workers: int | None
-    """None: as many as fit on the nodes there are, counted again while the run goes on.
-
-    Only a number makes an autoscaler start more than one node: None never asks for more than fit.
-    """
+    """None: as many as fit on the nodes there are, counted again and again; never more, so that an
+    autoscaler starts more than one node for a number alone."""
 
     threads: int
     """Cores that an actor takes."""
@@ -85,8 +83,7 @@ class RayBackend:
     def fits(self) -> int:
         """Actors that the nodes of the cluster could hold, were they empty; at least 1."""
         count = 0
-        for node in ray.nodes():
-            has = node["Resources"] if node["Alive"] else {}
+        for has in (node["Resources"] if node["Alive"] else {} for node in ray.nodes()):
             shares = [has.get("CPU", 0) // self.threads]
             if self.gpus_per_worker:
                 shares.append(has.get("GPU", 0) // self.gpus_per_worker)
