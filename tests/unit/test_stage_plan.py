@@ -143,24 +143,24 @@ def held(key):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 torch.set_num_threads(1)
-SIDE = 2048
+SIZE = (512, 8192)  # rows are what is held
 slim = Architecture(
     family="v3", backbone="slim", dims=2, output_stride=4, rates=(2, 4, 6), image_pooling=True
 )
 network = build_network(slim, bands=3, classes=6).eval().pool_over((256, 256))
-chain, shape = stages_of(network), (SIDE, SIDE)
+chain, shape = stages_of(network), SIZE
 whole = Region.whole(shape)
 side = int(sys.argv[1]) or None
 needs = needs_of(chain, whole, scored=whole, shape=shape, canonical_px=side)
 staged = CanonicalNetwork(chain, side_px=side) if side else StagedNetwork(chain, window=64)
-def empty(side):
-    return torch.zeros(1, 3, 1, 1).expand(1, 3, side, side)  # of which no more is held
+def empty(*size):
+    return torch.zeros(1, 3, 1, 1).expand(1, 3, *size)  # of which no more is held
 
 with torch.inference_mode():
-    staged.coarse_logits(empty(256), Frame((0, 0), (256, 256)), Region((0, 0), (64, 64)))
+    staged.coarse_logits(empty(256, 256), Frame((0, 0), (256, 256)), Region((0, 0), (64, 64)))
     before = held("VmRSS")
     open("/proc/self/clear_refs", "w").write("5")
-    staged.coarse_logits(empty(SIDE), Frame((0, 0), shape), needs.regions[chain.logits])
+    staged.coarse_logits(empty(*SIZE), Frame((0, 0), shape), needs.regions[chain.logits])
 print((held("VmHWM") - before) / stage_bytes(chain, needs, window=64, itemsize=4))
 """
 
