@@ -21,10 +21,8 @@ class ResidualUnit(nn.Module, ABC):
     expansion: int
     """Channels that come out over ``width``."""
 
-    def __init__(self, *, downsample: nn.Module | None) -> None:
-        super().__init__()
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = downsample
+    relu: nn.Module
+    downsample: nn.Module | None
 
     @abstractmethod
     def residual(self, features_BCS: Tensor) -> Tensor:
@@ -48,11 +46,13 @@ class BasicUnit(ResidualUnit):
     def __init__(
         self, inputs: int, width: int, *, stride: int = 1, downsample: nn.Module | None = None
     ) -> None:
-        super().__init__(downsample=downsample)
+        super().__init__()
         self.conv1 = _strided(inputs, width, stride)
         self.bn1 = norm(2, width)
+        self.relu = nn.ReLU(inplace=True)
         self.conv2 = conv(2, width, width, kernel=3)
         self.bn2 = norm(2, width)
+        self.downsample = downsample  # last, as there: fresh weights are drawn in this order
 
     def residual(self, features_BCS: Tensor) -> Tensor:
         """As ``ResidualUnit.residual``."""
@@ -69,13 +69,15 @@ class Bottleneck(ResidualUnit):
     def __init__(
         self, inputs: int, width: int, *, stride: int = 1, downsample: nn.Module | None = None
     ) -> None:
-        super().__init__(downsample=downsample)
+        super().__init__()
         self.conv1 = conv(2, inputs, width, kernel=1)
         self.bn1 = norm(2, width)
         self.conv2 = _strided(width, width, stride)
         self.bn2 = norm(2, width)
         self.conv3 = conv(2, width, 4 * width, kernel=1)
         self.bn3 = norm(2, 4 * width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
 
     def residual(self, features_BCS: Tensor) -> Tensor:
         """As ``ResidualUnit.residual``."""
