@@ -21,9 +21,8 @@ class ResidualUnit(nn.Module, ABC):
     expansion: int
     """Channels that come out over ``width``."""
 
-    relu: nn.ReLU
+    relu: nn.Module
     downsample: nn.Module | None
-    """After the convolutions, in torchvision's order: fresh weights are drawn in it."""
 
     @abstractmethod
     def residual(self, features_BCS: Tensor) -> Tensor:
@@ -50,9 +49,10 @@ class BasicUnit(ResidualUnit):
         super().__init__()
         self.conv1 = _strided(inputs, width, stride)
         self.bn1 = norm(2, width)
+        self.relu = nn.ReLU(inplace=True)
         self.conv2 = conv(2, width, width, kernel=3)
         self.bn2 = norm(2, width)
-        self.relu, self.downsample = nn.ReLU(inplace=True), downsample
+        self.downsample = downsample  # last, as there: fresh weights are drawn in this order
 
     def residual(self, features_BCS: Tensor) -> Tensor:
         """As ``ResidualUnit.residual``."""
@@ -76,7 +76,8 @@ class Bottleneck(ResidualUnit):
         self.bn2 = norm(2, width)
         self.conv3 = conv(2, width, 4 * width, kernel=1)
         self.bn3 = norm(2, 4 * width)
-        self.relu, self.downsample = nn.ReLU(inplace=True), downsample
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
 
     def residual(self, features_BCS: Tensor) -> Tensor:
         """As ``ResidualUnit.residual``."""

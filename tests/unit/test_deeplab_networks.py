@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from torchvision.models import resnet18
+from torchvision.models import resnet, resnet18
 from torchvision.models.segmentation import (
     deeplabv3_mobilenet_v3_large,
     deeplabv3_resnet50,
@@ -13,6 +13,7 @@ from torchvision.models.segmentation import (
 )
 
 from pipeline.errors import BundleError, RegionError
+from pipeline.models import residual
 from pipeline.models.architecture import Architecture
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.deeplab import DeepLab, build_network
@@ -185,3 +186,14 @@ def test_an_architecture_that_does_not_exist_is_refused(
     """A typing error in a bundle would surface as a traceback from deep inside torch."""
     with pytest.raises(BundleError, match=message):
         architecture_of(**changes)
+
+
+@pytest.mark.parametrize("name", ["BasicUnit", "Bottleneck"])
+def test_parts_of_a_residual_unit_come_in_torchvisions_order(name: str) -> None:
+    """``model new`` draws weights in this order: a seed would name another network."""
+    shortcut = nn.Conv2d(8, 16, 1)
+    ours = getattr(residual, name)(8, 16 // getattr(residual, name).expansion, downsample=shortcut)
+    theirs = getattr(resnet, name.replace("Unit", "Block"))(
+        8, 16 // ours.expansion, downsample=shortcut
+    )
+    assert [n for n, _ in ours.named_modules()] == [n for n, _ in theirs.named_modules()]
