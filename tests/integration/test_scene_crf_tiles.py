@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from itertools import count
 from pathlib import Path
 from unittest.mock import patch
@@ -158,6 +160,26 @@ def test_each_tile_stays_with_the_actor_that_placed_it(made, tmp_path):
             homes.setdefault(key.number, set()).add(record.worker)
     assert [len(workers) for workers in homes.values()] == [1] * 9
     assert len(set().union(*homes.values())) == 2
+
+
+def test_what_a_killed_actor_kept_is_placed_by_another(made, tmp_path):
+    """Its tiles would wait for it for ever, or be left out of the sums."""
+    output, killed = tmp_path / "mask.tif", set[int]()
+
+    def kill_one() -> bool:
+        records = LedgerFile(Path(f"{output}.run/ledger"), owner="test").records()
+        kept = [r for key, r in records.items() if r.kept and key.stage == "lattice-1"]
+        if kept and not killed:
+            killed.add(int(kept[0].worker.rpartition(":")[2]))
+            os.kill(*killed, signal.SIGKILL)
+        return False
+
+    options = RefineOptions(tile=64, tracking_uri="none", workers=2)
+    asked = serial(made) | {"options": options}
+    found = refine(made / "image.tif", output, **asked, stop=kill_one)
+    once = refine(made / "image.tif", tmp_path / "once.tif", **serial(made))
+    assert killed
+    assert (found["status"], found["output_sha256"]) == ("done", once["output_sha256"])
 
 
 def test_scenes_of_a_batch_get_what_each_gets_alone(slim, tmp_path):
