@@ -205,8 +205,8 @@ def _own_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
         mean, deviation = image_CS.mean(axes, keepdims=True), image_CS.std(axes, keepdims=True)
         return np.where(block.valid_S, (image_CS - mean) / deviation, np.float32(0))
 
-    for module in (segment_tile, certify_sample):
-        monkeypatch.setattr(module, "normalise", own)
+    monkeypatch.setattr(segment_tile, "Normalised", own)
+    monkeypatch.setattr(certify_sample, "normalise", own)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
