@@ -21,6 +21,9 @@ BLOCK = 1024
 CUT = 4
 """A side of the larger scene over one of the smaller."""
 
+TILE = 1024
+"""In px, in both: left to the plan, a larger scene may get a larger tile."""
+
 
 def write_wallpaper(path: Path, side: int, *, valid: Region | None = None) -> None:
     """Four bands of one block of texture, repeated: cheap to write at any size.
@@ -43,12 +46,13 @@ def write_wallpaper(path: Path, side: int, *, valid: Region | None = None) -> No
 
 
 def run(folder: Path, side: int) -> Measured:
-    """Segment a scene of ``side`` px with the defaults, without CRF."""
+    """Segment a scene of ``side`` px in tiles of ``TILE``, without CRF."""
     scene = folder / f"scene-{side}.tif"
     write_wallpaper(scene, side)
     command = [
         str(Path(sys.executable).with_name("terravox")), "segment", str(scene),
         "-o", str(folder / f"mask-{side}.tif"), "--model", str(folder / "slim"), "--crf", "off",
+        "--tile", str(TILE),
     ]  # fmt: skip
     measured = measure(command, env=os.environ | {"HOME": str(folder)})
     scene.unlink()
