@@ -19,30 +19,15 @@ from torch import Tensor, nn
 from pipeline.models.architecture import Architecture
 from pipeline.models.blocks import CONV, Rate, axis_strides
 from pipeline.models.geometry import per_axis
+from pipeline.models.residual import ResidualUnit
 
 
-class Block(nn.Module):
-    """Convolutions with batch norm between them, and a shortcut."""
-
-    expansion: int
+class Block(ResidualUnit):
+    """A residual unit whose shortcut comes before its convolutions: weights are drawn so."""
 
     def __init__(self, *, shortcut: nn.Module | None) -> None:
         super().__init__()
-        self.relu = nn.ReLU(inplace=True)
-        if shortcut is not None:
-            self.downsample = shortcut
-
-    def forward(self, features_BCS: Tensor) -> Tensor:
-        """Return (B, width x expansion, *S) features."""
-        shortcut_BCS = features_BCS
-        if hasattr(self, "downsample"):
-            shortcut_BCS = self.downsample(features_BCS)
-        result: Tensor = self.relu(torch.add(self.residual(features_BCS), shortcut_BCS))
-        return result
-
-    def residual(self, features_BCS: Tensor) -> Tensor:
-        """What is added to the shortcut."""
-        raise NotImplementedError
+        self.relu, self.downsample = nn.ReLU(inplace=True), shortcut
 
 
 class Basic(Block):
@@ -60,7 +45,7 @@ class Basic(Block):
         self.bn2 = nn.BatchNorm3d(width)
 
     def residual(self, features_BCS: Tensor) -> Tensor:
-        """As ``Block.residual``."""
+        """As ``ResidualUnit.residual``."""
         inner_BCS = self.relu(self.bn1(self.conv1(features_BCS)))
         result: Tensor = self.bn2(self.conv2(inner_BCS))
         return result
@@ -83,7 +68,7 @@ class Narrow(Block):
         self.bn3 = nn.BatchNorm3d(4 * width)
 
     def residual(self, features_BCS: Tensor) -> Tensor:
-        """As ``Block.residual``."""
+        """As ``ResidualUnit.residual``."""
         inner_BCS = self.relu(self.bn1(self.conv1(features_BCS)))
         inner_BCS = self.relu(self.bn2(self.conv2(inner_BCS)))
         result: Tensor = self.bn3(self.conv3(inner_BCS))
