@@ -99,6 +99,7 @@ class Sizer:
             )
         return CostModel(
             chain=self.traced.body,
+            live_px=self.traced.live_px,
             classes=classes,
             window=WINDOW,
             canonical_px=self.canonical_px,

@@ -10,6 +10,7 @@ from torch import nn
 
 from pipeline.domain import Reach, Shape
 from pipeline.inference.average import Average
+from pipeline.inference.live_values import live_px
 from pipeline.inference.whole_cost import Trial, trial_of
 from pipeline.models.bundle import Bundle
 from pipeline.models.chain import Chain
@@ -42,6 +43,9 @@ class Traced:
 
     body: Chain | Trial
     """Its stages, their weights on torch's meta device; or what it takes where it runs as one."""
+
+    live_px: float
+    """Bytes per pixel of the values that live at once in a plain forward, in float32."""
 
     weight_bytes: int
     """Of all weights, in float32."""
@@ -83,6 +87,7 @@ def of_layers(network: DeepLab, context: Context) -> Traced:
         exact=context != "tile" or not network.architecture.pools,
         receptive_field=receptive_field(chain).shape,
         body=chain.moved(_without_values),
+        live_px=live_px(network),
         weight_bytes=_weight_bytes(network),
     )
 
@@ -93,11 +98,13 @@ def _probed(network: CustomNetwork, bundle: Bundle, context: Context) -> Traced:
     if halo is not None:
         sides = zip(halo.before, halo.after, strict=True)
         field = tuple(before + network.stride + after for before, after in sides)
+    trial = trial_of(network)
     return Traced(
         average=Average(own=custom_reach(network, found, crop=bundle.crop, context=context)),
         exact=halo is not None,
         receptive_field=field,
-        body=trial_of(network),
+        body=trial,
+        live_px=trial.bytes_px,
         weight_bytes=_weight_bytes(network),
     )
 

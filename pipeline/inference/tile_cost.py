@@ -9,6 +9,7 @@ import numpy as np
 
 from pipeline.domain import Region, Shape, Tile, TileCost
 from pipeline.inference.average import Average
+from pipeline.inference.live_values import HEAP_BYTES
 from pipeline.inference.map_layout import stage_bytes
 from pipeline.inference.row_sums import with_row_sums
 from pipeline.inference.stage_plan import (
@@ -24,10 +25,6 @@ from pipeline.models.scene_mean import GivenMean
 from pipeline.models.scene_stages import pooled_by, pooled_chain
 
 _FLOAT32 = 4
-_HELD = 3.2
-"""Bytes held, at most, over those of the widest stage, in and out, by a network that runs as one:
-1.8 (ResNet-50, fp32) to 3.2 (slim, bf16) measured on the CPU."""
-
 _SCORES = 5
 """Probabilities of a core that are held while they are written, with the logits they are of: 3.7
 (float16) to 4.9 (uint8) measured on the CPU."""
@@ -41,6 +38,10 @@ class CostModel:
     """What costs are counted from."""
 
     chain: Chain
+
+    live_px: float
+    """Bytes per pixel of the values that live at once where the network runs as one, in float32."""
+
     classes: int
 
     window: int
@@ -131,18 +132,13 @@ class CostModel:
         """As ``_of_zoom``, of a sample."""
         chain = self.chain
         size = zoom.scale(chain.upsample).shape(tile.read.shape)
-        shapes, channels = chain.shapes(size), chain.channels
-        widest = max(
-            sum(math.prod(shapes[name]) * channels[name] for name in {n for _, n in stage.reads()})
-            + max(step.channels for step in stage.steps) * math.prod(shapes[stage.name])
-            for stage in chain.stages
-        )
         frame = zoom.frame(Frame.of(tile.read, shape=self.shape), like=chain.upsample)
-        coarse = Region.whole(shapes[chain.logits])
+        coarse = Region.whole(chain.shapes(size)[chain.logits])
+        live = int(self.live_px * math.prod(size) * self.itemsize / _FLOAT32)
         fine = 2 * tile.read.size * self.classes * _FLOAT32
         work = stage_work(chain, Needs.of(chain, size, frame=frame, coarse=coarse))
         resized = resized_bytes(zoom, tile.read.size, math.prod(size), bands=chain.bands)
-        held = int(max(_HELD * widest * self.itemsize, fine, resized))
+        held = max(live + min(live, HEAP_BYTES), fine, resized)
         return len(self.average.mirrors) * work, held
 
     def given_the_mean(self) -> CostModel:

@@ -6,18 +6,16 @@ Axes in array names: B batch, C channel, S space, (y, x) or (z, y, x).
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pipeline.domain import Region, Shape, Tile, TileCost
 from pipeline.inference.average import Average
+from pipeline.inference.live_values import LiveValues
 from pipeline.inference.tile_cost import (
     image_bytes,
     kept_bytes,
@@ -31,7 +29,6 @@ from pipeline.models.custom_network import CustomNetwork
 _FLOAT32 = 4
 _SIDE = {2: 128, 3: 32}
 """Side of the small image, in pixels, by number of axes; two strides where that is more."""
-
 _SCRATCH = 1.5
 """Bytes held, at most, over those of the values that live at once: what kernels lay out anew."""
 
@@ -59,9 +56,9 @@ def trial_of(network: CustomNetwork) -> Trial:
     stride, dims = network.stride, network.architecture.dims
     size = (max(2, -(-_SIDE[dims] // stride)) * stride,) * dims
     image_BCS = torch.zeros(1, network.bands, *size)
-    values = _LiveValues()
-    with torch.no_grad(), FlopCounterMode(display=False) as flops, values:
-        values.hold(image_BCS)
+    values = LiveValues()
+    values.hold(image_BCS)
+    with torch.no_grad(), FlopCounterMode(display=False) as flops, _Operations(values):
         network.module(image_BCS)
     pixels = math.prod(size)
     return Trial(
@@ -72,22 +69,12 @@ def trial_of(network: CustomNetwork) -> Trial:
     )
 
 
-class _LiveValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the tensors that operations have made and nobody has let go of."""
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Holds what operations make: a program calls no functions."""
 
-    def __init__(self) -> None:
+    def __init__(self, values: LiveValues) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._held: dict[int, int] = {}
-        self.peak = 0
-
-    def hold(self, tensor: Tensor) -> None:
-        """Count a tensor's memory until it is freed; once, whoever shares it."""
-        storage = tensor.untyped_storage()
-        key = storage.data_ptr()
-        if key not in self._held:
-            self._held[key] = storage.nbytes()
-            self.peak = max(self.peak, sum(self._held.values()))
-            weakref.finalize(storage, self._held.pop, key, None)
+        self._values = values
 
     def __torch_dispatch__(
         self,
@@ -97,9 +84,7 @@ class _LiveValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self.hold(value)
+        self._values.hold(result)
         return result
 
 
