@@ -95,6 +95,7 @@ class Sizer:
                 pixel_bytes=pixel_bytes,
                 shape=sweep.grid.padded_shape,
                 scores=self.scores,
+                guided=self.crf is not None,
                 average=self.traced.average,
             )
         return CostModel(
@@ -107,6 +108,7 @@ class Sizer:
             pixel_bytes=pixel_bytes,
             shape=sweep.grid.padded_shape,
             scores=self.scores,
+            guided=self.crf is not None,
             average=self.traced.average,
         )
 

@@ -62,6 +62,9 @@ class CostModel:
     scores: bool
     """Whether probabilities are written as well."""
 
+    guided: bool
+    """Whether a CRF looks at the pixels of a tile."""
+
     average: Average
 
     def of(self, tile: Tile) -> TileCost:
@@ -148,7 +151,10 @@ class CostModel:
     def _read_bytes(self, tile: Tile, *, in_bands: bool) -> int:
         """``in_bands``: whether the network is given the image band by band."""
         image = image_bytes(tile, bands=self.chain.bands, average=self.average)
-        return read_bytes(tile, pixel_bytes=self.pixel_bytes) + (not in_bands) * image
+        return (
+            read_bytes(tile, pixel_bytes=self.pixel_bytes, guided=self.guided)
+            + (not in_bands) * image
+        )
 
     @property
     def scene_work(self) -> int:
@@ -168,13 +174,13 @@ def resized_bytes(zoom: Zoom, pixels: int, resized: int, *, bands: int) -> int:
     return 0 if zoom.natural else (pixels + 3 * max(pixels, resized)) * bands * _FLOAT32
 
 
-def read_bytes(tile: Tile, *, pixel_bytes: int) -> int:
+def read_bytes(tile: Tile, *, pixel_bytes: int, guided: bool) -> int:
     """Bytes of what is read, in the host's memory.
 
-    Of three tiles: on the device, being refined, and being read, of which the bands are picked in
-    a copy.
+    Of three tiles: on the device, being refined, of which the pixels are kept only to guide a CRF,
+    and being read, of which the bands are picked in a copy.
     """
-    return tile.read.size * 4 * (pixel_bytes + 1)
+    return tile.read.size * (3 * (pixel_bytes + 1) + guided * pixel_bytes + 1)
 
 
 def image_bytes(tile: Tile, *, bands: int, average: Average) -> int:

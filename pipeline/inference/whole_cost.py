@@ -107,6 +107,9 @@ class WholeCostModel:
     scores: bool
     """Whether probabilities are written as well."""
 
+    guided: bool
+    """Whether a CRF looks at the pixels of a tile."""
+
     average: Average
 
     def of(self, tile: Tile) -> TileCost:
@@ -136,7 +139,7 @@ class WholeCostModel:
         return TileCost(
             work=self._work(parts),
             device_bytes=held + mean,
-            host_bytes=read_bytes(tile, pixel_bytes=self.pixel_bytes)
+            host_bytes=read_bytes(tile, pixel_bytes=self.pixel_bytes, guided=self.guided)
             + image_bytes(tile, bands=trial.bands, average=self.average),
         )
 
