@@ -50,12 +50,15 @@ class SegmentModel:
     canonical_px: int | None
     """Side of canonical windows, in pixels; None: windows are rows of the tile."""
 
+    window: int
+    """Side of a box with as many features as are computed at once, where windows are rows."""
+
     @property
     def key(self) -> str:
         """All that decides what is loaded: two cases with equal keys share the network."""
         floats = f"{self.precision.name}-{'last' if self.precision.channels_last else 'first'}"
         average = f"{self.average.zooms} {self.average.axes}"
-        windows = f"{self.context} {self.canonical_px} {average}"
+        windows = f"{self.context} {self.canonical_px} {self.window} {average}"
         return f"{self.bundle.digest} {self.device} {floats} {windows} {self.threads}"
 
     def load(self) -> Logits:
@@ -70,6 +73,7 @@ class SegmentModel:
             context=self.context,
             threads=self.threads,
             canonical_px=self.canonical_px,
+            window=self.window,
         )
         return averaged(predictor, self.average)
 

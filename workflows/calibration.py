@@ -32,6 +32,7 @@ def network_seconds(plan: SegmentPlan, bundle: Bundle) -> float:
         precision=resolved.precision,
         context=resolved.context,
         threads=resolved.threads,
+        window=resolved.window,
     )
     body = traced(bundle, resolved.context).body
     if isinstance(body, Trial):

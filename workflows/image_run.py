@@ -199,6 +199,7 @@ class ImageRun:
             average=self.plan.average,
             threads=resolved.threads,
             canonical_px=resolved.canonical_px,
+            window=resolved.window,
         )
 
     def _works(self) -> dict[str, Work]:

@@ -20,7 +20,7 @@ def halo_json(reach: Reach) -> dict[str, Any]:
 
 
 def windows_json(plan: SegmentPlan) -> dict[str, Any]:
-    """What is computed at once, its side in pixels, and whether any tile gives the same bytes.
+    """What is computed at once, how large, and whether any tile gives the same bytes.
 
     On a GPU the last is not known: its kernels may mix places that a tile needs with others.
     """
@@ -29,6 +29,7 @@ def windows_json(plan: SegmentPlan) -> dict[str, Any]:
     return {
         "kind": "none" if plan.stages == 1 else kind,
         "side_px": side_px,
+        "features": None if side_px else plan.resolved.window,
         "same_bytes_for_any_tile": side_px is not None and plan.crf is None and device == "cpu",
     }
 
@@ -39,6 +40,6 @@ def windows_words(plan: SegmentPlan) -> str:
     if values["kind"] == "none":
         return "the network as one"
     if values["kind"] == "rows":
-        return "windows of rows"
+        return f"windows of rows, {values['features']} features a side"
     same = " (the same bytes for any tile)" if values["same_bytes_for_any_tile"] else ""
     return f"canonical windows of {values['side_px']} px{same}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.domain import Pass, TilePlan
 from pipeline.errors import SourceError
+from pipeline.inference.predictor import WINDOW
 from pipeline.models.bundle import Bundle
 from pipeline.models.chain import Chain
 from workflows.case import Case
@@ -78,6 +79,7 @@ def make_plan(
         whole=whole.reach,
         crf=crf,
         canonical_px=canonical_side(options, bundle),
+        window=WINDOW,
         scores=options.scores != "none",
         # Cases that share workers are planned in the driver, while others run.
         driver_bytes=DRIVER_BYTES + (not alone) * PLANNING_BYTES,
@@ -89,7 +91,8 @@ def make_plan(
         asked = replace(sizer, reach=reach_asked(known.reach, options, trial))
         resolved = resolve(options, asked, halo=trial, alone=alone)
     crf = with_engine(crf, resolved.crf_engine, shape=info.shape, classes=len(bundle.classes))
-    sizer = replace(sizer, crf=crf, reach=reach_asked(known.reach, options, resolved.halo))
+    reach = reach_asked(known.reach, options, resolved.halo)
+    sizer = replace(sizer, crf=crf, reach=reach, window=resolved.window)
     sweep = sizer.sweep(resolved.tile, case=case.name)
     scene = None
     if under_all is not None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from workflows.sizing import Sizer
 
 SHARE = 0.7
-"""Of the machine's memory: what is taken where ``auto`` may take more, and no budget was given."""
+"""Of the memory of a machine or a GPU: what ``auto`` takes where no budget was given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +47,9 @@ class Resolved:
     """The one that ``auto:TOL`` became; None for the exact halo, and for one that was given."""
 
     canonical_px: int | None
+
+    window: int
+    """Side of a window, in features, where windows are rows of the tile."""
 
     crf_engine: EngineName | None
     """Who computes the CRF; None where there is none."""
@@ -103,25 +106,27 @@ def resolve(
     floats, place = resolve_floats(options), workplace(options)
     # Not the workers asked for: their number must not change the bytes.
     usual = usual_workers(place, device=floats.device, threads=floats.threads)
-    tile, team = sizer.choose(
+    choice = sizer.choose(
         options.tile,
         Team(workers=usual, threads=floats.threads, device=floats.device, alone=alone),
         precision=floats.precision,
         budget=Budget(
-            host=options.memory_budget or int(SHARE * place.memory_bytes), device=place.gpu_bytes
+            host=options.memory_budget or int(SHARE * place.memory_bytes),
+            device=place.gpu_bytes and int(SHARE * place.gpu_bytes),
         ),
     )
     engine = pick_engine(sizer.crf.engine, device=floats.device) if sizer.crf else None
     return Resolved(
-        tile=tile,
+        tile=choice.tile,
         device=floats.device,
         precision=floats.precision,
-        threads=team.threads,
+        threads=choice.team.threads,
         context=options.context,
         average=options.average,
         output_stride=sizer.bundle.architecture.output_stride,
         halo=halo,
         canonical_px=sizer.canonical_px,
+        window=choice.window,
         crf_engine=engine,
         versions=_versions(sizer, engine),
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -13,7 +14,6 @@ from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, SamplePass, Shap
 from pipeline.errors import PlanError
 from pipeline.inference.canonical import CANONICAL_PX
 from pipeline.inference.precision import Precision
-from pipeline.inference.predictor import WINDOW
 from pipeline.inference.scene_context import sums_layout
 from pipeline.inference.tile_cost import CostModel
 from pipeline.inference.whole_cost import Trial, WholeCostModel
@@ -26,8 +26,40 @@ from workflows.tracing import Traced
 AUTO_TILES = {2: (512, 1024, 2048, 4096, 8192), 3: (64, 96, 128, 192, 256, 384)}
 """Sides that ``auto`` chooses from, in pixels, by number of axes."""
 
+WINDOWS: Mapping[Literal["cpu", "cuda"], Mapping[int, float]] = {
+    "cpu": {64: 1.0, 46: 1.1, 32: 1.2},
+    "cuda": {512: 1.0, 256: 1.0, 128: 1.0, 64: 1.0, 46: 1.1, 32: 1.2},
+}
+"""Sides of a window that ``auto`` chooses from, in features, the one to be taken where there is
+memory first, and what each takes of time over it.
+
+On a CPU larger ones are slower, and smaller ones were, by 0 to 14 and by 8 % and more, when they
+were measured. On a GPU, which small windows leave idle between launches, nothing has been measured.
+"""
+
 NEAR_BEST = 1.1
 """``auto`` takes the smallest tile that needs at most so many times the least time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """How large tiles and windows might be, and who runs them."""
+
+    tile: Shape
+
+    window: int
+    """Side of a window, in features."""
+
+    team: Team
+
+    span: float
+    """Multiply-adds of the busiest worker's first thread, in the time of the best windows."""
+
+    taken: int
+    """Bytes, of host and device together."""
+
+    fits: bool
+    """Whether they are within the budget."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +80,9 @@ class Sizer:
 
     canonical_px: int | None
     """Side of canonical windows, in pixels; None where windows are rows of the tile."""
+
+    window: int
+    """Side of a box of features: the device computes as many at once, where windows are rows."""
 
     scores: bool
     """Whether probabilities are written as well."""
@@ -102,7 +137,7 @@ class Sizer:
             chain=self.traced.body,
             live_px=self.traced.live_px,
             classes=classes,
-            window=WINDOW,
+            window=self.window,
             canonical_px=self.canonical_px,
             itemsize=itemsize,
             pixel_bytes=pixel_bytes,
@@ -114,8 +149,7 @@ class Sizer:
 
     def peak_bytes(self, costs: Costs, *, workers: int, device: Literal["cpu", "cuda"]) -> int:
         """Predicted peak of the host's memory, driver and ``workers`` together."""
-        # The samples are computed by the network as it is, beside the one in stages.
-        tile = costs.largest.host_bytes + self.traced.weight_bytes * (1 + bool(costs.sample_work))
+        tile = costs.largest.host_bytes + self._weight_bytes(costs)
         if self.info.ndim == 2:  # volumes are mapped into memory, or unpacked first
             tile += costs.cache_bytes
         if device == "cpu":
@@ -124,34 +158,58 @@ class Sizer:
             tile += crf_bytes(costs.scored, classes=len(self.bundle.classes))
         return self.driver_bytes + min(workers, costs.tiles) * (WORKER_BYTES + tile)
 
+    def _device_bytes(self, costs: Costs) -> int:
+        """Predicted peak of the memory of a GPU."""
+        return costs.largest.device_bytes + self._weight_bytes(costs)
+
+    def _weight_bytes(self, costs: Costs) -> int:
+        """Samples are computed by the network as it is, beside the one in stages."""
+        return self.traced.weight_bytes * (1 + bool(costs.sample_work))
+
     def choose(
         self, asked: int | None, team: Team, *, precision: Precision, budget: Budget
-    ) -> tuple[Shape, Team]:
+    ) -> Choice:
         """The tile asked for, or the smallest that takes nearly the least time within the budget.
 
-        A small tile is redone, retried and reported sooner. Where none fits, the smallest.
+        A small tile is redone, retried and reported sooner. Where none fits, what takes least.
         """
         stride = self.reach.stride
         auto = (-(-side // stride) * stride for side in AUTO_TILES[self.info.ndim])
         sides = tuple(auto) if asked is None else (asked,)
+        choices = [
+            choice
+            for side in sides
+            for choice in self._in_windows(self._side(side), team, precision, budget)
+        ]
+        fitting = [choice for choice in choices if choice.fits]
+        if not fitting:
+            return min(choices, key=lambda choice: choice.taken)
+        least = min(choice.span for choice in fitting)
+        return next(choice for choice in fitting if choice.span <= NEAR_BEST * least)
+
+    def _in_windows(
+        self, tile: Shape, team: Team, precision: Precision, budget: Budget
+    ) -> Iterator[Choice]:
+        """Such tiles with windows that are the smaller, until they fit."""
         smallest = AUTO_TILES[self.info.ndim][0]
-        choices: list[tuple[Shape, Team, float]] = []
-        fitting: list[tuple[Shape, Team, float]] = []
-        for side in sides:
-            tile = self._side(side)
-            costs = self.costs(self.sweep(tile, case=""), precision)
+        staged = self.canonical_px is None and not isinstance(self.traced.body, Trial)
+        for window, slower in WINDOWS[team.device].items() if staged else [(self.window, 1.0)]:
+            sizer = replace(self, window=window)
+            costs = sizer.costs(sizer.sweep(tile, case=""), precision)
             # A tile of the smallest size is soon done by one thread, in a batch as well. And
             # where any tile shall give the same bytes, it must not decide the threads.
             same = max(tile) <= smallest or self.canonical_px is not None
             own = team if same else team.for_tiles(costs.tiles)
-            choices.append((tile, own, costs.span(own)))
             peak = self.peak_bytes(costs, workers=own.workers, device=team.device)
-            on_device = budget.device is None or costs.largest.device_bytes <= budget.device
-            if peak <= budget.host and on_device:
-                fitting.append(choices[-1])
-        fitting = fitting or choices[:1]
-        least = min(span for *_, span in fitting)
-        return next((tile, own) for tile, own, span in fitting if span <= NEAR_BEST * least)
+            device = 0 if budget.device is None else self._device_bytes(costs)
+            fits = peak <= budget.host and device <= (budget.device or 0)
+            maps = own.workers * costs.largest.device_bytes * (team.device == "cpu")
+            span = slower * costs.span(own)
+            yield Choice(
+                tile=tile, window=window, team=own, span=span, taken=peak + device, fits=fits
+            )
+            if fits or peak - maps > budget.host:  # which no window would make fit
+                return
 
     def _side(self, side: int) -> Shape:
         """A square tile, no longer than the padded scene on any axis. Raises PlanError."""

@@ -17,9 +17,6 @@ from pipeline.inference.row_sums import lead
 from pipeline.inference.stage_plan import Needs, block_of, needed_span
 from pipeline.models.chain import Chain, Stage, Step
 
-_BAND_PX = 64
-"""Bands that are thinner than that are taken together: turns take time to count."""
-
 
 class Turn(NamedTuple):
     """One band of a map, computed at once or in windows side by side."""
@@ -155,7 +152,8 @@ class _Progress:
             parts = (stage for stage in self.chain.stages if not stage.whole)
             windows = (block_of(s, self.needs, self.window)[0] * row_px[s.name] for s in parts)
             window_px = max(windows, default=Fraction(1))
-        band_px = window_px * max(1, int(_BAND_PX / window_px))
+        # Turns take time to count: bands thinner than so many pixels are taken together.
+        band_px = window_px * max(1, int(self.window / window_px))
         heights = {name: max(1, int(band_px / row_px[name])) for name in self.users}
         return heights | {s.name: self.needs.computed(s).shape[0] for s in whole}
 

@@ -50,6 +50,7 @@ def model(bundle: Bundle) -> SegmentModel:
         average=Average(own=reach_of(bundle.network())),
         threads=1,
         canonical_px=None,
+        window=64,
     )
 
 

@@ -29,6 +29,7 @@ from workflows.tracing import of_layers, traced
 
 FP32 = Precision(name="fp32", channels_last=True, why="")
 PAIR = Team(workers=2, threads=1, device="cpu", alone=True)
+CARD = replace(PAIR, device="cuda")
 AMPLE = Budget(host=10**15, device=None)
 
 
@@ -65,6 +66,7 @@ def resnet50(tmp_path_factory: pytest.TempPathFactory) -> Sizer:
         whole=traced.reach,
         crf=None,
         canonical_px=None,
+        window=64,
         scores=False,
         driver_bytes=DRIVER_BYTES,
     )
@@ -80,41 +82,66 @@ def test_a_deep_network_gets_large_tiles_and_a_tight_budget_smaller_ones(resnet5
     tiles = {
         gigabytes: resnet50.choose(
             None, PAIR, precision=FP32, budget=Budget(host=gigabytes * 10**9, device=None)
-        )[0][0]
-        for gigabytes in (1, 7, 10, 200)
+        ).tile[0]
+        for gigabytes in (1, 6, 10, 200)
     }
-    assert tiles[1] == 512
-    assert tiles[1] < tiles[7] < tiles[10] == 4096 < tiles[200] == 8192
+    assert tiles[1] == 1024  # of 512 px windows are wider than what they read, and hold more
+    assert tiles[1] < tiles[6] < tiles[10] == 4096 < tiles[200] == 8192
 
 
 def test_the_memory_of_the_device_bounds_the_tile_as_well(resnet50: Sizer) -> None:
-    """A card of 1.2 GB would be given a tile that takes more."""
-    card = replace(PAIR, device="cuda")
-    budget = Budget(host=10**15, device=12 * 10**8)
-    tile, _ = resnet50.choose(None, card, precision=FP32, budget=budget)
-    sweep = resnet50.sweep(tile, case="")
-    assert tile == (4096, 4096)
-    assert resnet50.costs(sweep, FP32).largest.device_bytes <= budget.device
-    larger = resnet50.sweep((8192, 8192), case="")
-    assert resnet50.costs(larger, FP32).largest.device_bytes > budget.device
+    """A card of 1.5 GB would be given a tile that takes more."""
+    budget = Budget(host=10**15, device=15 * 10**8)
+    choice = resnet50.choose(None, CARD, precision=FP32, budget=budget)
+    assert choice.tile == (4096, 4096)
+    takes = {
+        side: resnet50.costs(resnet50.sweep((side, side), case=""), FP32).largest.device_bytes
+        for side in (4096, 8192)
+    }
+    weights = 2 * resnet50.traced.weight_bytes
+    assert takes[4096] + weights <= 15 * 10**8 < takes[8192] + weights
+
+
+def test_a_large_card_gets_large_windows_and_a_small_one_smaller(resnet50: Sizer) -> None:
+    """Between the launches of small windows a large card would be idle; a small one would fail."""
+    windows = {
+        gigabytes: resnet50.choose(
+            4096, CARD, precision=FP32, budget=Budget(host=10**15, device=gigabytes * 10**9)
+        ).window
+        for gigabytes in (2, 3, 10, 80)
+    }
+    assert windows == {2: 64, 3: 128, 10: 256, 80: 512}
+
+
+def test_windows_are_made_smaller_rather_than_the_tile(resnet50: Sizer) -> None:
+    """A scene that is one tile would be refused, or cut in four with half again as much work."""
+    one = replace(resnet50, info=raster(4096))
+    costs = one.costs(one.sweep((4096, 4096), case=""), FP32)
+    peak = one.peak_bytes(costs, workers=1, device="cpu")
+    found = [
+        one.choose(None, PAIR, precision=FP32, budget=Budget(host=budget, device=None))
+        for budget in (10**15, peak, peak - 1)
+    ]
+    assert {choice.tile for choice in found} == {(4096, 4096)}
+    assert [choice.window for choice in found] == [64, 64, 46]
 
 
 def test_few_tiles_get_the_threads_of_the_workers_that_are_left_over(resnet50: Sizer) -> None:
     """A scene of one tile would leave every core but one idle."""
     small = replace(resnet50, info=raster(4096))
-    tile, team = small.choose(None, PAIR, precision=FP32, budget=AMPLE)
-    assert tile == (4096, 4096)
-    assert (team.workers, team.threads) == (1, 2)
-    shared, crowd = small.choose(None, replace(PAIR, alone=False), precision=FP32, budget=AMPLE)
-    assert (crowd.workers, crowd.threads) == (2, 1)
-    assert shared == (2048, 2048)
+    alone = small.choose(None, PAIR, precision=FP32, budget=AMPLE)
+    assert alone.tile == (4096, 4096)
+    assert (alone.team.workers, alone.team.threads) == (1, 2)
+    crowd = small.choose(None, replace(PAIR, alone=False), precision=FP32, budget=AMPLE)
+    assert (crowd.team.workers, crowd.team.threads) == (2, 1)
+    assert crowd.tile == (2048, 2048)
 
 
 def test_canonical_windows_have_the_same_threads_for_any_tile(resnet50: Sizer) -> None:
     """Three threads round ResNet-50 in bf16 unlike one: the tile would decide the bytes."""
     small = replace(resnet50, info=raster(4096), canonical_px=256)
     threads = {
-        side: small.choose(side, PAIR, precision=FP32, budget=AMPLE)[1].threads
+        side: small.choose(side, PAIR, precision=FP32, budget=AMPLE).team.threads
         for side in (512, 4096)
     }
     assert threads == {512: 1, 4096: 1}
@@ -133,15 +160,16 @@ def test_a_larger_tile_is_taken_where_the_smallest_does_not_fit(slim: Path) -> N
         whole=known.reach,
         crf=None,
         canonical_px=None,
+        window=64,
         scores=False,
         driver_bytes=DRIVER_BYTES,
     )
-    tile, team = small.choose(None, PAIR, precision=FP32, budget=AMPLE)
-    assert (tile, team.workers) == ((512, 512), 2)
+    ample = small.choose(None, PAIR, precision=FP32, budget=AMPLE)
+    assert (ample.tile, ample.team.workers) == ((512, 512), 2)
     costs = small.costs(small.sweep((1024, 1024), case=""), FP32)
     tight = Budget(host=small.peak_bytes(costs, workers=1, device="cpu"), device=None)
-    tile, team = small.choose(None, PAIR, precision=FP32, budget=tight)
-    assert (tile, team.workers) == ((1024, 1024), 1)
+    choice = small.choose(None, PAIR, precision=FP32, budget=tight)
+    assert (choice.tile, choice.team.workers) == ((1024, 1024), 1)
 
 
 def test_two_passes_remember_what_the_wider_one_comes_back_to(resnet50: Sizer) -> None:
@@ -180,6 +208,7 @@ def test_a_sample_may_be_the_most_that_a_crf_sees(slim: Path) -> None:
         whole=known.reach,
         crf=resolved,
         canonical_px=None,
+        window=64,
         scores=False,
         driver_bytes=DRIVER_BYTES,
     )
