@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pipeline.crf.density import Density
+from pipeline.crf.engine import Device, pick_engine
+from pipeline.crf.memory import CrfMemory, crf_memory
 from pipeline.crf.params import ResolvedCrf
 from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, SamplePass, Shape
 from pipeline.errors import PlanError
@@ -20,7 +22,7 @@ from pipeline.inference.whole_cost import Trial, WholeCostModel
 from pipeline.models.bundle import Bundle, CustomArchitecture
 from pipeline.models.deeplab import aspp_width
 from workflows.config import SegmentOptions
-from workflows.costs import WORKER_BYTES, Budget, Costs, Team, crf_bytes
+from workflows.costs import WORKER_BYTES, Budget, Costs, Team
 from workflows.tracing import Traced
 
 AUTO_TILES = {2: (512, 1024, 2048, 4096, 8192), 3: (64, 96, 128, 192, 256, 384)}
@@ -45,6 +47,9 @@ class Sizer:
     """Of the network's own layers: the certificate's samples read so much."""
 
     crf: ResolvedCrf | None
+
+    density: Density | None
+    """Of the image, as this CRF sees it; None without one."""
 
     canonical_px: int | None
     """Side of canonical windows, in pixels; None where windows are rows of the tile."""
@@ -109,16 +114,23 @@ class Sizer:
             average=self.traced.average,
         )
 
-    def peak_bytes(self, costs: Costs, *, workers: int, device: Literal["cpu", "cuda"]) -> int:
+    def _crf_memory(self, costs: Costs, device: Device) -> CrfMemory:
+        """What the CRF takes on the largest tile. Raises CrfError where no engine is installed."""
+        if self.crf is None or self.density is None:
+            return CrfMemory(host=0, engine=0)
+        named = replace(self.crf, engine=pick_engine(self.crf.engine, device=device))
+        return crf_memory(costs.scored, named, self.density, classes=len(self.bundle.classes))
+
+    def peak_bytes(self, costs: Costs, *, workers: int, device: Device) -> int:
         """Predicted peak of the host's memory, driver and ``workers`` together."""
         # The samples are computed by the network as it is, beside the one in stages.
         tile = costs.largest.host_bytes + self.traced.weight_bytes * (1 + bool(costs.sample_work))
         if self.info.ndim == 2:  # volumes are mapped into memory, or unpacked first
             tile += costs.cache_bytes
+        crf = self._crf_memory(costs, device)
+        tile += crf.host
         if device == "cpu":
-            tile += costs.largest.device_bytes
-        if self.crf is not None:
-            tile += crf_bytes(costs.scored, classes=len(self.bundle.classes))
+            tile += costs.largest.device_bytes + crf.engine
         return self.driver_bytes + min(workers, costs.tiles) * (WORKER_BYTES + tile)
 
     def choose(
@@ -143,7 +155,8 @@ class Sizer:
             own = team if same else team.for_tiles(costs.tiles)
             choices.append((tile, own, costs.span(own)))
             peak = self.peak_bytes(costs, workers=own.workers, device=team.device)
-            on_device = budget.device is None or costs.largest.device_bytes <= budget.device
+            held = costs.largest.device_bytes + self._crf_memory(costs, team.device).engine
+            on_device = budget.device is None or held <= budget.device
             if peak <= budget.host and on_device:
                 fitting.append(choices[-1])
         fitting = fitting or choices[:1]
