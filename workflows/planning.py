@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from pipeline.crf.vertex_count import density_of
+from pipeline.crf.density import density_of
 from pipeline.domain import Pass, TilePlan
 from pipeline.errors import SourceError
 from pipeline.models.bundle import Bundle

@@ -11,11 +11,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from pipeline.crf.density import Density
+from pipeline.crf.density import Density, density_of
 from pipeline.crf.engine import Device, EngineName, pick_engine
 from pipeline.crf.memory import crf_memory
 from pipeline.crf.params import CrfParams, ResolvedCrf
-from pipeline.crf.vertex_count import density_of
 from pipeline.crf.whole_scene import SceneCrf
 from pipeline.domain import Grid, ImageInfo, Pass, Reach, SamplePass, Shape, TilePlan
 from pipeline.errors import PlanError

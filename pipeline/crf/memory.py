@@ -119,7 +119,7 @@ def _torch(loads: Sequence[_Load], *, classes: int, matrix: bool) -> float:
     joined = held + 24 * corners
     pixels = loads[0].pixels
     loop = held + 12 * corners + 4 * others * (2 * vertices + (5 + matrix) * pixels)
-    return max(most, joined, loop + min(most, _FREED_BYTES))
+    return max(most, joined, loop + min(most / 4, _FREED_BYTES))
 
 
 def _pydensecrf(loads: Sequence[_Load], *, classes: int, matrix: bool) -> float:
