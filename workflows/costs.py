@@ -5,11 +5,11 @@ No torch here: the driver holds these values long after the network that they we
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.crf.native_engine import MOST_KEPT_BYTES
 from pipeline.domain import Pass, Shape, Tile, TileCost, Walk
 from pipeline.errors import PlanError
 
@@ -82,8 +82,8 @@ class Costs:
     largest: TileCost
     """The most that any tile takes, each figure by itself."""
 
-    scored: int
-    """Pixels of the largest tile or sample that the CRF sees."""
+    scored: Shape
+    """Of the largest tile or sample that the CRF sees, in pixels."""
 
     read_ratio: float
     """Pixels that tiles read over those of the scene."""
@@ -109,7 +109,7 @@ class Costs:
             scene_work=model.scene_work,
             sample_work=0,
             largest=_largest([cost for _, cost, _ in kinds]),
-            scored=max(tile.scored.size for tile, _, _ in kinds),
+            scored=max((tile.scored.shape for tile, _, _ in kinds), key=math.prod),
             read_ratio=sweep.read_ratio,
             read_amplification=Walk(sweep).read_amplification,
             cache_bytes=Walk(sweep).remembered_pixels * model.pixel_bytes,
@@ -121,7 +121,7 @@ class Costs:
             self,
             work=self.work + other.work,
             largest=_largest([self.largest, other.largest]),
-            scored=max(self.scored, other.scored),
+            scored=max(self.scored, other.scored, key=math.prod),
             read_ratio=self.read_ratio + other.read_ratio,
             read_amplification=self.read_amplification + other.read_amplification,
             cache_bytes=max(self.cache_bytes, other.cache_bytes),
@@ -133,7 +133,7 @@ class Costs:
         return replace(
             self,
             largest=_largest([self.largest, *samples]),
-            scored=max([self.scored, *(tile.scored.size for tile in tiles)]),
+            scored=max([self.scored, *(tile.scored.shape for tile in tiles)], key=math.prod),
             sample_work=sum(cost.work for cost in samples),
         )
 
@@ -166,15 +166,6 @@ def _largest(costs: Sequence[TileCost]) -> TileCost:
         device_bytes=max(cost.device_bytes for cost in costs),
         host_bytes=max(cost.host_bytes for cost in costs),
     )
-
-
-def crf_bytes(pixels: int, *, classes: int) -> int:
-    """What an engine takes on top of its inputs, the plans that it keeps included.
-
-    The native one on noise with a guide's deviation of 3, whose lattice is among the largest: 970
-    to 1170 bytes a pixel at 2 classes, 1720 at 21. Images take a third of it and less.
-    """
-    return pixels * (1130 + 30 * classes) + MOST_KEPT_BYTES
 
 
 def over_budget(

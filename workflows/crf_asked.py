@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,15 @@ def resolve_crf(asked: str, bundle: Bundle, info: ImageInfo) -> ResolvedCrf | No
     bands = bundle.input.bands
     names = tuple(str(i + 1) for i in range(bands)) if isinstance(bands, int) else bands
     return params.resolve(info.spacing, unit=info.unit, channels=names)
+
+
+def over_image(crf: ResolvedCrf, channels: Sequence[int]) -> ResolvedCrf:
+    """The same over the image; ``channels``: index in it of each of the network's bands."""
+    kernels = tuple(
+        replace(kernel, channels=tuple(channels[band] for band in kernel.channels))
+        for kernel in crf.kernels
+    )
+    return replace(crf, kernels=kernels)
 
 
 def with_engine(

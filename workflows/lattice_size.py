@@ -1,4 +1,4 @@
-"""What the lattice under a whole scene is expected to take, from a few places of its guide."""
+"""What the lattice under a whole scene is expected to take."""
 
 from __future__ import annotations
 
@@ -6,21 +6,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from pipeline.crf.placed_tile import Room
-from pipeline.crf.whole_scene import SceneCrf, ScenePixels
-from pipeline.domain import Grid, Halo, Pass, Region
-from pipeline.ports import Source
+from pipeline.crf.density import Density
+from pipeline.crf.whole_scene import SceneCrf
+from pipeline.domain import Grid, Halo, Pass
 from workflows.config import RunOptions
 from workflows.resolved import SHARE
 from workflows.workplace import workplace
-
-PLACES = 5
-"""Tiles that are looked at, evenly spread."""
-
-SIDE = {2: 1024, 3: 128}
-"""The most that is read of one, in pixels, by number of axes."""
 
 ROOM_BYTES = 2 * 2**30
 """The most that a worker keeps of placed tiles where no budget is given, some 25 million pixels of
@@ -66,19 +57,15 @@ class LatticeSize:
         return replace(self, room_bytes=max(0, min(room, share)))
 
 
-def expected_lattice(source: Source, sweep: Pass, crf: SceneCrf, *, classes: int) -> LatticeSize:
-    """From the vertices that a few places touch.
-
-    Raises SourceReadError or CrfError.
-    """
-    numbers = sorted({place * (len(sweep) - 1) // (PLACES - 1) for place in range(PLACES)})
-    counts = [_vertices(source, sweep.tile(n).core, crf, classes=classes) for n in numbers]
+def expected_lattice(density: Density, sweep: Pass, crf: SceneCrf, *, classes: int) -> LatticeSize:
+    """Of an image of such density; its kernels are those of the CRF."""
     columns = classes - 1 + (crf.params.compatibility is not None)
     pixels, vertices, sent, heard_bytes = math.prod(sweep.grid.shape), 0, 0, 0
     placed_bytes = pixels * (4 * _width(columns) + 1)  # energies, and which are valid
-    for kernel, shares in enumerate(zip(*counts, strict=True)):
-        own = math.ceil(max(shares) * pixels)
-        heard = [math.ceil(max(shares) * others) for others in _heard(sweep.grid, crf, kernel)]
+    for kernel in range(len(crf.params.kernels)):
+        share = density.vertices(kernel)
+        own = math.ceil(share * pixels)
+        heard = [math.ceil(share * others) for others in _heard(sweep.grid, crf, kernel)]
         vertices, sent = vertices + own, sent + sum(heard)
         heard_bytes += max(heard) * _vertex_bytes(crf, kernel, columns=columns)
         corners = _corners(crf, kernel)
@@ -93,20 +80,6 @@ def expected_lattice(source: Source, sweep: Pass, crf: SceneCrf, *, classes: int
         placed_bytes=placed_bytes,
         room_bytes=0,
     )
-
-
-def _vertices(source: Source, core: Region, crf: SceneCrf, *, classes: int) -> tuple[float, ...]:
-    """Vertices of each kernel per pixel, at the start of ``core``."""
-    side = SIDE[core.ndim]
-    region = Region(
-        core.start, tuple(min(a + side, b) for a, b in zip(core.start, core.stop, strict=True))
-    )
-    block = source.read(region)
-    even_KS = np.full((classes, *region.shape), 1 / classes, np.float32)
-    alone = SceneCrf(grid=Grid(shape=region.shape, tile=region.shape, stride=1), params=crf.params)
-    found = ScenePixels(number=0, prob_KS=even_KS, block=block)
-    told = alone.tell(alone.place(found, Room(threads=1)), None)
-    return tuple(len(own_V) / max(int(block.valid_S.sum()), 1) for own_V in told.own)
 
 
 def _heard(grid: Grid, crf: SceneCrf, kernel: int) -> Iterator[float]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from pipeline.crf.density import density_of
 from pipeline.domain import Pass, TilePlan
 from pipeline.errors import SourceError
 from pipeline.inference.predictor import WINDOW
@@ -14,7 +15,7 @@ from pipeline.models.chain import Chain
 from workflows.case import Case
 from workflows.config import SegmentOptions
 from workflows.costs import DRIVER_BYTES, PLANNING_BYTES, over_budget
-from workflows.crf_asked import resolve_crf, with_engine
+from workflows.crf_asked import over_image, resolve_crf, with_engine
 from workflows.fitting import check_modality, check_spacing, match_channels
 from workflows.halo_asked import (
     check_average,
@@ -62,6 +63,7 @@ def make_plan(
             "crf": crf.as_json() if crf else None,
         }
     )
+    density = None if crf is None else density_of(case.source, over_image(crf, channels))
     under_all = crf if crf is not None and crf.scope == "scene" else None
     if under_all is not None:
         refuse_scores(options)
@@ -78,6 +80,7 @@ def make_plan(
         reach=known.reach,
         whole=whole.reach,
         crf=crf,
+        density=density,
         canonical_px=canonical_side(options, bundle),
         window=WINDOW,
         scores=options.scores != "none",
@@ -95,10 +98,9 @@ def make_plan(
     sizer = replace(sizer, crf=crf, reach=reach, window=resolved.window)
     sweep = sizer.sweep(resolved.tile, case=case.name)
     scene = None
-    if under_all is not None:
-        scene = plan_scene(
-            under_all, case.source, sweep, channels=channels, classes=len(bundle.classes)
-        )
+    if under_all is not None and density is not None:
+        image_crf = over_image(under_all, channels)
+        scene = plan_scene(image_crf, sweep, density, classes=len(bundle.classes))
     tiles = _tile_plan(case, options, sizer, resolved, channels, scene)
     if scene is not None:
         count, peak = _workers(options, sweep, resolved), tiles.peak_bytes
@@ -111,6 +113,7 @@ def make_plan(
         source_digest=case.digest,
         channels=channels,
         crf=crf,
+        density=density,
         average=known.average,
         scene=scene,
         network_exact=is_exact(known, reach=sizer.reach),
@@ -119,7 +122,7 @@ def make_plan(
         costs=sizer.costs(sweep, resolved.precision),
         workers=_workers(options, sweep, resolved),
         asked=_asked(case, bundle, options),
-        notes=notes + halo_notes(resolved.halo, options),
+        notes=notes + halo_notes(resolved.halo, options) + (density.notes if density else ()),
     )
     return replace(plan, notes=plan.notes + _memory_notes(plan, options))
 

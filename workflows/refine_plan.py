@@ -11,7 +11,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from pipeline.crf.engine import EngineName, pick_engine
+from pipeline.crf.density import Density, density_of
+from pipeline.crf.engine import Device, EngineName, pick_engine
+from pipeline.crf.memory import crf_memory
 from pipeline.crf.params import CrfParams, ResolvedCrf
 from pipeline.crf.whole_scene import SceneCrf
 from pipeline.domain import Grid, ImageInfo, Pass, Reach, SamplePass, Shape, TilePlan
@@ -27,7 +29,6 @@ from workflows.costs import (
     PLANNING_BYTES,
     WORKER_BYTES,
     Team,
-    crf_bytes,
     over_budget,
 )
 from workflows.lattice_size import LatticeSize, expected_lattice
@@ -98,6 +99,9 @@ class RefinePlan:
     scores_digest: str
     workers: int
 
+    density: Density
+    """Of the image, as the CRF sees it: memory follows it."""
+
     lattice: LatticeSize | None
     """Expected of the lattice under all tiles; None where each tile has its own."""
 
@@ -163,6 +167,7 @@ class RefinePlan:
             "lattice": None if self.lattice is None else asdict(self.lattice) | rounds,
             "store_bytes": self.tiles.store_bytes,
             "crf": self.crf.as_json(),
+            "crf_density": self.density.as_json(),
             "classes": [asdict(look) for look in self.legend.classes],
             "samples": [asdict(sample) for sample in self.samples.samples],
             "asked": self.asked,
@@ -188,13 +193,13 @@ def make_refine_plan(
     crf.check_extent(info.shape)
     sweep = _sweep(crf, info, resolved.tile, case=wish.case.name)
     count = min(len(sweep), workers(options, device=resolved.device, threads=resolved.threads))
-    tiles = _tile_plan(wish, sweep, {**fitted.content, "resolved": asdict(resolved)}, workers=count)
-    lattice = None
+    tiles = _tile_plan(wish, sweep, {**fitted.content, "resolved": asdict(resolved)})
+    density = density_of(wish.case.source, crf)
+    held = _worker_bytes(wish, tiles, crf, density, device=resolved.device)
+    tiles, lattice = replace(tiles, peak_bytes=tiles.peak_bytes + count * held), None
     if crf.scope == "scene":
         scene = SceneCrf(grid=sweep.grid, params=crf)
-        expected = expected_lattice(
-            wish.case.source, sweep, scene, classes=len(fitted.legend.classes)
-        )
+        expected = expected_lattice(density, sweep, scene, classes=len(fitted.legend.classes))
         peak = tiles.peak_bytes + count * expected.tile_bytes
         lattice = expected.with_room(options, peak_bytes=peak, workers=count)
         tiles = replace(
@@ -218,9 +223,10 @@ def make_refine_plan(
         source_digest=wish.case.digest,
         scores_digest=fitted.content["scores"],
         workers=count,
+        density=density,
         lattice=lattice,
         asked=_asked(wish),
-        notes=fitted.notes + notes,
+        notes=fitted.notes + density.notes + notes,
     )
 
 
@@ -292,27 +298,41 @@ def _sweep(crf: ResolvedCrf, info: ImageInfo, tile: Shape, *, case: str) -> Pass
     )
 
 
-def _tile_plan(wish: Wish, sweep: Pass, content: Mapping[str, Any], *, workers: int) -> TilePlan:
-    """The passes, their name, and what they take; ``content`` is all that decides the bytes."""
+def _tile_plan(wish: Wish, sweep: Pass, content: Mapping[str, Any]) -> TilePlan:
+    """The passes, their name, and what they take without workers.
+
+    ``content`` is all that decides the bytes.
+    """
     fingerprint = canonical_digest({**content, "sweep": asdict(sweep)})
     samples = SamplePass.of(sweep, reach=sweep.reach, seed=fingerprint)
     if wish.crf.scope == "scene":  # more context than all of the scene there is none
         samples = replace(samples, samples=())
-    image, scores = wish.case.source.info, wish.scores.info
-    classes = len(scores.channels)
-    pixels = max(tile.read.size for tile, _ in sweep.kinds())
-    pixels = max([pixels, *(tile.read.size for tile in samples.tiles())])
-    guide = len(image.channels) * np.dtype(image.dtype).itemsize
-    # Scores as read, as floats, as energies, and refined.
-    given = classes * (np.dtype(scores.dtype).itemsize + 3 * 4)
-    tile = pixels * (guide + given) + crf_bytes(pixels, classes=classes)
     mask_bytes = np.dtype(wish.legend.dtype).itemsize
     return TilePlan(
         passes=(sweep, samples),
         fingerprint=fingerprint,
-        peak_bytes=DRIVER_BYTES + PLANNING_BYTES + workers * (WORKER_BYTES + tile),
-        store_bytes=math.prod(image.shape) * mask_bytes,
+        peak_bytes=DRIVER_BYTES + PLANNING_BYTES,
+        store_bytes=math.prod(wish.case.source.info.shape) * mask_bytes,
     )
+
+
+def _worker_bytes(
+    wish: Wish, tiles: TilePlan, crf: ResolvedCrf, density: Density, *, device: Device
+) -> int:
+    """What a worker holds in the host's memory, with the largest tile or sample."""
+    image, scores = wish.case.source.info, wish.scores.info
+    classes = len(scores.channels)
+    sweep, samples = tiles.passes
+    reads = [tile.read for tile in samples.tiles()]
+    if isinstance(sweep, Pass):
+        reads += [tile.read for tile, _ in sweep.kinds()]
+    largest = max(reads, key=lambda read: read.size)
+    guide = len(image.channels) * np.dtype(image.dtype).itemsize + 1
+    given = classes * (np.dtype(scores.dtype).itemsize + 4)
+    # One is read while another is refined, and a third written.
+    tile = largest.size * (2 * (guide + given) + classes * 4)
+    taken = crf_memory(largest.shape, crf, density, classes=classes)
+    return WORKER_BYTES + tile + taken.host + (device == "cpu") * taken.engine
 
 
 def _asked(wish: Wish) -> Mapping[str, Any]:

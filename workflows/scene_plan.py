@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.crf.density import Density
+from pipeline.crf.memory import CrfMemory, crf_memory
 from pipeline.crf.params import ResolvedCrf
 from pipeline.crf.whole_scene import SceneCrf
 from pipeline.domain import Grid, Halo, Pass, Reach
 from pipeline.errors import PlanError
-from pipeline.ports import Source
 from pipeline.refine_scene import rounds_of
 from pipeline.stitching.scores import ScoreType
 from workflows.config import SegmentOptions
-from workflows.costs import crf_bytes
 from workflows.lattice_size import LatticeSize, expected_lattice
 
 SCORES: ScoreType = "float16"
@@ -37,6 +37,9 @@ class ScenePlan:
 
     classes: int
 
+    memory: CrfMemory
+    """Of a tile's own pixels."""
+
     @property
     def kept_bytes(self) -> int:
         """The most that lies in the run directory until the end: scores, and what tiles told."""
@@ -46,9 +49,8 @@ class ScenePlan:
     @property
     def tile_bytes(self) -> int:
         """Of a worker's memory, for the largest tile."""
-        pixels = math.prod(self.crf.grid.tile)
-        given = self.classes * (np.dtype(SCORES).itemsize + 3 * 4)
-        return pixels * given + crf_bytes(pixels, classes=self.classes) + self.lattice.tile_bytes
+        given = math.prod(self.crf.grid.tile) * self.classes * np.dtype(SCORES).itemsize
+        return given + self.memory.host + self.memory.engine + self.lattice.tile_bytes
 
     def with_room(self, options: SegmentOptions, *, peak_bytes: int, workers: int) -> ScenePlan:
         """The same with what each worker may keep between rounds; see LatticeSize."""
@@ -81,35 +83,29 @@ class ScenePlan:
         }
 
 
-def plan_scene(
-    crf: ResolvedCrf, source: Source, sweep: Pass, *, channels: tuple[int, ...], classes: int
-) -> ScenePlan:
+def plan_scene(crf: ResolvedCrf, sweep: Pass, density: Density, *, classes: int) -> ScenePlan:
     """The rounds over the tiles of ``sweep``, the network's pass.
 
     Args:
-        crf: over the network's bands.
-        source: the image.
+        crf: over the image.
         sweep: what writes the scores.
-        channels: index in the image of each of the network's bands.
+        density: of the image.
         classes: of the network.
 
-    Raises CrfError or SourceReadError.
+    Raises CrfError.
     """
     crf.check_classes(classes)
     crf.check_extent(sweep.grid.shape)
-    bands = tuple(
-        replace(kernel, channels=tuple(channels[band] for band in kernel.channels))
-        for kernel in crf.kernels
-    )
     grid = Grid(shape=sweep.grid.shape, tile=sweep.grid.tile, stride=1)
     reach = Reach(stride=1, halo=Halo.uniform(0, ndim=len(grid.shape)))
     alone = replace(sweep, name="refine", grid=grid, reach=reach, after=sweep.name)
-    scene = SceneCrf(grid=grid, params=replace(crf, kernels=bands))
+    scene = SceneCrf(grid=grid, params=crf)
     return ScenePlan(
         crf=scene,
         rounds=rounds_of(alone, scene),
-        lattice=expected_lattice(source, alone, scene, classes=classes),
+        lattice=expected_lattice(density, alone, scene, classes=classes),
         classes=classes,
+        memory=crf_memory(grid.tile, crf, density, classes=classes),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipeline.crf.density import Density
 from pipeline.crf.params import ResolvedCrf
 from pipeline.domain import Pass, SamplePass, Shape, TilePlan
 from pipeline.inference.average import Average
@@ -28,6 +29,9 @@ class SegmentPlan:
     channels: tuple[int, ...]
     crf: ResolvedCrf | None
     """Of each tile with its halo; None for none, and where one lattice lies under all tiles."""
+
+    density: Density | None
+    """Of the image, as the CRF sees it: memory follows it. None without a CRF."""
 
     scene: ScenePlan | None
     """The rounds under one lattice; None without one."""
@@ -112,6 +116,7 @@ class SegmentPlan:
             "peak_memory_bytes": self.tiles.peak_bytes,
             "store_bytes": self.tiles.store_bytes,
             "crf": crf.as_json() if crf else None,
+            "crf_density": self.density.as_json() if self.density else None,
             "lattice": self.scene.as_json() if self.scene else None,
             "channels": self.channels,
             "samples": [asdict(sample) for sample in self.samples.samples],

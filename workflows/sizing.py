@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
+from pipeline.crf.density import Density
+from pipeline.crf.engine import Device, pick_engine
+from pipeline.crf.memory import CrfMemory, crf_memory
 from pipeline.crf.params import ResolvedCrf
 from pipeline.domain import Grid, Halo, ImageInfo, Pass, Reach, SamplePass, Shape
 from pipeline.errors import PlanError
@@ -20,13 +22,13 @@ from pipeline.inference.whole_cost import Trial, WholeCostModel
 from pipeline.models.bundle import Bundle, CustomArchitecture
 from pipeline.models.deeplab import aspp_width
 from workflows.config import SegmentOptions
-from workflows.costs import WORKER_BYTES, Budget, Costs, Team, crf_bytes
+from workflows.costs import WORKER_BYTES, Budget, Costs, Team
 from workflows.tracing import Traced
 
 AUTO_TILES = {2: (512, 1024, 2048, 4096, 8192), 3: (64, 96, 128, 192, 256, 384)}
 """Sides that ``auto`` chooses from, in pixels, by number of axes."""
 
-WINDOWS: Mapping[Literal["cpu", "cuda"], Mapping[int, float]] = {
+WINDOWS: Mapping[Device, Mapping[int, float]] = {
     "cpu": {64: 1.0, 46: 1.1, 32: 1.2},
     "cuda": {512: 1.0, 256: 1.0, 128: 1.0, 64: 1.0, 46: 1.1, 32: 1.2},
 }
@@ -77,6 +79,9 @@ class Sizer:
     """Of the network's own layers: the certificate's samples read so much."""
 
     crf: ResolvedCrf | None
+
+    density: Density | None
+    """Of the image, as this CRF sees it; None without one."""
 
     canonical_px: int | None
     """Side of canonical windows, in pixels; None where windows are rows of the tile."""
@@ -147,20 +152,28 @@ class Sizer:
             average=self.traced.average,
         )
 
-    def peak_bytes(self, costs: Costs, *, workers: int, device: Literal["cpu", "cuda"]) -> int:
+    def _crf_memory(self, costs: Costs, device: Device) -> CrfMemory:
+        """What the CRF takes on the largest tile. Raises CrfError where no engine is installed."""
+        if self.crf is None or self.density is None:
+            return CrfMemory(host=0, engine=0)
+        named = replace(self.crf, engine=pick_engine(self.crf.engine, device=device))
+        return crf_memory(costs.scored, named, self.density, classes=len(self.bundle.classes))
+
+    def peak_bytes(self, costs: Costs, *, workers: int, device: Device) -> int:
         """Predicted peak of the host's memory, driver and ``workers`` together."""
         tile = costs.largest.host_bytes + self._weight_bytes(costs)
         if self.info.ndim == 2:  # volumes are mapped into memory, or unpacked first
             tile += costs.cache_bytes
+        crf = self._crf_memory(costs, device)
+        tile += crf.host
         if device == "cpu":
-            tile += costs.largest.device_bytes
-        if self.crf is not None:
-            tile += crf_bytes(costs.scored, classes=len(self.bundle.classes))
+            tile += costs.largest.device_bytes + crf.engine
         return self.driver_bytes + min(workers, costs.tiles) * (WORKER_BYTES + tile)
 
-    def _device_bytes(self, costs: Costs) -> int:
+    def _device_bytes(self, costs: Costs, device: Device) -> int:
         """Predicted peak of the memory of a GPU."""
-        return costs.largest.device_bytes + self._weight_bytes(costs)
+        engine = self._crf_memory(costs, device).engine
+        return costs.largest.device_bytes + engine + self._weight_bytes(costs)
 
     def _weight_bytes(self, costs: Costs) -> int:
         """Samples are computed by the network as it is, beside the one in stages."""
@@ -201,7 +214,7 @@ class Sizer:
             same = max(tile) <= smallest or self.canonical_px is not None
             own = team if same else team.for_tiles(costs.tiles)
             peak = self.peak_bytes(costs, workers=own.workers, device=team.device)
-            device = 0 if budget.device is None else self._device_bytes(costs)
+            device = 0 if budget.device is None else self._device_bytes(costs, team.device)
             fits = peak <= budget.host and device <= (budget.device or 0)
             maps = own.workers * costs.largest.device_bytes * (team.device == "cpu")
             span = slower * costs.span(own)

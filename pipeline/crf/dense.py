@@ -72,26 +72,37 @@ def to_engine(
 
     Raises CrfError: a valid pixel is not finite, or lies beyond the engine's key range.
     """
-    valid_S = block.valid_S
-    position_SN = tuple(
-        index + first for index, first in zip(np.nonzero(valid_S), origin, strict=True)
-    )
-    params.check_extent(tuple(int(axis.max()) + 1 for axis in position_SN))
-    whole = bool(valid_S.all())
-    prob_KN = prob_KS.reshape(len(prob_KS), -1) if whole else prob_KS[:, valid_S]
+    whole = bool(block.valid_S.all())
+    prob_KN = prob_KS.reshape(len(prob_KS), -1) if whole else prob_KS[:, block.valid_S]
     energy_KN = -np.log(np.clip(prob_KN, _LEAST_PROB, 1.0))
+    features = features_of(block, origin=origin, params=params)
     kernels = [
         Pairwise(
-            features_DN=_checked(
-                _features(kernel, block=block, position_SN=position_SN), what="guide value"
-            ),
+            features_DN=features_DN,
             compatibility=_cost(kernel, params),
             # As in every image of this shape.
             recurring=kernel.guide is None and whole and not any(origin),
         )
-        for kernel in params.kernels
+        for kernel, features_DN in zip(params.kernels, features, strict=True)
     ]
     return _checked(energy_KN, what="probability"), kernels
+
+
+def features_of(
+    block: Block, *, origin: tuple[int, ...], params: ResolvedCrf
+) -> list[NDArray[np.float32]]:
+    """Of each kernel, over the valid pixels, in units of its deviations: (D, N), new.
+
+    Raises CrfError: a valid pixel is not finite, or lies beyond the engine's key range.
+    """
+    position_SN = tuple(
+        index + first for index, first in zip(np.nonzero(block.valid_S), origin, strict=True)
+    )
+    params.check_extent(tuple(int(axis.max()) + 1 for axis in position_SN))
+    return [
+        _checked(_features(kernel, block=block, position_SN=position_SN), what="guide value")
+        for kernel in params.kernels
+    ]
 
 
 def _cost(kernel: ResolvedKernel, params: ResolvedCrf) -> float | NDArray[np.float32]:

@@ -364,8 +364,9 @@ def _keys(corner_VN: Tensor, rank_VN: Tensor) -> tuple[Tensor, _Keys]:
     not.
     """
     d = len(corner_VN) - 1
-    low = (corner_VN[:-1].amin(1) - 2).tolist()  # a vertex and its neighbour lie so far around
-    high = (corner_VN[:-1].amax(1) + 2).tolist()
+    # A vertex and its neighbour lie so far around.
+    low = (corner_VN[:-1].amin(1) - 2).cpu().tolist()
+    high = (corner_VN[:-1].amax(1) + 2).cpu().tolist()
     strides, reach = [], 1
     for a, b in zip(low, high, strict=True):
         strides.append(reach)

@@ -170,8 +170,7 @@ class Bundle:
     def _check_weights(self) -> None:
         path = self.weights_file
         try:
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = _sha256(path)
         except OSError as error:
             raise BundleError(f"cannot read the weights {path}: {error}") from error
         if found != self.weights_sha256:
@@ -206,7 +205,10 @@ def _check_file(path: Path) -> None:
 
 
 def save_bundle(path: str | Path, bundle: Bundle, weights: Mapping[str, Tensor] | bytes) -> Bundle:
-    """Write a bundle whole or not at all, in place of one that is there; return it as saved.
+    """Write a bundle whole or not at all; return it as saved. Of one that is there, what is ours.
+
+    Other files beside it stay. Where its weights stay too, one file changes, at once; else a kill
+    between two files leaves a bundle that is refused for its checksum, until it is saved again.
 
     ``weights`` is a state dict, or the bytes of a file: of weights, or of a program as
     ``torch.export.save`` writes it.
@@ -231,11 +233,27 @@ def save_bundle(path: str | Path, bundle: Bundle, weights: Mapping[str, Tensor] 
         (fresh / saved.weights_file.name).write_bytes(data)
         text = yaml.safe_dump(_document(saved), sort_keys=False, allow_unicode=True)
         (fresh / MODEL_FILE).write_text(text, encoding="utf-8")
-        if path.exists():
-            path.rename(Path(scratch) / "old")
-        fresh.rename(path)
+        if not path.exists() or _is_empty(path):
+            fresh.rename(path)
+        else:
+            _replace_files(saved, fresh)
     # As the file says it: 30 given for 30.0 would be another digest.
     return load_bundle(path)
+
+
+def _replace_files(saved: Bundle, fresh: Path) -> None:
+    """Those of ``fresh`` in place of the ones that are there, the one that names them last."""
+    weights = saved.weights_file
+    if not weights.is_file() or _sha256(weights) != saved.weights_sha256:
+        (fresh / weights.name).replace(weights)
+    (fresh / MODEL_FILE).replace(saved.path / MODEL_FILE)
+    for name in {WEIGHTS_FILE, PROGRAM_FILE} - {weights.name}:
+        (saved.path / name).unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _document(bundle: Bundle) -> dict[str, Any]:

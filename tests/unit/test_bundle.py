@@ -14,6 +14,8 @@ import yaml
 
 from pipeline.errors import BundleError
 from pipeline.models.bundle import (
+    MODEL_FILE,
+    PROGRAM_FILE,
     Architecture,
     Bundle,
     ClassInfo,
@@ -255,16 +257,39 @@ def test_a_fresh_network_sees_several_classes(
 
 
 def test_a_bundle_is_replaced_whole_and_nothing_else_is(bundle: Bundle, tmp_path: Path) -> None:
-    """Files of an old bundle would stay beside new ones, or a user's directory be lost."""
-    (bundle.path / "stale").touch()
-    save_bundle(bundle.path, replace(bundle, version=2), bundle.network().state_dict())
-    assert load_bundle(bundle.path).version == 2
-    assert not (bundle.path / "stale").exists()
+    """Files of an old bundle would stay beside new ones, or a user's notes be lost."""
+    (bundle.path / "README.md").write_text("trained in May")
+    (bundle.path / PROGRAM_FILE).touch()
+    zeros = {name: value * 0 for name, value in bundle.network().state_dict().items()}
+    save_bundle(bundle.path, replace(bundle, version=2), zeros)
+    saved = load_bundle(bundle.path)
+    assert saved.version == 2
+    assert all((value == 0).all() for value in saved.network().state_dict().values())
+    names = sorted(path.name for path in bundle.path.iterdir())
+    assert names == ["README.md", MODEL_FILE, saved.weights_file.name]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(BundleError, match="no model bundle"):
-        save_bundle(tmp_path / "mine", bundle, bundle.network().state_dict())
+        save_bundle(tmp_path / "mine", bundle, zeros)
     assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_one_file_changes_where_the_weights_stay(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill while `crf tune` writes its best into a bundle would leave one that cannot be read."""
+    replaced: list[str] = []
+    rename = Path.replace
+
+    def watched(self: Path, target: Path) -> Path:
+        replaced.append(Path(target).name)
+        load_bundle(bundle.path).network()
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    data = bundle.weights_file.read_bytes()
+    assert save_bundle(bundle.path, replace(bundle, version=3), data).version == 3
+    assert replaced == [MODEL_FILE]
 
 
 def test_a_bundle_is_read_without_torch(bundle: Bundle) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 from command import Command
 from scenes import fresh, texture, write_raster
 
+from pipeline.crf.density import Density
 from pipeline.crf.params import CrfParams
 from pipeline.domain import Halo, ImageInfo, Walk
 from pipeline.inference.precision import Precision
@@ -65,6 +67,7 @@ def resnet50(tmp_path_factory: pytest.TempPathFactory) -> Sizer:
         reach=traced.reach,
         whole=traced.reach,
         crf=None,
+        density=None,
         canonical_px=None,
         window=64,
         scores=False,
@@ -159,6 +162,7 @@ def test_a_larger_tile_is_taken_where_the_smallest_does_not_fit(slim: Path) -> N
         reach=known.reach,
         whole=known.reach,
         crf=None,
+        density=None,
         canonical_px=None,
         window=64,
         scores=False,
@@ -207,6 +211,7 @@ def test_a_sample_may_be_the_most_that_a_crf_sees(slim: Path) -> None:
         reach=known.reach,
         whole=known.reach,
         crf=resolved,
+        density=Density(runs=((0.1, 0.1),), places=1),
         canonical_px=None,
         window=64,
         scores=False,
@@ -215,7 +220,7 @@ def test_a_sample_may_be_the_most_that_a_crf_sees(slim: Path) -> None:
     sweep = sizer.sweep((512, 512), case="")
     samples = [tile.scored.size for tile in sizer.samples(sweep, seed="").tiles()]
     assert max(samples) > max(tile.scored.size for tile, _ in sweep.kinds())
-    assert sizer.costs(sweep, FP32).scored == max(samples)
+    assert math.prod(sizer.costs(sweep, FP32).scored) == max(samples)
 
 
 def test_the_threads_do_not_depend_on_the_workers_asked_for(tmp_path: Path) -> None:
