@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from adapters.lease_file import LeaseFile
@@ -63,6 +64,7 @@ def segment(
     case = open_case(Path(source).absolute(), asked, scratch=run.scratch)
     run.check_ours(batch=False)
     check_output(target, source=case.path, info=case.source.info, run=run)
+    case = case.within(asked.aoi, scratch=run.scratch)
     # A request that cannot be planned leaves no directory behind, and --fresh deletes nothing.
     known = None if asked.fresh else read_plan(run)
     plan = _planned(case, bundle, asked, found=known)
@@ -87,8 +89,10 @@ def plan_only(source: str | Path, *, model: str | Path, options: SegmentOptions)
     from workflows.calibration import network_seconds
     from workflows.planning import make_plan
 
-    case, bundle = open_case(Path(source).absolute(), options), bundle_asked(model, options)
-    plan = make_plan(case, bundle, options)
+    bundle = bundle_asked(model, options)
+    with TemporaryDirectory() as scratch:  # a mask that is compressed is unpacked
+        case = open_case(Path(source).absolute(), options)
+        plan = make_plan(case.within(options.aoi, scratch=Path(scratch)), bundle, options)
     return plan.as_json() | {"network_seconds": round(network_seconds(plan, bundle), 1)}
 
 

@@ -12,7 +12,7 @@ from pipeline.domain import Region, Sample
 from pipeline.stitching.bound import upper_bound
 from pipeline.stitching.certificate import Certificate, Claim, Measured, certify
 
-CLAIM = Claim(samples=2, network_exact=True, precision="fp32", with_crf=False)
+CLAIM = Claim(samples=2, one_tile=False, network_exact=True, precision="fp32", with_crf=False)
 
 
 def measured(kind: str, *, seed: int = 0) -> Measured:

@@ -66,6 +66,7 @@ def resnet50(tmp_path_factory: pytest.TempPathFactory) -> Sizer:
         crf=None,
         canonical_px=None,
         scores=False,
+        area=None,
         driver_bytes=DRIVER_BYTES,
     )
 
@@ -134,6 +135,7 @@ def test_a_larger_tile_is_taken_where_the_smallest_does_not_fit(slim: Path) -> N
         crf=None,
         canonical_px=None,
         scores=False,
+        area=None,
         driver_bytes=DRIVER_BYTES,
     )
     tile, team = small.choose(None, PAIR, precision=FP32, budget=AMPLE)
@@ -181,6 +183,7 @@ def test_a_sample_may_be_the_most_that_a_crf_sees(slim: Path) -> None:
         crf=resolved,
         canonical_px=None,
         scores=False,
+        area=None,
         driver_bytes=DRIVER_BYTES,
     )
     sweep = sizer.sweep((512, 512), case="")
