@@ -24,6 +24,7 @@ class Aoi:
 
     path: Path
     area: Area
+    notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
         """What plan.json and the manifest say of it."""
@@ -35,10 +36,13 @@ def open_aoi(path: Path, image: ImageInfo, *, scratch: Path | None) -> Aoi:
 
     Raises SourceError, where no pixel lies inside as well, and SourceReadError.
     """
-    area = _polygons(path, image) if image.ndim == 2 else _mask(path, image, scratch=scratch)
+    if image.ndim == 2:
+        area, notes = _polygons(path, image)
+    else:
+        area, notes = _mask(path, image, scratch=scratch), ()
     if not area.touches(area.bounds):
         raise SourceError(f"--aoi {path}: no pixel's centre of this image lies inside")
-    return Aoi(path=path.absolute(), area=area)
+    return Aoi(path=path.absolute(), area=area, notes=notes)
 
 
 def aoi_digest(path: Path) -> str:
@@ -50,12 +54,13 @@ def aoi_digest(path: Path) -> str:
     return read_polygons(path).digest
 
 
-def _polygons(path: Path, image: ImageInfo) -> Area:
+def _polygons(path: Path, image: ImageInfo) -> tuple[Area, tuple[str, ...]]:
     if is_known(path.name):
         raise SourceError(f"--aoi {path}: a raster takes polygons; give a GeoJSON or GeoPackage")
     from adapters.polygon_file import read_polygons
 
-    return read_polygons(path).on(image)
+    file = read_polygons(path)
+    return file.on(image), file.notes
 
 
 def _mask(path: Path, image: ImageInfo, *, scratch: Path | None) -> Area:

@@ -123,7 +123,7 @@ def make_plan(
         workers=_workers(options, sweep, resolved),
         aoi=case.aoi.as_json() if case.aoi else None,
         asked=_asked(case, bundle, options),
-        notes=notes + halo_notes(resolved.halo, options),
+        notes=notes + halo_notes(resolved.halo, options) + (case.aoi.notes if case.aoi else ()),
     )
     return replace(plan, notes=plan.notes + _memory_notes(plan, options))
 

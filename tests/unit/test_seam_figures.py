@@ -111,7 +111,7 @@ def test_what_could_not_be_compared_is_no_pass(pair: tuple[Measured, Measured]) 
 
 def test_one_tile_has_no_seam() -> None:
     """It would be called unknown, although there is nothing to know."""
-    found = certify([], replace(CLAIM, samples=0))
+    found = certify([], replace(CLAIM, samples=0, one_tile=True))
     assert (found.exact, found.passed) == (True, None)
     assert "one tile" in found.reason
 
