@@ -113,8 +113,14 @@ def test_kinds_stand_for_all_tiles(grid, data):
     """The work and the memory of a plan would be those of other tiles than its own."""
     ndim, stride = len(grid.shape), grid.stride
     reach = Reach(stride=stride, halo=data.draw(halos(ndim)), window=None)
-    sweep = Pass(case="a", name="a", grid=grid, reach=reach, crf_halo=data.draw(halos(ndim)))
+    some = st.sets(st.integers(0, len(grid) - 1), min_size=1).map(lambda s: tuple(sorted(s)))
+    chosen = data.draw(st.none() | some)
+    sweep = Pass(
+        case="a", name="a", grid=grid, reach=reach, crf_halo=data.draw(halos(ndim)), chosen=chosen
+    )
     assume(len(sweep) <= 2000)
+    assert [t.key.number for t in sweep.tiles()] == list(chosen or range(len(grid)))
+    assert sweep.covered_pixels == sum(t.core.size for t in sweep.tiles())
     kinds = list(sweep.kinds())
     assert sum(alike for _, alike in kinds) == len(sweep)
     assert sum(alike * t.read.size for t, alike in kinds) == sum(t.read.size for t in sweep.tiles())
