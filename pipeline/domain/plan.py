@@ -70,6 +70,10 @@ class Pass:
     chosen: tuple[int, ...] | None = None
     """Numbers of the tiles that run, ascending, at least one; None where all of them do."""
 
+    def __post_init__(self) -> None:
+        if self.chosen == ():
+            raise RegionError(f"no tile of pass {self.name} would run")
+
     def __len__(self) -> int:
         return len(self.numbers)
 

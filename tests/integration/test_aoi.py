@@ -13,6 +13,7 @@ import pytest
 import rasterio
 import shapely
 import yaml
+import zarr
 from command import Command
 from polygons import inside, placed, write_vector
 from scenes import texture, write_raster
@@ -64,8 +65,8 @@ def labels_of(output: Path) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "asked",
-    [{}, {"crf": "crf.yaml"}],
-    ids=["rows", "crf"],
+    [{"scores": "uint8"}, {"crf": "crf.yaml"}],
+    ids=["network", "crf"],
 )
 def test_inside_the_bytes_are_those_of_the_whole_scene(
     asked: dict[str, object], scene: Path, slim: Path, fields: Path, tmp_path: Path
@@ -87,6 +88,10 @@ def test_inside_the_bytes_are_those_of_the_whole_scene(
     manifest = segment(scene, part, model=slim, options=options(**asked, aoi=fields))
     wanted, all_YX = inside(SHAPE, *FIELDS), labels_of(whole)
     assert np.array_equal(labels_of(part), np.where(wanted, all_YX, 255))
+    if "scores" in asked:
+        stores = (zarr.open_array(f"{path}.run/scores.zarr", mode="r")[:] for path in (whole, part))
+        all_KYX, part_KYX = stores
+        assert np.array_equal(part_KYX, np.where(wanted, all_KYX, 0))
     with rasterio.open(whole) as one, rasterio.open(part) as other:
         assert (one.crs, one.transform, one.shape) == (other.crs, other.transform, other.shape)
         assert other.tags()["TERRAVOX_AOI_DIGEST"] == manifest["aoi"]["digest"]

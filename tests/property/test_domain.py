@@ -303,8 +303,13 @@ def test_far_from_the_border_the_window_reaches_half_its_size_to_either_side():
         lambda: Grid(shape=(4, 4), tile=(4, 4), stride=0),
         lambda: Grid(shape=(4, 4), tile=(4, 4), stride=-2),
         lambda: Reach(stride=0, halo=Halo.uniform(1, ndim=2)),
+        lambda: Pass(
+            case="a", name="a", grid=Grid(shape=(4, 4), tile=(2, 2), stride=2),
+            reach=Reach(stride=2, halo=Halo.uniform(1, ndim=2)),
+            crf_halo=Halo.uniform(0, ndim=2), chosen=(),
+        ),
     ],
-)
+)  # fmt: skip
 def test_a_value_that_cannot_be_is_not_built(build):
     """It would surface later as a wrong crop, far from its cause."""
     with pytest.raises(RegionError):
