@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shapely
 import torch
 from command import Command
 from scenes import fresh, texture, write_raster
 
+from adapters.polygon_area import PolygonArea
 from pipeline.crf.params import CrfParams
 from pipeline.domain import Halo, ImageInfo, Walk
 from pipeline.inference.precision import Precision
@@ -119,6 +121,20 @@ def test_canonical_windows_have_the_same_threads_for_any_tile(resnet50: Sizer) -
         for side in (512, 4096)
     }
     assert threads == {512: 1, 4096: 1}
+
+
+def test_an_area_decides_the_tile_and_not_the_threads(resnet50: Sizer) -> None:
+    """A field would get other bytes than with the scene around it, or a tile a hundred times it."""
+    scene = replace(resnet50, info=raster(16384))
+    field = PolygonArea((shapely.to_wkb(shapely.box(700, 700, 900, 900)),), (16384, 16384), "")
+    part = replace(scene, area=field)
+    asked = {"precision": FP32, "budget": AMPLE}
+    assert part.choose(4096, PAIR, **asked) == scene.choose(4096, PAIR, **asked)
+    assert part.choose(None, PAIR, **asked)[0] < scene.choose(None, PAIR, **asked)[0]
+    sweep = part.sweep((512, 512), case="")
+    costs = part.costs(sweep, FP32)
+    assert costs.tiles == len(sweep) == 1
+    assert costs.work < scene.costs(scene.sweep((512, 512), case=""), FP32).work / 900
 
 
 def test_a_larger_tile_is_taken_where_the_smallest_does_not_fit(slim: Path) -> None:
