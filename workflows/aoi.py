@@ -70,8 +70,9 @@ def _mask(path: Path, image: ImageInfo, *, scratch: Path | None) -> Area:
 
     source = open_source(str(path), scratch=scratch)
     mask = source.info
-    apart = np.abs(np.subtract(mask.affine or np.inf, image.affine)).max()
-    if mask.shape != image.shape or apart > AFFINE_SLACK * min(image.spacing):
+    slack = AFFINE_SLACK * min(image.spacing)
+    same = mask.shape == image.shape and np.allclose(mask.affine, image.affine, rtol=0, atol=slack)
+    if not same:
         raise SourceError(
             f"--aoi {path}: a mask of {mask.shape} voxels is not on the grid of the scan, which"
             f" has {image.shape}, or lies elsewhere: give one of its shape and affine"

@@ -260,6 +260,10 @@ def test_a_mask_is_the_area_of_a_scan(
     assert manifest["seam"]["passed"] is True
     plan = plan_only(volume, model=slim3d, options=options(tile=32, aoi=path))
     assert plan["tiles_outside"] == manifest["tiles"]["skipped"]
+    again = segment(volume, part, model=slim3d, options=options(tile=32, aoi=path, fresh=True))
+    assert again["output_sha256"] == manifest["output_sha256"]
+    segment(volume, part, model=slim3d, options=options(tile=32, aoi=path))
+    assert not Path(f"{part}.run/scratch").exists()
     nib.save(nib.Nifti1Image(mask, scan.affine + np.eye(4, k=3)), tmp_path / "moved.nii.gz")
     nib.save(nib.Nifti1Image(mask[1:], scan.affine), tmp_path / "cut.nii.gz")
     for name in ("moved.nii.gz", "cut.nii.gz"):
@@ -267,6 +271,13 @@ def test_a_mask_is_the_area_of_a_scan(
             volume, tmp_path / "o.nii.gz", "--aoi", tmp_path / name, model=slim3d
         )
         answer.refuses(name, "not on the grid")
+    nib.save(nib.Nifti1Image(mask * 0, scan.affine), tmp_path / "empty.nii.gz")
+    line = (volume, tmp_path / "o.nii.gz", "--aoi", tmp_path / "empty.nii.gz")
+    command.segment(*line, model=slim3d).refuses("empty.nii.gz", "lies inside")
+    assert not (tmp_path / "o.nii.gz.run").exists()
+    raster = write_raster(tmp_path / "a.tif", texture((1, 8, 8), seed=1))
+    line = (volume, tmp_path / "o.nii.gz", "--aoi", raster)
+    command.segment(*line, model=slim3d).refuses("a.tif", "not on the grid")
 
 
 SMALL = shapely.box(10.6, 10.6, 11.4, 11.4)
