@@ -72,8 +72,9 @@ def main() -> None:
             vector = folder / f"{side}.geojson"
             write_vector(vector, *(placed(f, crs="EPSG:4326") for f in fields), crs="EPSG:4326")
             write_wallpaper(folder / f"{side}.tif", side)
+            if side == small:
+                run(folder, "whole", side)
             peaks.append(run(folder, "fields", side, "--aoi", str(vector)).peak_bytes)
-        run(folder, "whole", small)
         differ = unlike(folder / f"whole-{small}.tif", folder / f"fields-{small}.tif")
     growth = peaks[1] / peaks[0] - 1
     print(f"labels in fields unlike the whole scene's: {differ}")

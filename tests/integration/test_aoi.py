@@ -9,6 +9,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pyogrio.raw
 import pytest
 import rasterio
 import shapely
@@ -16,7 +17,9 @@ import yaml
 import zarr
 from command import Command
 from polygons import inside, placed, write_vector
-from scenes import texture, write_raster
+from rasterio.features import geometry_mask
+from rasterio.warp import transform_geom
+from scenes import fresh, texture, write_raster
 
 from adapters.uri import open_source
 from pipeline.domain import Region
@@ -351,3 +354,23 @@ def test_a_batch_watches_one_region_in_many_scenes(
     rows = {row["id"]: row for row in run()["cases"]}
     assert rows["there"]["status"] == "done"
     assert rows["here"]["computed"]
+
+
+def test_the_park_of_a_real_landsat_scene_is_what_rasterio_cuts_out(
+    data: Path, tmp_path: Path
+) -> None:
+    """Made-up polygons have neither a datum of their own nor thousands of corners."""
+    scene, park = data / "geo/zion_landsat8/landsat_b2345.vrt", data / "geo/zion_landsat8/zion.gpkg"
+    model = fresh(tmp_path / "slim", bands=4).path
+    asked = options(tile=256, aoi=park, any_resolution=True)
+    manifest = segment(scene, tmp_path / "o.tif", model=model, options=asked)
+    meta, _, (wkb,), _ = pyogrio.raw.read(park, columns=[])
+    with rasterio.open(scene) as file, rasterio.open(tmp_path / "o.tif") as mask:
+        border = transform_geom(meta["crs"], file.crs, shapely.from_wkb(wkb).__geo_interface__)
+        wanted = geometry_mask([border], file.shape, file.transform, invert=True)
+        valid = file.dataset_mask() > 0
+        found = mask.read(1) != 255
+    assert 0.2 < wanted.mean() < 0.8
+    assert (found != (wanted & valid)).sum() <= 2
+    assert manifest["tiles"]["skipped"] > 0
+    assert manifest["seam"]["passed"] is True
