@@ -1,9 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-BENCHMARKS := bench-average bench-batch bench-crf bench-crf-halo bench-deep-memory bench-dispatch \
-	bench-equality bench-memory bench-networks bench-reads bench-scene-crf bench-scribbles \
-	bench-seams bench-throughput bench-work
+BENCHMARKS := bench-aoi bench-average bench-batch bench-crf bench-crf-halo bench-deep-memory \
+	bench-dispatch bench-equality bench-memory bench-networks bench-reads bench-scene-crf \
+	bench-scribbles bench-seams bench-throughput bench-work
 
 .PHONY: setup demo demo-bundles test lint bench $(BENCHMARKS) stress clean
 

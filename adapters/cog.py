@@ -198,6 +198,7 @@ def _write_tiled(path: Path, *, store: ArrayStore, spec: CogSpec) -> None:
         compress="DEFLATE",
         zlevel=1,
         bigtiff="IF_SAFER",
+        sparse_ok=True,  # here alone: not every reader of the product would know a hole as nodata
     ) as file:
         file.write_colormap(1, {look.id: _rgb(look.color) for look in spec.classes})
         file.update_tags(**spec.tags, TERRAVOX_CLASSES=_class_json(spec), AREA_OR_POINT="Area")

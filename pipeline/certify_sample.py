@@ -23,9 +23,9 @@ from pipeline.inference.precision import Precision, resolve_precision
 from pipeline.inference.scene_context import SceneSums
 from pipeline.models.bundle import Bundle
 from pipeline.models.frame import Frame
-from pipeline.ports import Block, Guard, PieceStore, Record, Source
+from pipeline.ports import Area, Block, Guard, PieceStore, Record, Source
 from pipeline.segment_tile import TileLogits
-from pipeline.stitching.keep_core import keep_core, to_labels
+from pipeline.stitching.keep_core import keep_core, to_labels, wanted
 from pipeline.stitching.scores import softmax
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Reference:
     """What a sample should be."""
 
     logits_KS: NDArray[np.float32]
-    """NaN where no pixel is valid."""
+    """NaN where no pixel is wanted."""
 
     labels_S: NDArray[Any]
     """As the mask's, after the CRF where there is one."""
@@ -94,6 +94,9 @@ class CertifySamples:
 
     crf: ResolvedCrf | None
 
+    area: Area | None
+    """Where labels are wanted: nothing is compared elsewhere; None for the whole scene."""
+
     logits: PieceStore
     labels: PieceStore
     guard: Guard
@@ -108,24 +111,24 @@ class CertifySamples:
         return Block(image_CS, np.pad(block.valid_S, beyond, mode="reflect"))
 
     def compute(self, model: ReferenceNetwork, tile: Tile, data: Block) -> TileLogits:
-        """Logits from one forward over all that was read; none where no pixel is valid."""
-        if not keep_core(data.valid_S, core=tile.core, within=tile.read).any():
-            return TileLogits.of(tile, data, None, guided=False)
+        """Logits from one forward over all that was read; none where no pixel is wanted."""
+        wanted_S = wanted(tile, data, area=self.area)
+        if not wanted_S.any():
+            return TileLogits.of(tile, data, None, wanted_S=wanted_S, guided=False)
         frame = Frame.of(tile.read, shape=self.padded_shape)
         mean = None if self.scene is None else self.scene.pooling(tile, data)
         all_KS = model.logits(normalise(data, self.model.bundle.input.scaling), frame, mean=mean)
         scored_KS = keep_core(all_KS, core=tile.scored, within=tile.read)
-        return TileLogits.of(tile, data, scored_KS, guided=self.crf is not None)
+        return TileLogits.of(tile, data, scored_KS, wanted_S=wanted_S, guided=self.crf is not None)
 
     def refine(self, tile: Tile, data: TileLogits) -> Reference:
         """Logits and labels of the sample; the CRF sees more around it than that of a tile."""
-        bundle, score_KS = self.model.bundle, data.logit_KS
+        bundle, score_KS, wanted_S = self.model.bundle, data.logit_KS, data.wanted_S
         values = np.array(bundle.class_values, dtype=bundle.mask_dtype)
-        valid_S = keep_core(data.valid_S, core=tile.core, within=tile.scored)
         if score_KS is None:
             return Reference(
-                logits_KS=np.full((len(values), *valid_S.shape), np.nan, np.float32),
-                labels_S=np.full(valid_S.shape, bundle.mask_nodata, values.dtype),
+                logits_KS=np.full((len(values), *wanted_S.shape), np.nan, np.float32),
+                labels_S=np.full(wanted_S.shape, bundle.mask_nodata, values.dtype),
             )
         logits_KS = keep_core(score_KS, core=tile.core, within=tile.scored)
         if self.crf is not None:
@@ -141,8 +144,8 @@ class CertifySamples:
             )
         core_KS = keep_core(score_KS, core=tile.core, within=tile.scored)
         return Reference(
-            logits_KS=np.where(valid_S, logits_KS, np.float32(np.nan)),
-            labels_S=to_labels(core_KS, valid_S=valid_S, values=values, nodata=bundle.mask_nodata),
+            logits_KS=np.where(wanted_S, logits_KS, np.float32(np.nan)),
+            labels_S=to_labels(core_KS, valid_S=wanted_S, values=values, nodata=bundle.mask_nodata),
         )
 
     def write(self, tile: Tile, result: Reference) -> Record:

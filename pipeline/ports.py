@@ -42,6 +42,27 @@ class Source(Protocol):
         """Identity of the content, equal on every machine. Raises SourceReadError."""
 
 
+class Area(Hashable, Protocol):
+    """Where labels are wanted. Instances are picklable."""
+
+    @property
+    def digest(self) -> str:
+        """Identity of what it was read from, equal on every machine."""
+
+    @property
+    def bounds(self) -> Region:
+        """A box of the image that holds all of it."""
+
+    def inside(self, region: Region) -> NDArray[np.bool_]:
+        """(*S) bool, new: the pixels of ``region`` that lie inside, whatever region asks.
+
+        Raises SourceReadError.
+        """
+
+    def touches(self, region: Region) -> bool:
+        """Whether any pixel of ``region`` lies inside. Raises SourceReadError."""
+
+
 class ArrayStore(Protocol):
     """A chunked array on storage that many processes share: the mask, or the scores."""
 

@@ -23,8 +23,8 @@ from pipeline.inference.precision import Precision, resolve_precision
 from pipeline.inference.scene_context import SceneContext
 from pipeline.models.bundle import Bundle
 from pipeline.models.frame import Frame
-from pipeline.ports import ArrayStore, Block, Guard, Record, Source
-from pipeline.stitching.keep_core import keep_core, to_labels
+from pipeline.ports import Area, ArrayStore, Block, Guard, Record, Source
+from pipeline.stitching.keep_core import keep_core, to_labels, wanted
 from pipeline.stitching.samples import Pieces, SampleSink
 from pipeline.stitching.scores import ScoreSink, softmax
 
@@ -84,11 +84,14 @@ class TileLogits:
 
     valid_S: NDArray[np.bool_]
 
+    wanted_S: NDArray[np.bool_]
+    """Of the core: the pixels that get a label."""
+
     guide_CS: NDArray[Any] | None
     """The image as it was read; None where no CRF wants it, so that what was read is freed."""
 
     logit_KS: NDArray[np.float32] | None
-    """None where no pixel of the core is valid; numbers at every valid pixel."""
+    """None where no pixel of the core is wanted; numbers at every valid pixel."""
 
     def __post_init__(self) -> None:
         # The least first, which is NaN where one is, and takes no memory.
@@ -102,12 +105,19 @@ class TileLogits:
 
     @classmethod
     def of(
-        cls, tile: Tile, block: Block, logit_KS: NDArray[np.float32] | None, *, guided: bool
+        cls,
+        tile: Tile,
+        block: Block,
+        logit_KS: NDArray[np.float32] | None,
+        *,
+        wanted_S: NDArray[np.bool_],
+        guided: bool,
     ) -> TileLogits:
-        """With the part of ``block``, which is what was read, that is wanted later; views."""
+        """With the part of ``block``, which is what was read, that is of use later; views."""
         image_CS = keep_core(block.image_CS, core=tile.scored, within=tile.read)
         return cls(
             valid_S=keep_core(block.valid_S, core=tile.scored, within=tile.read),
+            wanted_S=wanted_S,
             guide_CS=image_CS if guided and logit_KS is not None else None,
             logit_KS=logit_KS,
         )
@@ -118,7 +128,9 @@ class TileResult:
     """What is written of a tile: (*S) labels, and (K, *S) scores, of its core."""
 
     labels_S: NDArray[Any]
-    valid_S: NDArray[np.bool_]
+
+    wanted_S: NDArray[np.bool_]
+    """The pixels that have a label."""
 
     score_KS: NDArray[np.float32] | None
     """None where nothing was computed, or where nobody asked for scores: they are large."""
@@ -149,6 +161,10 @@ class SegmentTiles:
     """Where image pooling gets the mean of the scene; None where it takes none."""
 
     crf: ResolvedCrf | None
+
+    area: Area | None
+    """Where labels are wanted, whatever is computed around it; None for the whole scene."""
+
     mask: ArrayStore
     scores: ScoreSink | None
     samples: SampleSink
@@ -160,9 +176,10 @@ class SegmentTiles:
         return Block(block.image_CS[list(self.channels)], block.valid_S)
 
     def compute(self, model: Logits, tile: Tile, data: Block) -> TileLogits:
-        """Logits on the host; the network is not asked where no pixel of the core is valid."""
-        if not keep_core(data.valid_S, core=tile.core, within=tile.read).any():
-            return TileLogits.of(tile, data, None, guided=False)
+        """Logits on the host; the network is not asked where no pixel of the core is wanted."""
+        wanted_S = wanted(tile, data, area=self.area)
+        if not wanted_S.any():
+            return TileLogits.of(tile, data, None, wanted_S=wanted_S, guided=False)
         frame = Frame.of(tile.read, shape=self.padded_shape)
         pooling = None if self.scene is None else self.scene.pooling(tile, data)
         logit_KS = model.logits(
@@ -171,25 +188,26 @@ class SegmentTiles:
             scored=tile.scored,
             pooling=pooling,
         )
-        return TileLogits.of(tile, data, logit_KS.cpu().numpy(), guided=self.crf is not None)
+        return TileLogits.of(
+            tile, data, logit_KS.cpu().numpy(), wanted_S=wanted_S, guided=self.crf is not None
+        )
 
     def refine(self, tile: Tile, data: TileLogits) -> TileResult:
         """Labels of the core, after the CRF where there is one."""
-        bundle, score_KS = self.model.bundle, data.logit_KS
+        bundle, score_KS, wanted_S = self.model.bundle, data.logit_KS, data.wanted_S
         values = np.array(bundle.class_values, dtype=bundle.mask_dtype)
-        valid_S = keep_core(data.valid_S, core=tile.core, within=tile.scored)
         if score_KS is None:
-            empty_S = np.full(valid_S.shape, bundle.mask_nodata, dtype=values.dtype)
+            empty_S = np.full(wanted_S.shape, bundle.mask_nodata, dtype=values.dtype)
             return TileResult(
-                labels_S=empty_S, valid_S=valid_S, score_KS=None, samples={}, skipped=True
+                labels_S=empty_S, wanted_S=wanted_S, score_KS=None, samples={}, skipped=True
             )
         samples = self.samples.cut(score_KS, core=tile.core, within=tile.scored)
         if self.crf is not None:
             score_KS = self._smooth(tile, data)
         core_KS = keep_core(score_KS, core=tile.core, within=tile.scored)
-        labels_S = to_labels(core_KS, valid_S=valid_S, values=values, nodata=bundle.mask_nodata)
+        labels_S = to_labels(core_KS, valid_S=wanted_S, values=values, nodata=bundle.mask_nodata)
         kept_KS = None if self.scores is None else core_KS
-        return TileResult(labels_S=labels_S, valid_S=valid_S, score_KS=kept_KS, samples=samples)
+        return TileResult(labels_S=labels_S, wanted_S=wanted_S, score_KS=kept_KS, samples=samples)
 
     def _smooth(self, tile: Tile, data: TileLogits) -> NDArray[Any]:
         """Probabilities after the dense CRF, which sees ``tile.scored``; (K, *S) float32."""
@@ -212,7 +230,7 @@ class SegmentTiles:
         scores_digest = ""
         if self.scores is not None:
             prob_KS = self.probabilities(result)
-            scores_digest = self.scores.write(tile.core, prob_KS, valid_S=result.valid_S)
+            scores_digest = self.scores.write(tile.core, prob_KS, valid_S=result.wanted_S)
         self.samples.write(result.samples)
         digest = self.mask.write(tile.core, result.labels_S)
         values, counts = np.unique(result.labels_S, return_counts=True)
@@ -229,5 +247,5 @@ class SegmentTiles:
         """(K, *S) float32: the CRF's, or the softmax of logits; zero where nothing was computed."""
         if result.score_KS is None:
             classes = len(self.model.bundle.classes)
-            return np.zeros((classes, *result.valid_S.shape), dtype=np.float32)
+            return np.zeros((classes, *result.wanted_S.shape), dtype=np.float32)
         return result.score_KS if self.crf else softmax(result.score_KS)

@@ -27,6 +27,7 @@ from pipeline.execution.identity import software_digest
 from pipeline.models.bundle import Bundle
 from pipeline.ports import Guard
 from pipeline.segment_image import ImageTiles, segment_images
+from workflows.aoi import aoi_digest
 from workflows.backend import make_backend
 from workflows.batch_case import BatchCase, Layout, Shared
 from workflows.batch_papers import BatchPapers, nothing
@@ -101,9 +102,12 @@ def batch(
 
 def _anchored(options: SegmentOptions) -> SegmentOptions:
     """Paths made absolute: the process enters the run directory when the pool starts."""
-    if options.crf in ("auto", "off"):
-        return options
-    return options.model_copy(update={"crf": str(Path(options.crf).absolute())})
+    update: dict[str, object] = {}
+    if options.crf not in ("auto", "off"):
+        update["crf"] = str(Path(options.crf).absolute())
+    if options.aoi is not None:
+        update["aoi"] = options.aoi.absolute()
+    return options.model_copy(update=update)
 
 
 def _known(layout: Layout, *, fresh: bool) -> dict[str, CaseRecord]:
@@ -254,6 +258,8 @@ class _Batch:
         request = dict(self._options.request())
         with suppress(OSError):
             request["crf_file"] = file_digest(Path(self._options.crf))
+        if self._options.aoi is not None:
+            request["aoi"] = aoi_digest(self._options.aoi)
         return Shared(
             layout=self._layout,
             bundles=self._bundles,

@@ -339,7 +339,7 @@ class BatchCase:
             volume=volume,
             series=candidate.series,
         )
-        return case, bundle
+        return case.within(shared.options.aoi, scratch=run.scratch), bundle
 
     def _identify(self, content: str, model: str) -> None:
         identity = content or self.record.stamp

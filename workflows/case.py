@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapters.uri import open_source
-from pipeline.ports import Source
+from pipeline.ports import Area, Source
+from workflows.aoi import Aoi, open_aoi
 from workflows.config import RunOptions
 
 _SUFFIX = re.compile(r"(\.nii\.gz|\.[A-Za-z]+)$")
@@ -32,6 +33,23 @@ class Case:
 
     series: str | None = None
     """Which series of a DICOM folder was asked for."""
+
+    aoi: Aoi | None = None
+    """The part that gets labels; None for all of it."""
+
+    @property
+    def area(self) -> Area | None:
+        """That part; None for all of it."""
+        return None if self.aoi is None else self.aoi.area
+
+    def within(self, aoi: Path | None, *, scratch: Path | None) -> Case:
+        """The same case, of which that part alone gets labels.
+
+        Raises SourceError, where no pixel lies inside as well, and SourceReadError.
+        """
+        if aoi is None:
+            return self
+        return replace(self, aoi=open_aoi(aoi, self.source.info, scratch=scratch))
 
 
 def open_case(path: Path, options: RunOptions, *, scratch: Path | None = None) -> Case:

@@ -121,9 +121,15 @@ def _case(found: dict[str, Any], run: RunDir) -> Case:
     digest = source.digest()
     if digest != found["source_digest"]:
         raise SourceError(f"{path} is not what the run read: its content has changed since")
-    return Case(
+    case = Case(
         name=found["case"], path=path, source=source, digest=digest, volume=volume, series=series
     )
+    if asked.get("aoi") is None:
+        return case
+    case = case.within(Path(asked["aoi"]), scratch=run.scratch)
+    if case.aoi is None or case.aoi.area.digest != found["aoi"]["digest"]:
+        raise SourceError(f"{asked['aoi']} is not the area of the run: it has changed since")
+    return case
 
 
 def _plan(case: Case, bundle: Bundle, found: dict[str, Any]) -> SegmentPlan:

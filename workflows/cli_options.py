@@ -38,6 +38,10 @@ Resolution = Annotated[
     bool, typer.Option("--any-resolution", help="Accept a pixel size unlike the bundle's.")
 ]
 Scores = Annotated[str, typer.Option(help="Keep probabilities: none, uint8 or float16.")]
+AreaOfInterest = Annotated[
+    Path | None,
+    typer.Option("--aoi", help="Label only what lies in these polygons (a scan: in this mask)."),
+]
 Volume = Annotated[int | None, typer.Option(help="Which volume of a 4-D scan, from 0.")]
 Series = Annotated[
     str | None, typer.Option(help="SeriesInstanceUID, where a DICOM folder holds several.")

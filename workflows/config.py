@@ -55,6 +55,8 @@ class SegmentOptions(RunOptions):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     any_resolution: bool = False
+    aoi: Path | None = None
+    """Polygons, or for a volume a mask, outside of which nothing gets a label."""
     scores: Literal["none", "uint8", "float16"] = "none"
 
     @field_validator("halo")
@@ -78,7 +80,10 @@ class SegmentOptions(RunOptions):
         return _tolerance(self.halo)
 
     def request(self) -> dict[str, object]:
-        """The options that decide the bytes of the result, as asked (``auto`` stays ``auto``)."""
+        """The options that decide the bytes of the result, as asked (``auto`` stays ``auto``).
+
+        Of ``aoi`` not the path decides, but what lies there.
+        """
         return self.model_dump(
             include={
                 "crf", "tile", "halo", "context", "average", "output_stride", "windows", "device",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.domain import Pass, Shape, Tile, TileCost, Walk
+from pipeline.domain import Pass, Region, Shape, Tile, TileCost, Walk
 from pipeline.errors import PlanError
 
 if TYPE_CHECKING:
@@ -22,10 +22,11 @@ THREAD_GAIN = 0.9
 
 DRIVER_BYTES = 450 * 2**20
 PLANNING_BYTES = 450 * 2**20
+AREA_BYTES = 100 * 2**20
 WORKER_BYTES = 600 * 2**20
 """What processes hold beside their tiles (measured, PSS): the driver GDAL, MLflow and Ray with its
-agents; one that makes plans itself torch and what is left of weights as well; a worker torch, GDAL
-and Ray."""
+agents; one that makes plans itself torch and what is left of weights as well; one that reads
+polygons what pyogrio imports; a worker torch, GDAL and Ray."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +75,7 @@ class Costs:
     """Multiply-adds of all tiles of all passes."""
 
     scene_work: int
-    """Multiply-adds of one pass over the whole scene."""
+    """Multiply-adds of one pass over the whole scene, or its share of what the tiles cover."""
 
     sample_work: int
     """Multiply-adds of the certificate's samples."""
@@ -103,10 +104,11 @@ class Costs:
         if isinstance(model, CostModel) and sweep.name == "context":
             cost_of = model.of_sums
         kinds = [(tile, cost_of(tile), alike) for tile, alike in sweep.kinds()]
+        shape = sweep.grid.shape
         return cls(
             tiles=len(sweep),
             work=sum(cost.work * alike for _, cost, alike in kinds),
-            scene_work=model.scene_work,
+            scene_work=model.scene_work * sweep.covered_pixels // Region.whole(shape).size,
             sample_work=0,
             largest=_largest([cost for _, cost, _ in kinds]),
             scored=max((tile.scored.shape for tile, _, _ in kinds), key=math.prod),

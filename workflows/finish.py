@@ -133,6 +133,7 @@ def _write_raster(product: Product, store: ArrayStore, seam: Certificate) -> Non
             "TERRAVOX_OUTPUT_STRIDE": str(plan.resolved.output_stride),
             "TERRAVOX_PRECISION": plan.resolved.precision.name,
             "TERRAVOX_CRF": "on" if plan.crf or plan.scene else "off",
+            "TERRAVOX_AOI_DIGEST": plan.aoi["digest"] if plan.aoi else "none",
             **_seam_tags(seam),
         },
     )

@@ -213,6 +213,7 @@ class ImageRun:
             padded_shape=grid.padded_shape,
             scene=None if plan.sweep.reach.pooled is None else self.sums or SceneInOneTile(grid),
             crf=plan.crf,
+            area=self.product.case.area,
             mask=self.mask if self.scene is None else self.scene.labels,
             scores=self._scores() if self.scene is None else self.scene.scores,
             samples=self._samples.sink(plan),

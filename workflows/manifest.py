@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.domain import ImageInfo
+from pipeline.domain import ImageInfo, Pass, Region
 from pipeline.models.bundle import Bundle
 from pipeline.models.input_spec import Legend
 from pipeline.ports import Record
@@ -52,7 +52,8 @@ def manifest(
         "model": {"name": bundle.name, "version": bundle.version, "digest": bundle.digest},
         "halo": halo_json(plan.sweep.reach) | {"exact": plan.exact},
         "tile": plan.sweep.grid.tile,
-        "tiles": tile_counts(mask),
+        "tiles": tile_counts(mask, outside=len(plan.last.grid) - len(plan.last)),
+        "aoi": plan.aoi,
         "halo_work_ratio": round(plan.costs.halo_work_ratio, 4),
         "windows": windows_json(plan),
         "context": plan.resolved.context if _mixes(plan, bundle) else "none",
@@ -63,7 +64,7 @@ def manifest(
         "precision": plan.resolved.precision.name,
         "device": plan.resolved.device,
         "classes": classes(mask, info, bundle.legend),
-        "nodata_pixels": counts(mask).get(bundle.mask_nodata, 0),
+        "nodata_pixels": counts(mask).get(bundle.mask_nodata, 0) + _outside(plan.last),
         "seam": seam.certificate.as_json() if seam else None,
         "seconds": round(seconds, 3),
         "throughput": throughput(info, [r for r in new if r.key.stage == plan.last.name], seconds),
@@ -106,15 +107,23 @@ def classes(outcome: Outcome, info: ImageInfo, legend: Legend) -> list[dict[str,
     return rows
 
 
-def tile_counts(outcome: Outcome) -> dict[str, int]:
-    """How many tiles there are, and what became of them."""
+def tile_counts(outcome: Outcome, *, outside: int = 0) -> dict[str, int]:
+    """How many tiles there are, and what became of them.
+
+    Those ``outside`` of the area are done by being skipped.
+    """
     done = [record for record in outcome.records.values() if record.status == "done"]
     return {
-        "total": outcome.total,
-        "done": len(done),
+        "total": outcome.total + outside,
+        "done": len(done) + outside,
         "failed": len(outcome.failed),
-        "skipped": sum(record.skipped for record in done),
+        "skipped": sum(record.skipped for record in done) + outside,
     }
+
+
+def _outside(sweep: Pass) -> int:
+    """Pixels of tiles that do not run."""
+    return Region.whole(sweep.grid.shape).size - sweep.covered_pixels
 
 
 def _crf(plan: SegmentPlan) -> dict[str, Any] | None:

@@ -8,13 +8,13 @@ from typing import Any
 
 from pipeline.crf.density import density_of
 from pipeline.domain import Pass, TilePlan
-from pipeline.errors import SourceError
+from pipeline.errors import PlanError, SourceError
 from pipeline.inference.predictor import WINDOW
 from pipeline.models.bundle import Bundle
 from pipeline.models.chain import Chain
 from workflows.case import Case
 from workflows.config import SegmentOptions
-from workflows.costs import DRIVER_BYTES, PLANNING_BYTES, over_budget
+from workflows.costs import AREA_BYTES, DRIVER_BYTES, PLANNING_BYTES, over_budget
 from workflows.crf_asked import over_image, resolve_crf, with_engine
 from workflows.fitting import check_modality, check_spacing, match_channels
 from workflows.halo_asked import (
@@ -61,12 +61,15 @@ def make_plan(
             "bundle": bundle.digest,
             "options": options.request(),
             "crf": crf.as_json() if crf else None,
+            "aoi": case.area.digest if case.area else None,
         }
     )
     density = None if crf is None else density_of(case.source, over_image(crf, channels))
     under_all = crf if crf is not None and crf.scope == "scene" else None
     if under_all is not None:
         refuse_scores(options)
+        if case.area is not None:
+            raise PlanError("--aoi and a CRF of scope scene: give that of scope tile, or --crf off")
         crf = None
     check_average(options, bundle)
     known = traced(bundle, options.context).averaged(options.average)
@@ -84,8 +87,11 @@ def make_plan(
         canonical_px=canonical_side(options, bundle),
         window=WINDOW,
         scores=options.scores != "none",
+        area=case.area,
         # Cases that share workers are planned in the driver, while others run.
-        driver_bytes=DRIVER_BYTES + (not alone) * PLANNING_BYTES,
+        driver_bytes=DRIVER_BYTES
+        + (not alone) * PLANNING_BYTES
+        + (case.area is not None) * AREA_BYTES,
     )
     if found is not None and found["request_digest"] == request:
         resolved = resolved_before(found["resolved"], options, sizer)
@@ -121,8 +127,12 @@ def make_plan(
         stages=len(known.body.stages) if isinstance(known.body, Chain) else 1,
         costs=sizer.costs(sweep, resolved.precision),
         workers=_workers(options, sweep, resolved),
+        aoi=case.aoi.as_json() if case.aoi else None,
         asked=_asked(case, bundle, options),
-        notes=notes + halo_notes(resolved.halo, options) + (density.notes if density else ()),
+        notes=notes
+        + halo_notes(resolved.halo, options)
+        + (density.notes if density else ())
+        + (case.aoi.notes if case.aoi else ()),
     )
     return replace(plan, notes=plan.notes + _memory_notes(plan, options))
 
@@ -163,6 +173,7 @@ def _tile_plan(
             "crf": crf.as_json() if crf else None,
             "channels": channels,
             "scores": options.scores,
+            "aoi": case.area.digest if case.area else None,
         }
     )
     count = _workers(options, sweep, resolved)
@@ -190,6 +201,7 @@ def _asked(case: Case, bundle: Bundle, options: SegmentOptions) -> Mapping[str, 
         "source": str(case.path),
         "volume": case.volume,
         "series": case.series,
+        "aoi": str(case.aoi.path) if case.aoi else None,
         "model": str(bundle.path),
         "options": options.request(),
     }

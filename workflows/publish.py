@@ -47,7 +47,10 @@ class Publisher:
         """Open the tracker's run, or go on in the one that an interrupted run opened."""
         plan, bundle = self._product.plan, self._product.bundle
         self._tracker.start(
-            params=_flat(plan.as_json()["resolved"] | {"halo": plan.sweep.reach.halo.before}),
+            params=_flat(
+                plan.as_json()["resolved"]
+                | {"halo": plan.sweep.reach.halo.before, "aoi": plan.aoi or "none"}
+            ),
             tags={
                 "fingerprint": plan.tiles.fingerprint,
                 "source": self._product.case.path.name,
@@ -105,7 +108,8 @@ class Publisher:
     ) -> list[Path]:
         run, bundle = self._product.run, self._product.bundle
         colors, nodata = {look.id: look.color for look in bundle.classes}, bundle.mask_nodata
-        pictures = quicklook(self._product.case.source, store, colors=colors, nodata=nodata)
+        case = self._product.case
+        pictures = quicklook(case.source, store, colors=colors, nodata=nodata, area=case.area)
         seams = seam_pictures(seam.measured, colors=colors, nodata=nodata)
         overlay, records = run.scratch / "quicklook.png", list(outcome.records.values())
         try:

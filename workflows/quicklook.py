@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline.domain import ImageInfo, Region, Shape
 from pipeline.errors import SourceReadError
-from pipeline.ports import ArrayStore, Source
+from pipeline.ports import Area, ArrayStore, Source
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ def quicklook(
     *,
     colors: Mapping[int, str],
     nodata: int,
+    area: Area | None = None,
     max_side: int = 768,
 ) -> dict[str, Image.Image]:
     """Pictures ``image``, ``mask`` and ``overlay``, RGBA, transparent where there is nothing.
@@ -68,6 +69,7 @@ def quicklook(
         mask: its labels, of the same shape.
         colors: ``#rrggbb`` of each label; black is background and is not laid over the image.
         nodata: the label of pixels that are not known.
+        area: where a raster has labels: only what lies near is shown and read; None for all of it.
         max_side: the longer side of the pictures, in pixels; a raster is never enlarged.
 
     Raises:
@@ -75,12 +77,17 @@ def quicklook(
     """
     info = source.info
     if info.ndim == 2:
-        step = max(1.0, max(info.shape) / max_side)
-        sizes = tuple(max(1, round(length / step)) for length in info.shape)
-        sample = _sampled(source, mask, positions=_positions(info.shape, sizes))
+        shown = Region.whole(info.shape)
+        if area is not None:
+            shown = area.bounds.align(WINDOW).clip(info.shape)
+        step = max(1.0, max(shown.shape) / max_side)
+        sizes = tuple(max(1, round(length / step)) for length in shown.shape)
+        places = zip(_positions(shown.shape, sizes), shown.start, strict=True)
+        positions = tuple(axis + start for axis, start in places)
+        sample = _sampled(source, mask, positions=positions, nodata=nodata, area=area)
     else:
         planes = [
-            _upright(_sampled(source, mask, positions=positions), across=across)
+            _upright(_sampled(source, mask, positions=positions, nodata=nodata), across=across)
             for across, positions in enumerate(_planes(info, max_side))
         ]
         sample = _side_by_side(planes, nodata=nodata)
@@ -120,16 +127,25 @@ def _planes(info: ImageInfo, max_side: int) -> Iterator[tuple[Positions, ...]]:
         yield tuple(positions)
 
 
-def _sampled(source: Source, mask: ArrayStore, *, positions: tuple[Positions, ...]) -> _Sample:
-    """Read window by window what lies at ``positions``."""
+def _sampled(
+    source: Source,
+    mask: ArrayStore,
+    *,
+    positions: tuple[Positions, ...],
+    nodata: int,
+    area: Area | None = None,
+) -> _Sample:
+    """Read window by window what lies at ``positions``, where it touches the area."""
     shape, bands = tuple(len(axis) for axis in positions), _bands(source.info)
     image_CS = np.zeros((3, *shape), source.info.dtype)
-    valid_S, labels_S = np.zeros(shape, bool), np.zeros(shape, np.uint16)
+    valid_S, labels_S = np.zeros(shape, bool), np.full(shape, nodata, np.uint16)
     for part in itertools.product(*(_windows(axis) for axis in positions)):
         here = [axis[span] for axis, span in zip(positions, part, strict=True)]
         region = Region(
             tuple(int(axis[0]) for axis in here), tuple(int(axis[-1]) + 1 for axis in here)
         )
+        if area is not None and not area.touches(region):
+            continue
         picked = np.ix_(*(axis - axis[0] for axis in here))
         labels_S[part] = mask.read(region)[picked]
         try:

@@ -293,6 +293,7 @@ def _plan(manifest: Mapping[str, Any]) -> dict[str, Any]:
     halo, crf = manifest.get("halo"), manifest.get("crf")
     peak = manifest.get("peak_memory_bytes")
     return {
+        "area": manifest.get("aoi"),
         "tile": manifest.get("tile"),
         "halo": halo,
         "halo work": f"{manifest['halo_work_ratio']:.2f} times that of one pass"

@@ -126,6 +126,14 @@ class RunDir:
             for path in self.path.glob(pattern):
                 path.unlink(missing_ok=True)
 
+    def withdraw(self) -> None:
+        """Delete what was unpacked for a request that runs nothing, but of no run under way."""
+        if self.plan.exists() and not self.manifest.exists():
+            return
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        with suppress(OSError):
+            self.path.rmdir()
+
     def clear(self) -> None:
         """Delete what runs make here, and nothing that somebody else put here: ``--fresh``."""
         for part in self.parts:

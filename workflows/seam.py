@@ -96,6 +96,7 @@ def certify_work(
         padded_shape=plan.sweep.grid.padded_shape,
         scene=sums,
         crf=plan.crf,
+        area=product.case.area,
         logits=files.logits,
         labels=files.labels,
         guard=guard,
@@ -137,6 +138,7 @@ def seam_of(
         )
     claim = Claim(
         samples=len(plan.samples),
+        one_tile=len(plan.sweep.grid) == 1,
         network_exact=plan.network_exact,
         precision=plan.resolved.precision.name,
         with_crf=plan.crf is not None,

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from adapters.lease_file import LeaseFile
@@ -63,20 +64,33 @@ def segment(
     case = open_case(Path(source).absolute(), asked, scratch=run.scratch)
     run.check_ours(batch=False)
     check_output(target, source=case.path, info=case.source.info, run=run)
-    # A request that cannot be planned leaves no directory behind, and --fresh deletes nothing.
-    known = None if asked.fresh else read_plan(run)
-    plan = _planned(case, bundle, asked, found=known)
-    product = Product(case=case, bundle=bundle, plan=plan, output=target, run=run)
-    if target.exists() and not asked.fresh:
-        done = finished(run, target, fingerprint=plan.tiles.fingerprint, known=known)
-        if done is not None:
-            log.warning("%s is finished already; nothing to do", target)
-            return done
+    try:
+        product, done = _planned_product(case, bundle, asked, output=target, run=run)
+    except BaseException:
+        run.withdraw()
+        raise
+    if done is not None:
+        run.withdraw()
+        log.warning("%s is finished already; nothing to do", target)
+        return done
     with LeaseFile(run.path) as guard:
         if asked.fresh:
             run.clear()
             mark_output(run, target)
         return _run(product, asked, guard=guard, stop=stop)
+
+
+def _planned_product(
+    case: Case, bundle: Bundle, asked: SegmentOptions, *, output: Path, run: RunDir
+) -> tuple[Product, dict[str, Any] | None]:
+    """What is to be made, and the manifest where it is made already."""
+    # A request that cannot be planned leaves no directory behind, and --fresh deletes nothing.
+    known, done = None if asked.fresh else read_plan(run), None
+    case = case.within(asked.aoi, scratch=run.scratch)
+    plan = _planned(case, bundle, asked, found=known)
+    if output.exists() and not asked.fresh:
+        done = finished(run, output, fingerprint=plan.tiles.fingerprint, known=known)
+    return Product(case=case, bundle=bundle, plan=plan, output=output, run=run), done
 
 
 def plan_only(source: str | Path, *, model: str | Path, options: SegmentOptions) -> dict[str, Any]:
@@ -87,8 +101,10 @@ def plan_only(source: str | Path, *, model: str | Path, options: SegmentOptions)
     from workflows.calibration import network_seconds
     from workflows.planning import make_plan
 
-    case, bundle = open_case(Path(source).absolute(), options), bundle_asked(model, options)
-    plan = make_plan(case, bundle, options)
+    bundle = bundle_asked(model, options)
+    with TemporaryDirectory() as scratch:  # a mask that is compressed is unpacked
+        case = open_case(Path(source).absolute(), options)
+        plan = make_plan(case.within(options.aoi, scratch=Path(scratch)), bundle, options)
     return plan.as_json() | {"network_seconds": round(network_seconds(plan, bundle), 1)}
 
 

@@ -51,6 +51,9 @@ class SegmentPlan:
     costs: Costs
     workers: int
 
+    aoi: Mapping[str, Any] | None
+    """Where the area was read that alone gets labels, and its digest; None for all of the scene."""
+
     asked: Mapping[str, Any]
     """Where source and bundle lie, and the options: what ``certify`` needs to find them again."""
 
@@ -82,8 +85,9 @@ class SegmentPlan:
         sweep, resolved = self.sweep, self.resolved
         crf = f"CRF {f'by {self.crf.engine}' if self.crf else 'off'}"
         side = " x ".join(map(str, sweep.grid.tile))
+        tiles = f"{len(sweep)} of {len(sweep.grid)} tiles" if self.aoi else f"{len(sweep)} tiles"
         return (
-            f"{len(sweep)} tiles of {side} px, halo {sweep.reach.halo_with_window.largest} px,"
+            f"{tiles} of {side} px, halo {sweep.reach.halo_with_window.largest} px,"
             f" work {self.costs.halo_work_ratio:.2f} times that of one pass, {windows_words(self)},"
             f" {resolved.precision.name} on {resolved.device} ({resolved.precision.why}),"
             f"{f' mean of {resolved.average},' if resolved.average != 'none' else ''}"
@@ -105,6 +109,8 @@ class SegmentPlan:
             "tile_stride": sweep.grid.stride,
             "tile": sweep.grid.tile,
             "tiles": len(sweep),
+            "tiles_outside": len(sweep.grid) - len(sweep),
+            "aoi": self.aoi,
             "stages": self.stages,
             "halo": halo_json(sweep.reach),
             "crf_halo": sweep.crf_halo.before,

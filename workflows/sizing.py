@@ -21,6 +21,8 @@ from pipeline.inference.tile_cost import CostModel
 from pipeline.inference.whole_cost import Trial, WholeCostModel
 from pipeline.models.bundle import Bundle, CustomArchitecture
 from pipeline.models.deeplab import aspp_width
+from pipeline.ports import Area
+from workflows.aoi import tiles_within
 from workflows.config import SegmentOptions
 from workflows.costs import WORKER_BYTES, Budget, Costs, Team
 from workflows.tracing import Traced
@@ -92,27 +94,33 @@ class Sizer:
     scores: bool
     """Whether probabilities are written as well."""
 
+    area: Area | None
+    """Where labels are wanted: no other tile runs; None for all of the scene."""
+
     driver_bytes: int
     """What the driver holds, whatever the tile."""
 
     def sweep(self, tile: Shape, *, case: str) -> Pass:
         """The pass that writes the mask, in such tiles."""
+        grid = Grid(
+            shape=self.info.shape,
+            tile=tile,
+            stride=self.reach.stride,
+            endpoint=self.reach.endpoint,
+        )
         return Pass(
             case=case,
             name="segment",
-            grid=Grid(
-                shape=self.info.shape,
-                tile=tile,
-                stride=self.reach.stride,
-                endpoint=self.reach.endpoint,
-            ),
+            grid=grid,
+            chosen=None if self.area is None else tiles_within(self.area, grid),
             reach=self.reach,
             crf_halo=self.crf.halo_px if self.crf else Halo.uniform(0, ndim=self.info.ndim),
         )
 
     def samples(self, sweep: Pass, *, seed: str) -> SamplePass:
         """The pass that computes samples again; ``seed`` decides where they lie."""
-        return SamplePass.of(sweep, reach=self.whole, seed=seed)
+        wanted = None if self.area is None else self.area.touches
+        return SamplePass.of(sweep, reach=self.whole, seed=seed, wanted=wanted)
 
     def costs(self, sweep: Pass, precision: Precision) -> Costs:
         """What all passes take in these floats."""
@@ -208,11 +216,13 @@ class Sizer:
         staged = self.canonical_px is None and not isinstance(self.traced.body, Trial)
         for window, slower in WINDOWS[team.device].items() if staged else [(self.window, 1.0)]:
             sizer = replace(self, window=window)
-            costs = sizer.costs(sizer.sweep(tile, case=""), precision)
+            sweep = sizer.sweep(tile, case="")
+            costs = sizer.costs(sweep, precision)
             # A tile of the smallest size is soon done by one thread, in a batch as well. And
-            # where any tile shall give the same bytes, it must not decide the threads.
+            # where any tile shall give the same bytes, it must not decide the threads. Of all tiles
+            # that there are, so that an area does not decide them either.
             same = max(tile) <= smallest or self.canonical_px is not None
-            own = team if same else team.for_tiles(costs.tiles)
+            own = team if same else team.for_tiles(len(sweep.grid))
             peak = self.peak_bytes(costs, workers=own.workers, device=team.device)
             device = 0 if budget.device is None else self._device_bytes(costs, team.device)
             fits = peak <= budget.host and device <= (budget.device or 0)

@@ -26,8 +26,9 @@ def tell_manifest(manifest: Mapping[str, Any], *, as_json: bool) -> None:
     if manifest["output"]:
         console.print(table)
     tiles = manifest["tiles"]
+    skipped = f" ({tiles['skipped']} with nothing to label)" if tiles["skipped"] else ""
     console.print(
-        f"{manifest['status']}: {tiles['done']} of {tiles['total']} tiles in"
+        f"{manifest['status']}: {tiles['done']} of {tiles['total']} tiles{skipped} in"
         f" {manifest['seconds']:.1f} s -> {manifest['output'] or 'no output yet; run it again'}"
     )
     if as_json:

@@ -145,6 +145,8 @@ def _anchored(workflow: Workflow, folder: Path) -> Workflow:
     options = workflow.options
     if options.crf not in ("auto", "off"):
         options = options.model_copy(update={"crf": str(folder / options.crf)})
+    if options.aoi is not None:
+        options = options.model_copy(update={"aoi": folder / options.aoi})
     paths = {
         "sources": tuple(_under(folder, source) for source in workflow.sources),
         "models": tuple(_under(folder, model) for model in workflow.models),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -67,8 +67,20 @@ class Pass:
     bears_gaps: bool = False
     """Whether a tile that failed there is all that fails here, or every tile does."""
 
+    chosen: tuple[int, ...] | None = None
+    """Numbers of the tiles that run, ascending, at least one; None where all of them do."""
+
+    def __post_init__(self) -> None:
+        if self.chosen == ():
+            raise RegionError(f"no tile of pass {self.name} would run")
+
     def __len__(self) -> int:
-        return len(self.grid)
+        return len(self.numbers)
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Of the tiles that run, ascending."""
+        return range(len(self.grid)) if self.chosen is None else self.chosen
 
     def tile(self, number: int) -> Tile:
         """Tile ``number`` in row-major order."""
@@ -79,24 +91,27 @@ class Pass:
         return Tile(key=key, core=core, scored=scored, read=read)
 
     def tiles(self) -> Iterator[Tile]:
-        """All tiles, row-major."""
-        return (self.tile(number) for number in range(len(self)))
+        """All tiles that run, row-major."""
+        return (self.tile(number) for number in self.numbers)
 
     @property
     def needs(self) -> str:
         """The pass whose results this one reads, by name; empty where there is none."""
         if self.after:
             return self.after
-        return "context" if self.reach.pooled is not None and len(self) > 1 else ""
+        return "context" if self.reach.pooled is not None and len(self.grid) > 1 else ""
 
     def with_context(self) -> tuple[Pass, ...]:
-        """This pass, after the one that finds the scene's mean where no tile sees all of it."""
+        """This pass, after the one that finds the scene's mean where no tile sees all of it.
+
+        The mean is the whole scene's, whichever tiles run after it.
+        """
         pooled = self.reach.pooled
         if pooled is None or not self.needs:
             return (self,)
         reach = Reach(stride=self.reach.stride, endpoint=self.reach.endpoint, halo=pooled)
         none = Halo.uniform(0, ndim=len(self.grid.shape))
-        return replace(self, name="context", reach=reach, crf_halo=none), self
+        return replace(self, name="context", reach=reach, crf_halo=none, chosen=None), self
 
     def kinds(self) -> Iterator[tuple[Tile, int]]:
         """One tile of each kind, and how many are of it: what holds for one holds for all.
@@ -104,6 +119,9 @@ class Pass:
         Tiles of a kind have cores of one shape, and are equally far from each border of the scene,
         or so far that nothing they need is cut off or shifted there.
         """
+        if self.chosen is not None:
+            yield from self._chosen_kinds(self.chosen)
+            return
         axes = [self._axis_kinds(axis) for axis in range(len(self.grid.shape))]
         for places in itertools.product(*axes):
             number = 0
@@ -113,20 +131,48 @@ class Pass:
 
     def _axis_kinds(self, axis: int) -> list[tuple[int, int]]:
         """Index of the first core of each kind along an axis, and how many are of it."""
-        length, side = self.grid.shape[axis], self.grid.tile[axis]
-        window = self.reach.window.size[axis] if self.reach.window else 0
-        far = self.reach.halo_with_window.largest + self.crf_halo.largest + window + side
+        side = self.grid.tile[axis]
         found: dict[tuple[int, int], tuple[int, int]] = {}
         for index in range(self.grid.counts[axis]):
-            kind = min(index * side, far), min(length - index * side, far)
+            kind = self._axis_kind(axis, index * side)
             first, alike = found.get(kind, (index, 0))
             found[kind] = first, alike + 1
         return list(found.values())
 
+    def _chosen_kinds(self, chosen: Sequence[int]) -> Iterator[tuple[Tile, int]]:
+        """``kinds`` of the tiles of these numbers."""
+        found: dict[tuple[tuple[int, int], ...], tuple[int, int]] = {}
+        for number in chosen:
+            start = self.grid.core(number).start
+            kind = tuple(self._axis_kind(axis, place) for axis, place in enumerate(start))
+            first, alike = found.get(kind, (number, 0))
+            found[kind] = first, alike + 1
+        for first, alike in found.values():
+            yield self.tile(first), alike
+
+    def _axis_kind(self, axis: int, start: int) -> tuple[int, int]:
+        """How far a core that starts there is from both borders, or that it is far from them."""
+        length, side = self.grid.shape[axis], self.grid.tile[axis]
+        window = self.reach.window.size[axis] if self.reach.window else 0
+        far = self.reach.halo_with_window.largest + self.crf_halo.largest + window + side
+        return min(start, far), min(length - start, far)
+
+    @property
+    def covered_pixels(self) -> int:
+        """Of the scene, those in cores of tiles that run."""
+        if self.chosen is None:
+            return Region.whole(self.grid.shape).size
+        return sum(self.grid.core(number).size for number in self.chosen)
+
     @property
     def read_ratio(self) -> float:
-        """Pixels that tiles read over pixels of the padded scene; 1.0 means no halo."""
+        """Pixels that tiles read over those of the padded scene; 1.0 means no halo.
+
+        Over those of the cores where not all tiles run.
+        """
         read = sum(alike * tile.read.size for tile, alike in self.kinds())
+        if self.chosen is not None:
+            return read / self.covered_pixels
         return read / Region.whole(self.grid.padded_shape).size
 
 

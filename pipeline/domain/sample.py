@@ -6,7 +6,7 @@ They follow from the grid and a seed alone: no clock, no pixel and no other run 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,6 +19,10 @@ SIDE = {2: 64, 3: 24}
 """Longest side of a sample, in pixels, by number of axes."""
 
 MOST_PAIRS = 8
+
+TRIES = 64
+"""Places that are looked at for a sample where not all tiles run."""
+
 SHARE = 0.05
 """What the samples may read, over the scene; the first pair is taken in any case."""
 
@@ -53,17 +57,33 @@ class SamplePass:
     """Of a tile, in pixels; zero without CRF."""
 
     samples: tuple[Sample, ...]
-    """Pairs of a seam and an interior one of the same size; none where there is one tile."""
+    """Pairs of a seam and an interior one of the same size; none where no two tiles meet."""
 
     @classmethod
-    def of(cls, sweep: Pass, *, reach: Reach, seed: str) -> SamplePass:
-        """Pairs over the tiles of ``sweep``: one, and more while they read little."""
-        budget = SHARE * Region.whole(sweep.grid.padded_shape).size
+    def of(
+        cls,
+        sweep: Pass,
+        *,
+        reach: Reach,
+        seed: str,
+        wanted: Callable[[Region], bool] | None = None,
+    ) -> SamplePass:
+        """Pairs over the tiles of ``sweep``: one, and more while they read little.
+
+        Where not all tiles run, ``wanted`` says whether a place holds a pixel that gets a label.
+        """
+        budget = SHARE * sweep.covered_pixels
         chosen = cls(
             case=sweep.case, grid=sweep.grid, reach=reach, crf_halo=sweep.crf_halo, samples=()
         )
-        for number in range(MOST_PAIRS if len(sweep.grid) > 1 else 0):
-            pair = _pair(sweep.grid, number, seed=seed)
+        for number in range(MOST_PAIRS if len(sweep) > 1 else 0):
+            pair = (
+                _pair(sweep.grid, number, seed=seed)
+                if wanted is None
+                else _pair_among(sweep, number, seed=seed, wanted=wanted)
+            )
+            if pair is None:
+                continue
             more = replace(chosen, samples=(*chosen.samples, *pair))
             if chosen.samples and (more.read_voxels > budget or pair[0] in chosen.samples):
                 break
@@ -112,32 +132,65 @@ class SamplePass:
 
 def _pair(grid: Grid, number: int, *, seed: str) -> tuple[Sample, Sample]:
     """Pair ``number``: across all axes, then across each alone, and so on; the first is central."""
+    at = [_fraction(seed, number, axis) for axis in range(len(grid.shape))]
+    # The last tile may be short.
+    home = [int(place * max(count - 1, 1)) for place, count in zip(at, grid.counts, strict=True)]
+    return _pair_at(grid, home, at, along=Region.whole(grid.shape), crossed=_crossed(grid, number))
+
+
+def _pair_among(
+    sweep: Pass, number: int, *, seed: str, wanted: Callable[[Region], bool]
+) -> tuple[Sample, Sample] | None:
+    """Pair ``number`` in tiles that run, each with pixels that are wanted; None if none is found.
+
+    Tiles that run may lie apart, and what is wanted of them be small: places are tried.
+    """
+    grid, running, crossed = sweep.grid, frozenset(sweep.numbers), _crossed(sweep.grid, number)
+    found: dict[str, Sample] = {}
+    for attempt in range(1, TRIES + 1):
+        seed_here = f"{seed} {number}"
+        *at, which = (_fraction(seed_here, attempt, axis) for axis in range(len(grid.shape) + 1))
+        core = grid.core(sweep.numbers[int(which * len(sweep))])
+        home = [a // side for a, side in zip(core.start, grid.tile, strict=True)]
+        for sample in _pair_at(grid, home, at, along=core, crossed=crossed):
+            met = {*grid.meeting(sample.region)}
+            full = len(met) == (2 ** len(crossed) if sample.kind == "seam" else 1)
+            if sample.kind not in found and full and met <= running and wanted(sample.region):
+                found[sample.kind] = sample
+        if len(found) == 2:
+            return found["seam"], found["interior"]
+    return None
+
+
+def _crossed(grid: Grid, number: int) -> set[int]:
+    """The axes whose borders pair ``number`` lies astride: all that are cut, then each alone."""
     cut = [axis for axis, count in enumerate(grid.counts) if count > 1]
     kinds = [set(cut), *({axis} for axis in cut if len(cut) > 1)]
-    crossed = kinds[number % len(kinds)]
-    edges = [
-        _edges(grid, axis, crossed=axis in crossed, at=_fraction(seed, number, axis))
-        for axis in range(len(grid.shape))
-    ]
-    seam, interior = zip(*edges, strict=True)
+    return kinds[number % len(kinds)]
+
+
+def _pair_at(
+    grid: Grid, home: Sequence[int], at: Sequence[float], *, along: Region, crossed: set[int]
+) -> tuple[Sample, Sample]:
+    """The pair astride the ends of the tile of index ``home``, and within it.
+
+    ``at``: where, from 0 to 1, in the tile, and in ``along`` on the axes that are not crossed.
+    """
+    seam, interior = [], []
+    for axis, (index, place) in enumerate(zip(home, at, strict=True)):
+        length, tile = grid.shape[axis], grid.tile[axis]
+        side = min(SIDE[len(grid.shape)], max(tile // 2, 1), length)
+        span = min(tile, length)
+        inside = index * tile + span // 4 + int(place * max(span // 2 - side, 0))
+        first, last = along.start[axis], along.stop[axis] - side
+        free = first + int(place * max(last - first + 1, 0))
+        start = (index + 1) * tile - side // 2 if axis in crossed else free
+        seam.append((start, start + side))
+        interior.append((inside, inside + side))
     return Sample("seam", _box(seam, grid)), Sample("interior", _box(interior, grid))
 
 
-def _edges(
-    grid: Grid, axis: int, *, crossed: bool, at: float
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Start and stop along an axis, of the seam sample and of the interior one."""
-    length, tile = grid.shape[axis], grid.tile[axis]
-    side = min(SIDE[len(grid.shape)], max(tile // 2, 1), length)
-    whole = max(grid.counts[axis] - 1, 1)  # the last tile may be short
-    index = int(at * whole)
-    span = min(tile, length)
-    inside = index * tile + span // 4 + int(at * max(span // 2 - side, 0))
-    start = (index + 1) * tile - side // 2 if crossed else int(at * (length - side + 1))
-    return (start, start + side), (inside, inside + side)
-
-
-def _box(edges: tuple[tuple[int, int], ...], grid: Grid) -> Region:
+def _box(edges: Sequence[tuple[int, int]], grid: Grid) -> Region:
     return Region(*(tuple(ends) for ends in zip(*edges, strict=True))).clip(grid.shape)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipeline.domain.plan import Pass, Tile
-from pipeline.domain.region import Region, Shape
+from pipeline.domain.region import Halo, Region, Shape
 
 BLOCK = 512
 """Side of the blocks that most rasters are stored in, in pixels: what is decoded at once."""
@@ -50,7 +51,13 @@ class Walk:
 
     @property
     def read_amplification(self) -> float:
-        """Pixels decoded over those of the scene, by a reader that remembers so much."""
+        """Pixels decoded over those of the scene, by a reader that remembers so much.
+
+        Over those of the cores, and at most, where not all tiles run.
+        """
+        if self.sweep.chosen is not None:
+            block = Region.whole((BLOCK,) * len(self._margin))
+            return self._blocks_read * block.size / self.sweep.covered_pixels
         tile, length, margin = self.sweep.grid.tile[-1], self.sweep.grid.shape[-1], self._margin[-1]
         band = self.width * tile
         ends = [(left, min(left + band, length)) for left in range(0, length, band)]
@@ -59,11 +66,31 @@ class Walk:
 
     def stretches(self) -> Iterator[list[Tile]]:
         """The tiles of one band after another: each tile of the pass once."""
+        return ([self.sweep.tile(number) for number in band] for band in self._bands())
+
+    def _bands(self) -> Iterator[list[int]]:
+        """Numbers of the tiles of one band after another, those that run."""
         *others, last = self.sweep.grid.counts
+        running = frozenset(self.sweep.numbers)
         for left in range(0, last, self.width):
             band = range(left, min(left + self.width, last))
             rows = range(Region.whole(tuple(others)).size)
-            yield [self.sweep.tile(row * last + column) for row in rows for column in band]
+            numbers = (row * last + column for row in rows for column in band)
+            yield [number for number in numbers if number in running]
+
+    @property
+    def _blocks_read(self) -> int:
+        """Stored blocks that tiles read, each once a band."""
+        around, shape, count = Halo(self._margin, self._margin), self.sweep.grid.shape, 0
+        for band in self._bands():
+            found: set[tuple[int, ...]] = set()
+            for number in band:
+                read = self.sweep.grid.core(number).grow(around).clip(shape)
+                ends = zip(read.start, read.stop, strict=True)
+                sides = (range(a // BLOCK, -(-b // BLOCK)) for a, b in ends)
+                found.update(itertools.product(*sides))
+            count += len(found)
+        return count
 
     @property
     def _margin(self) -> Shape:

@@ -209,6 +209,9 @@ class Claim:
     samples: int
     """How many were to be measured."""
 
+    one_tile: bool
+    """Whether one tile is all of the scene."""
+
     network_exact: bool
     """Logits agree with one pass over the scene."""
 
@@ -237,8 +240,10 @@ def certify(measured: Sequence[Measured], claim: Claim) -> Certificate:
     lacking = claim.samples - len(measured)
     unasked = sum(int((one.valid & ~one.compared).sum()) for one in measured)
     passed: bool | None = None
-    if not claim.samples:
+    if claim.one_tile:
         reason = "the scene is one tile: there is no seam"
+    elif not claim.samples:
+        reason = "no place was found in the area where tiles that ran meet: nothing was measured"
     elif not close and claim.network_exact:
         passed, reason = False, _fault(both, tolerance=tolerance, crf=crf)
         if crf and not masked:
@@ -253,7 +258,7 @@ def certify(measured: Sequence[Measured], claim: Claim) -> Certificate:
         reason = "the halo or the context was chosen so that tiles are not exact"
     else:
         passed, reason = True, ""
-    known = exact if seam.pixels else (None if claim.samples else True)
+    known = exact if seam.pixels else (claim.one_tile or None)
     return Certificate(
         seam=seam,
         interior=interior,

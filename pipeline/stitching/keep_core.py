@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.domain import Region
+from pipeline.domain import Region, Tile
+from pipeline.ports import Area, Block
 
 _AT_ONCE = 2**20
 """Scores that the argmax is taken of at once."""
@@ -21,6 +22,17 @@ def keep_core(array: NDArray[Any], *, core: Region, within: Region) -> NDArray[A
     index: tuple[Any, ...] = (..., *core.slices(within=within))
     cut: NDArray[Any] = array[index]
     return cut
+
+
+def wanted(tile: Tile, block: Block, *, area: Area | None) -> NDArray[np.bool_]:
+    """(*S) bool, of the core: the valid pixels of ``block``, which is what was read, in the area.
+
+    A view, or new. Raises SourceReadError.
+    """
+    valid_S: NDArray[np.bool_] = keep_core(block.valid_S, core=tile.core, within=tile.read)
+    if area is None or not valid_S.any():
+        return valid_S
+    return valid_S & area.inside(tile.core)
 
 
 def to_labels(

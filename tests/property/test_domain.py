@@ -113,8 +113,14 @@ def test_kinds_stand_for_all_tiles(grid, data):
     """The work and the memory of a plan would be those of other tiles than its own."""
     ndim, stride = len(grid.shape), grid.stride
     reach = Reach(stride=stride, halo=data.draw(halos(ndim)), window=None)
-    sweep = Pass(case="a", name="a", grid=grid, reach=reach, crf_halo=data.draw(halos(ndim)))
+    some = st.sets(st.integers(0, len(grid) - 1), min_size=1).map(lambda s: tuple(sorted(s)))
+    chosen = data.draw(st.none() | some)
+    sweep = Pass(
+        case="a", name="a", grid=grid, reach=reach, crf_halo=data.draw(halos(ndim)), chosen=chosen
+    )
     assume(len(sweep) <= 2000)
+    assert [t.key.number for t in sweep.tiles()] == list(chosen or range(len(grid)))
+    assert sweep.covered_pixels == sum(t.core.size for t in sweep.tiles())
     kinds = list(sweep.kinds())
     assert sum(alike for _, alike in kinds) == len(sweep)
     assert sum(alike * t.read.size for t, alike in kinds) == sum(t.read.size for t in sweep.tiles())
@@ -297,8 +303,13 @@ def test_far_from_the_border_the_window_reaches_half_its_size_to_either_side():
         lambda: Grid(shape=(4, 4), tile=(4, 4), stride=0),
         lambda: Grid(shape=(4, 4), tile=(4, 4), stride=-2),
         lambda: Reach(stride=0, halo=Halo.uniform(1, ndim=2)),
+        lambda: Pass(
+            case="a", name="a", grid=Grid(shape=(4, 4), tile=(2, 2), stride=2),
+            reach=Reach(stride=2, halo=Halo.uniform(1, ndim=2)),
+            crf_halo=Halo.uniform(0, ndim=2), chosen=(),
+        ),
     ],
-)
+)  # fmt: skip
 def test_a_value_that_cannot_be_is_not_built(build):
     """It would surface later as a wrong crop, far from its cause."""
     with pytest.raises(RegionError):

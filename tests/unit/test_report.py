@@ -7,8 +7,10 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import shapely
 from PIL import Image
 
+from adapters.polygon_area import PolygonArea
 from pipeline.domain import ImageInfo, Region, TileKey
 from pipeline.ports import Block, Record
 from workflows.quicklook import quicklook
@@ -54,7 +56,7 @@ class Mask:
         return self.labels[region.slices(within=Region.whole(self.labels.shape))]
 
 
-def looked_at(scene: Scene, labels: np.ndarray, **options: int) -> dict[str, np.ndarray]:
+def looked_at(scene: Scene, labels: np.ndarray, **options: object) -> dict[str, np.ndarray]:
     pictures = quicklook(scene, Mask(labels), colors=COLORS, nodata=255, **options)
     return {name: np.asarray(picture) for name, picture in pictures.items()}
 
@@ -67,6 +69,21 @@ def test_bands_are_shown_by_their_names_and_not_by_their_order():
     picture = looked_at(scene, np.zeros((8, 8), np.uint8))["image"]
     assert picture[0, 0].tolist() == [255, 0, 0, 255]
     assert picture[7, 0].tolist() == [0, 0, 255, 255]
+
+
+def test_of_an_area_only_what_lies_near_is_shown_and_read():
+    """A field in a scene of a terabyte would be a dot, and its picture take a night."""
+    image = np.ones((1, 4000, 5000), np.uint16)
+    scene, labels = Scene(image, channels=("1",)), np.full((4000, 5000), 255, np.uint8)
+    labels[1000:1100, 2000:2050], labels[3000:3100, 4000:4100] = 1, 1
+    fields = (shapely.box(2000, 1000, 2050, 1100), shapely.box(4000, 3000, 4100, 3100))
+    area = PolygonArea(tuple(map(shapely.to_wkb, fields)), labels.shape, "")
+    pictures = looked_at(scene, labels, area=area)
+    assert scene.reads <= 6  # windows of 512 px
+    height, width = pictures["mask"].shape[:2]
+    assert (height, width) == (768, 768)  # of 2560 px
+    assert 0 < (pictures["mask"][..., 3] > 0).sum() < 0.02 * height * width
+    assert 0 < (pictures["image"][..., 3] > 0).mean() < 0.3
 
 
 def test_mask_and_overlay_leave_out_nodata_and_background():

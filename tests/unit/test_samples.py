@@ -94,3 +94,44 @@ def test_a_sample_reads_more_than_a_tile_would_around_it() -> None:
     assert region.grow(Halo.uniform(20, ndim=2)) in tile.scored
     assert tile.scored.grow(Halo.uniform(64 + MARGIN * 4, ndim=2)) in tile.read
     assert tile.key == ("c", "certify", 0)
+
+
+def among(chosen: tuple[int, ...], wanted: Region, *, seed: str = "a") -> tuple[Sample, ...]:
+    """Samples in these tiles of four by four, where they meet ``wanted``."""
+    grid = Grid(shape=(4000, 4000), tile=(1000, 1000), stride=4)
+    halo = Halo.uniform(0, ndim=2)
+    sweep = Pass(case="c", name="segment", grid=grid, reach=REACH, crf_halo=halo, chosen=chosen)
+    found = SamplePass.of(sweep, reach=REACH, seed=seed, wanted=lambda at: bool((at & wanted).size))
+    assert found == SamplePass.of(
+        sweep, reach=REACH, seed=seed, wanted=lambda at: bool((at & wanted).size)
+    )
+    for sample in found.samples:
+        assert {*grid.meeting(sample.region)} <= {*chosen}
+        assert (sample.region & wanted).size
+    return found.samples
+
+
+def test_where_few_tiles_run_samples_lie_astride_two_of_them_and_where_labels_are() -> None:
+    """What no tile has said would be compared, or what gets no label."""
+    field = Region((1100, 1500), (1900, 2600))
+    samples = among((5, 6), field)
+    assert [sample.kind for sample in samples] == ["seam", "interior"] * (len(samples) // 2)
+    assert len(samples) >= 2
+    assert all(s.region.start[1] < 2000 < s.region.stop[1] for s in samples if s.kind == "seam")
+    assert among((5, 6), field, seed="b") != samples
+
+
+@pytest.mark.parametrize(
+    ("chosen", "wanted"),
+    [
+        ((5,), Region((1000, 1000), (2000, 2000))),
+        ((0, 2, 8, 15), Region((0, 0), (4000, 4000))),
+        ((5, 6), Region((1100, 1100), (1300, 1300))),
+    ],
+    ids=["one tile", "tiles apart", "labels in one of two"],
+)
+def test_where_no_two_tiles_with_labels_meet_nothing_is_measured(
+    chosen: tuple[int, ...], wanted: Region
+) -> None:
+    """A certificate would rest on places that are no seam."""
+    assert among(chosen, wanted) == ()

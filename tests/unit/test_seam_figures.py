@@ -12,7 +12,7 @@ from pipeline.domain import Region, Sample
 from pipeline.stitching.bound import upper_bound
 from pipeline.stitching.certificate import Certificate, Claim, Measured, certify
 
-CLAIM = Claim(samples=2, network_exact=True, precision="fp32", with_crf=False)
+CLAIM = Claim(samples=2, one_tile=False, network_exact=True, precision="fp32", with_crf=False)
 
 
 def measured(kind: str, *, seed: int = 0) -> Measured:
@@ -111,7 +111,7 @@ def test_what_could_not_be_compared_is_no_pass(pair: tuple[Measured, Measured]) 
 
 def test_one_tile_has_no_seam() -> None:
     """It would be called unknown, although there is nothing to know."""
-    found = certify([], replace(CLAIM, samples=0))
+    found = certify([], replace(CLAIM, samples=0, one_tile=True))
     assert (found.exact, found.passed) == (True, None)
     assert "one tile" in found.reason
 

@@ -77,6 +77,7 @@ def case_of(model: SegmentModel, *, seed: int = 0) -> tuple[SegmentTiles, Pass, 
         padded_shape=grid.padded_shape,
         scene=None,
         crf=None,
+        area=None,
         mask=mask,
         scores=None,
         samples=SampleSink(MemoryPieces(), (Region((24, 24), (36, 40)),)),
@@ -180,6 +181,9 @@ def test_nan_of_the_network_fails_the_tile_where_a_pixel_is_valid() -> None:
     logit_KS[1, 2, 3] = np.nan
     valid_S = np.ones((4, 5), bool)
     with pytest.raises(BundleError, match="NaN at 1 valid pixels"):
-        TileLogits(valid_S=valid_S, guide_CS=None, logit_KS=logit_KS)
+        TileLogits(valid_S=valid_S, wanted_S=valid_S, guide_CS=None, logit_KS=logit_KS)
     valid_S[2, 3] = False
-    assert TileLogits(valid_S=valid_S, guide_CS=None, logit_KS=logit_KS).logit_KS is logit_KS
+    assert (
+        TileLogits(valid_S=valid_S, wanted_S=valid_S, guide_CS=None, logit_KS=logit_KS).logit_KS
+        is logit_KS
+    )

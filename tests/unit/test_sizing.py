@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shapely
 import torch
 from command import Command
 from scenes import fresh, texture, write_raster
 
+from adapters.polygon_area import PolygonArea
 from pipeline.crf.density import Density
 from pipeline.crf.params import CrfParams
 from pipeline.domain import Halo, ImageInfo, Walk
@@ -71,6 +73,7 @@ def resnet50(tmp_path_factory: pytest.TempPathFactory) -> Sizer:
         canonical_px=None,
         window=64,
         scores=False,
+        area=None,
         driver_bytes=DRIVER_BYTES,
     )
 
@@ -150,6 +153,20 @@ def test_canonical_windows_have_the_same_threads_for_any_tile(resnet50: Sizer) -
     assert threads == {512: 1, 4096: 1}
 
 
+def test_an_area_decides_the_tile_and_not_the_threads(resnet50: Sizer) -> None:
+    """A field would get other bytes than with the scene around it, or a tile a hundred times it."""
+    scene = replace(resnet50, info=raster(16384))
+    field = PolygonArea((shapely.to_wkb(shapely.box(700, 700, 900, 900)),), (16384, 16384), "")
+    part = replace(scene, area=field)
+    asked = {"precision": FP32, "budget": AMPLE}
+    assert part.choose(4096, PAIR, **asked) == scene.choose(4096, PAIR, **asked)
+    assert part.choose(None, PAIR, **asked)[0] < scene.choose(None, PAIR, **asked)[0]
+    sweep = part.sweep((512, 512), case="")
+    costs = part.costs(sweep, FP32)
+    assert costs.tiles == len(sweep) == 1
+    assert costs.work < scene.costs(scene.sweep((512, 512), case=""), FP32).work / 900
+
+
 def test_a_larger_tile_is_taken_where_the_smallest_does_not_fit(slim: Path) -> None:
     """Two workers on small tiles take more than one on the whole scene: a budget for one worker
     would be refused."""
@@ -166,6 +183,7 @@ def test_a_larger_tile_is_taken_where_the_smallest_does_not_fit(slim: Path) -> N
         canonical_px=None,
         window=64,
         scores=False,
+        area=None,
         driver_bytes=DRIVER_BYTES,
     )
     ample = small.choose(None, PAIR, precision=FP32, budget=AMPLE)
@@ -215,6 +233,7 @@ def test_a_sample_may_be_the_most_that_a_crf_sees(slim: Path) -> None:
         canonical_px=None,
         window=64,
         scores=False,
+        area=None,
         driver_bytes=DRIVER_BYTES,
     )
     sweep = sizer.sweep((512, 512), case="")

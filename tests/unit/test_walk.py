@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
@@ -30,6 +32,21 @@ def test_every_tile_is_walked_once(shape: tuple[int, ...]) -> None:
     line = walk(shape, tile=64, halo=20)
     numbers = [tile.key.number for stretch in line.stretches() for tile in stretch]
     assert sorted(numbers) == list(range(len(line.sweep)))
+
+
+def some(line: Walk, numbers: Iterable[int]) -> Walk:
+    """The same, of these tiles alone."""
+    return Walk(replace(line.sweep, chosen=tuple(numbers)))
+
+
+@pytest.mark.parametrize("numbers", [[0], [3, 4, 5, 17], range(0, 100, 7), range(100)])
+def test_tiles_that_run_alone_are_walked_once_and_none_else(numbers: Iterable[int]) -> None:
+    """An area's tiles would be left out, or its scene be computed after all."""
+    line = some(walk((5120, 5120), tile=512), numbers)
+    walked = [tile.key.number for stretch in line.stretches() for tile in stretch]
+    assert sorted(walked) == list(numbers)
+    blocks = decoded(line, held=line.remembered_pixels // 512**2)
+    assert 0.96 < blocks / len(line.sweep) / line.read_amplification <= 1
 
 
 def test_a_band_is_walked_row_by_row() -> None:

@@ -48,12 +48,12 @@ def test_relative_paths_begin_at_the_files_folder_and_uris_stay(tmp_path, monkey
     """Cron starts the command in the user's home: a path read from there is another file."""
     monkeypatch.chdir("/")
     (tmp_path / "w").mkdir()
-    found = read_workflow(written(tmp_path / "w", options={"crf": "my.yaml", "halo": "64"}))
+    found = read_workflow(written(tmp_path / "w", options={"crf": "my.yaml", "aoi": "f.gpkg"}))
     at = str(tmp_path / "w")
     assert found.sources == (f"{at}/incoming/*.tif", "/data/scans", f"{at}/list.csv")
     assert found.models == ("models:/landcover@champion", f"{at}/bundles/organs")
     assert found.state == tmp_path / "w" / "state"
-    assert (found.options.crf, found.options.halo) == (f"{at}/my.yaml", "64")
+    assert (found.options.crf, found.options.aoi) == (f"{at}/my.yaml", Path(f"{at}/f.gpkg"))
     assert found.output_at(datetime(2026, 11, 15, 23, 30, tzinfo=UTC)) == (
         f"{at}/masks/2026-11-16/{{id}}"
     )
