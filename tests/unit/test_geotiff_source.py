@@ -138,7 +138,9 @@ def test_spacing_of_a_rotated_grid_in_feet_is_the_length_of_its_sides_in_metres(
     path = write(
         tmp_path / "a.tif", np.zeros((1, 3, 3), np.uint8), crs="EPSG:2263", transform=turned
     )
-    assert GeoTiffSource(path).info.spacing == pytest.approx((5 * 0.3048006096, 10 * 0.3048006096))
+    info = GeoTiffSource(path).info
+    assert info.spacing == pytest.approx((5 * 0.3048006096, 10 * 0.3048006096))
+    assert info.voxel_size == pytest.approx(14 * 0.3048006096**2)  # it leans: no rectangle of 50
 
 
 def test_degrees_become_metres_at_the_middle_of_the_scene(tmp_path: Path) -> None:
