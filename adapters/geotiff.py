@@ -315,7 +315,7 @@ def _spacing(
         if dataset.crs.is_geographic:
             per_x, per_y = _metres_per_unit(dataset, path=path)
         else:
-            per_x = per_y = dataset.crs.linear_units_factor[1]
+            per_x = per_y = dataset.crs.units_factor[1]  # of a local system too
     except CRSError as error:
         raise SourceError(f"{path}: its CRS has no unit of length or angle: {error}") from error
     height = math.hypot(affine.b * per_x, affine.e * per_y)

@@ -60,6 +60,8 @@ def check_output(output: Path, *, source: Path, info: ImageInfo, run: RunDir) ->
         raise SourceError(f"output {output} is a directory; give the path of a file")
     if output.exists() and output.samefile(source):
         raise SourceError(f"output {output} is the source itself; choose another output")
+    if output.resolve() == run.path:
+        raise SourceError(f"output {output} is the run directory as well; choose another --run-dir")
     inside = [part for part in run.parts if part in output.resolve().parents]
     if inside:
         raise SourceError(f"output {output} lies in {inside[0]}, the run's own; choose another")

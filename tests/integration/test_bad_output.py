@@ -140,6 +140,8 @@ def test_an_output_among_the_runs_own_files_is_refused(
     assert command.segment(small, *beside).code == 0
     answer = command.segment(small, out / "ledger" / "o.tif", "--run-dir", out)
     answer.refuses("o.tif", out / "ledger", "choose another")
+    same = command.segment(small, out / "new.tif", "--run-dir", out / "new.tif")
+    same.refuses("new.tif", "run directory as well", "choose another --run-dir")
     (out / "notes.txt").write_text("mine")
     assert command.segment(small, *beside, "--fresh").code == 0
     assert (out / "notes.txt").read_text() == "mine"

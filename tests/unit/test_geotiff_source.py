@@ -143,6 +143,17 @@ def test_spacing_of_a_rotated_grid_in_feet_is_the_length_of_its_sides_in_metres(
     assert info.voxel_size == pytest.approx(14 * 0.3048006096**2)  # it leans: no rectangle of 50
 
 
+def test_a_local_system_has_its_unit_of_length(tmp_path: Path) -> None:
+    """Broken: an orthomosaic on a building site's own grid is refused, for want of a projection."""
+    path = write(
+        tmp_path / "a.tif",
+        np.zeros((1, 3, 3), np.uint8),
+        crs='LOCAL_CS["site",UNIT["foot",0.3048]]',
+        transform=rasterio.Affine(2, 0, 0, 0, -2, 0),
+    )
+    assert GeoTiffSource(path).info.spacing == pytest.approx((0.6096, 0.6096))
+
+
 def test_degrees_become_metres_at_the_middle_of_the_scene(tmp_path: Path) -> None:
     """Broken: areas in square degrees, or metres of the equator for a scene at 60 degrees north."""
     second = 1 / 3600
