@@ -120,7 +120,6 @@ def _run(
     """Tiles, then the product, then the papers."""
     tracker = open_tracker(options, output=product.output, known=product.run.tracking)
     publisher = Publisher(product, tracker)
-    publisher.start()
     try:
         return _tiles_and_papers(product, options, guard=guard, publisher=publisher, stop=stop)
     except BaseException:
@@ -138,6 +137,7 @@ def _tiles_and_papers(
 ) -> dict[str, Any]:
     plan, console = product.plan, stderr_console()
     image = ImageRun(product, options, guard=guard, publisher=publisher)
+    publisher.start()  # now that the directory is known to be this run's, and its tracker's run too
     console.print(plan.summary)
     for note in plan.notes:
         log.warning("%s", note)
