@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from command import Command, tree
 from scenes import texture, write_raster
 
 from adapters.ledger_file import LedgerFile
+from adapters.mlflow_tracker import NoTracker
 from pipeline.domain import TileKey
 from workflows.run_dir import file_digest
 
@@ -118,6 +119,28 @@ def test_a_mask_of_other_options_stays_until_fresh_replaces_it(
     assert tree(out) == before
     fresh = command.segment(small, output, "--tile", 64, "--fresh")
     assert (fresh.code, fresh.manifest["tile"]) == (0, [64, 64])
+
+
+def test_a_refused_command_leaves_the_tracker_s_run_of_the_directory_alone(
+    command: Command, small: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A good run would be called failed in MLflow, under the fingerprint of one that never ran."""
+    told: list[str] = []
+
+    class Told(NoTracker):
+        def start(self, *, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+            told.append(f"start {tags['fingerprint']}")
+            self.run_id = "one"
+
+        def finish(self, status: str, *, artifacts: Iterable[Path]) -> None:
+            if self.run_id is not None:
+                told.append(status)
+
+    monkeypatch.setattr("workflows.segment.open_tracker", lambda *_, **__: Told())
+    good = command.segment(small, out / "o.tif", "--tile", 32)
+    refused = command.segment(small, out / "p.tif", "--run-dir", out / "o.tif.run", "--tile", 64)
+    refused.refuses("holds another run")
+    assert told == [f"start {good.manifest['fingerprint']}", "done"]
 
 
 def test_other_options_that_mean_the_same_run_find_it_finished(
