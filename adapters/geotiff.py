@@ -301,9 +301,7 @@ def _notes(dataset: Any, bands: _Bands) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _spacing(
-    dataset: Any, *, path: Path
-) -> tuple[tuple[float, float], Literal["m", "px"], float]:
+def _spacing(dataset: Any, *, path: Path) -> tuple[tuple[float, float], Literal["m", "px"], float]:
     """Sides of a pixel, (y, x), in metres, or 1 px where there is no CRS.
 
     And its area over that of a rectangle with these sides.

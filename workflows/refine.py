@@ -132,8 +132,20 @@ def _run(
     stop: Callable[[], bool],
 ) -> dict[str, Any]:
     """Tiles, then the product, then the papers."""
-    plan, run = product.plan, product.run
-    tracker = open_tracker(options, output=product.output, known=run.tracking)
+    tracker = open_tracker(options, output=product.output, known=product.run.tracking)
+    with closing(RefineRun(product, options, guard=guard)) as image:  # no other run's directory
+        _start(tracker, product)
+        try:
+            _tiles(image, stop=stop)
+            return _finish(image, tracker)
+        except BaseException:
+            tracker.finish("failed", artifacts=())
+            raise
+
+
+def _start(tracker: MlflowTracker | NoTracker, product: RefineProduct) -> None:
+    """Open the tracker's run, or go on in the one that an interrupted run opened."""
+    plan = product.plan
     tracker.start(
         params={key: str(value) for key, value in plan.as_json()["resolved"].items()},
         tags={
@@ -143,15 +155,7 @@ def _run(
         },
     )
     if tracker.run_id:
-        write_json(run.tracking, {"run_id": tracker.run_id})
-    try:
-        image = RefineRun(product, options, guard=guard)
-        with closing(image):
-            _tiles(image, stop=stop)
-            return _finish(image, tracker)
-    except BaseException:
-        tracker.finish("failed", artifacts=())
-        raise
+        write_json(product.run.tracking, {"run_id": tracker.run_id})
 
 
 def _tiles(image: RefineRun, *, stop: Callable[[], bool]) -> None:

@@ -121,26 +121,43 @@ def test_a_mask_of_other_options_stays_until_fresh_replaces_it(
     assert (fresh.code, fresh.manifest["tile"]) == (0, [64, 64])
 
 
-def test_a_refused_command_leaves_the_tracker_s_run_of_the_directory_alone(
-    command: Command, small: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A good run would be called failed in MLflow, under the fingerprint of one that never ran."""
-    told: list[str] = []
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What ``segment`` and ``refine`` tell a tracker, in order."""
+    words: list[str] = []
 
     class Told(NoTracker):
         def start(self, *, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
-            told.append(f"start {tags['fingerprint']}")
+            words.append(f"start {tags['fingerprint']}")
             self.run_id = "one"
 
         def finish(self, status: str, *, artifacts: Iterable[Path]) -> None:
             if self.run_id is not None:
-                told.append(status)
+                words.append(status)
 
-    monkeypatch.setattr("workflows.segment.open_tracker", lambda *_, **__: Told())
-    good = command.segment(small, out / "o.tif", "--tile", 32)
-    refused = command.segment(small, out / "p.tif", "--run-dir", out / "o.tif.run", "--tile", 64)
-    refused.refuses("holds another run")
-    assert told == [f"start {good.manifest['fingerprint']}", "done"]
+    for module in ("segment", "refine"):
+        monkeypatch.setattr(f"workflows.{module}.open_tracker", lambda *_, **__: Told())
+    return words
+
+
+def test_a_refused_command_leaves_the_tracker_s_run_of_the_directory_alone(
+    command: Command, small: Path, out: Path, told: list[str]
+) -> None:
+    """A good run would be called failed in MLflow, under the fingerprint of one that never ran."""
+    scores = ("--crf", "off", "--scores", "float16", "--tile", 32)
+    good = command.segment(small, out / "o.tif", *scores)
+    expected = [f"start {good.manifest['fingerprint']}", "done"]
+    run = ("--run-dir", out / "o.tif.run")
+    command.segment(small, out / "p.tif", *run, "--tile", 64).refuses("holds another run")
+    assert told == expected
+    (out / "crf.yaml").write_text("{iterations: 1, smoothness: {weight: 1, position: 1}}")
+    line = ("refine", small, "--scores", f"{out / 'o.tif'}.run", "--backend", "serial")
+    line = (*line, "--crf", out / "crf.yaml", "-o", out / "r.tif", "--json")
+    expected += [f"start {command(*line).manifest['fingerprint']}", "done"]
+    (out / "crf.yaml").write_text("{iterations: 2, smoothness: {weight: 1, position: 1}}")
+    (out / "r.tif").unlink()
+    command(*line).refuses("holds another run")
+    assert told == expected
 
 
 def test_other_options_that_mean_the_same_run_find_it_finished(
