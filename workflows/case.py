@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.uri import open_source
+from pipeline.errors import SourceError
 from pipeline.ports import Source
 from workflows.config import RunOptions
 
@@ -32,6 +33,14 @@ class Case:
 
     series: str | None = None
     """Which series of a DICOM folder was asked for."""
+
+    def check_unchanged(self) -> None:
+        """Raise SourceError where the content is another than when the run began."""
+        if self.source.digest() != self.digest:
+            raise SourceError(
+                f"{self.path} has changed while it was read, so that a mask would be of two images:"
+                " start over with --fresh"
+            )
 
 
 def open_case(path: Path, options: RunOptions, *, scratch: Path | None = None) -> Case:
