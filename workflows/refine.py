@@ -176,7 +176,7 @@ def _tiles(image: RefineRun, *, stop: Callable[[], bool]) -> None:
     feed.add(image.tiles.jobs())
     feed.close()
     with progress:
-        if image.tiles.outcome.interrupted:
+        if image.tiles.outcome.interrupted and not stop():
             backend = make_backend(
                 image.options,
                 device=plan.resolved.device,

@@ -153,7 +153,7 @@ def _tiles_and_papers(
     feed.add(image.tiles.jobs())
     feed.close()
     with closing(image), progress:
-        if image.tiles.outcome.interrupted:
+        if image.tiles.outcome.interrupted and not stop():
             backend = make_backend(
                 options,
                 device=plan.resolved.device,
