@@ -18,7 +18,10 @@ from scenes import texture, write_raster
 from adapters.ledger_file import LedgerFile
 from adapters.mlflow_tracker import NoTracker
 from pipeline.domain import TileKey
+from pipeline.errors import FinishError, PlanError
+from workflows.config import SegmentOptions
 from workflows.run_dir import file_digest
+from workflows.segment import segment
 
 IMAGE_CYX = np.stack([texture((96, 128), seed=seed) for seed in (1, 2, 3)])
 
@@ -196,6 +199,26 @@ def test_a_directory_of_somebody_elses_is_no_run_directory(
     answer = command.segment(small, out / "o.tif", "--run-dir", small.parent, *more)
     answer.refuses(small.parent, small.name, "empty")
     assert tree(small.parent) == before
+
+
+def test_a_file_that_appears_where_the_mask_will_go_is_not_replaced(
+    slim: Path, small: Path, out: Path
+) -> None:
+    """Of two commands with one output, the later one would destroy what the earlier one made."""
+    output = out / "o.tif"
+    asked = SegmentOptions(tile=32, backend="serial", tracking_uri="none")
+
+    def stop() -> bool:
+        output.write_bytes(b"theirs")
+        return False
+
+    with pytest.raises(FinishError, match=r"o\.tif has appeared while this ran"):
+        segment(small, output, model=slim, options=asked, stop=stop)
+    assert output.read_bytes() == b"theirs"
+    with pytest.raises(PlanError, match="not made by this command"):
+        segment(small, output, model=slim, options=asked)
+    output.unlink()
+    assert segment(small, output, model=slim, options=asked)["status"] == "done"
 
 
 def test_an_output_that_was_changed_since_is_not_overwritten(
