@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from pipeline.domain import Pass, TilePlan
@@ -57,7 +58,8 @@ def make_plan(
         {
             "source": case.digest,
             "bundle": bundle.digest,
-            "options": options.request(),
+            # What the CRF's file says, not where it lies.
+            "options": options.request() | {"crf": None},
             "crf": crf.as_json() if crf else None,
         }
     )
@@ -180,12 +182,13 @@ def _workers(options: SegmentOptions, sweep: Pass, resolved: Resolved) -> int:
 
 
 def _asked(case: Case, bundle: Bundle, options: SegmentOptions) -> Mapping[str, Any]:
+    crf = options.crf if options.crf in ("auto", "off") else str(Path(options.crf).absolute())
     return {
         "source": str(case.path),
         "volume": case.volume,
         "series": case.series,
         "model": str(bundle.path),
-        "options": options.request(),
+        "options": options.request() | {"crf": crf},
     }
 
 
