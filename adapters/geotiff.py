@@ -294,6 +294,9 @@ def _notes(dataset: Any, bands: _Bands) -> tuple[str, ...]:
         notes.append("rotated affine")
     if bands.alpha is not None:
         notes.append(f"band {bands.alpha} is alpha: it says what is valid and is no channel")
+    stated = {(dataset.scales[band - 1], dataset.offsets[band - 1]) for band in bands.channels}
+    if stated != {(1.0, 0.0)}:
+        notes.append("the file's scale and offset of bands are not applied: values are as stored")
     if dataset.gcps[0] or dataset.rpcs:
         notes.append("ground control points or RPCs are not used")
     if dataset.driver == "GTiff" and dataset.subdatasets:

@@ -12,7 +12,7 @@ from typing import Any
 
 from adapters.lease_file import LeaseFile
 from adapters.mlflow_tracker import MlflowTracker, NoTracker
-from adapters.uri import open_channels
+from adapters.uri import local_path, open_channels
 from pipeline.crf.params import CrfParams
 from pipeline.errors import PlanError, SourceError
 from pipeline.execution.feed import FairFeed
@@ -83,7 +83,7 @@ def refine(
             f"--run-dir {run.path} is that of the scores, and would no longer hold them: choose"
             " another output, or name another --run-dir"
         )
-    case = _open_case(Path(source).absolute(), asked, run=run)
+    case = _open_case(local_path(str(source)).absolute(), asked, run=run)
     given, own_legend = open_scores(Path(scores).absolute(), case, scratch=run.scratch)
     wish = Wish(
         case=case,
@@ -204,7 +204,7 @@ def _finish(image: RefineRun, tracker: MlflowTracker | NoTracker) -> dict[str, A
     )
     tracker.finish(values["status"], artifacts=[run.plan, *([run.certificate] if seam else [])])
     if tracker.error:
-        values["notes"] = (*values["notes"], f"MLflow: {tracker.error}")
+        values["notes"] = (*values["notes"], tracker.error)
     if seam is not None:
         write_json(run.manifest, values)
         for spent in (run.scratch, run.lattice):

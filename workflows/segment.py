@@ -12,6 +12,7 @@ from typing import Any
 
 from adapters.lease_file import LeaseFile
 from adapters.mlflow_tracker import import_for
+from adapters.uri import local_path
 from pipeline.execution.feed import FairFeed
 from pipeline.models.bundle import Bundle
 from pipeline.ports import Guard, Record
@@ -60,7 +61,7 @@ def segment(
     bundle = bundle_asked(model, asked)
     target = Path(output).absolute()
     run = RunDir((asked.run_dir or default_run_dir(target)).resolve())
-    case = open_case(Path(source).absolute(), asked, scratch=run.scratch)
+    case = open_case(local_path(str(source)).absolute(), asked, scratch=run.scratch)
     run.check_ours(batch=False)
     check_output(target, source=case.path, info=case.source.info, run=run)
     # A request that cannot be planned leaves no directory behind, and --fresh deletes nothing.
@@ -87,7 +88,10 @@ def plan_only(source: str | Path, *, model: str | Path, options: SegmentOptions)
     from workflows.calibration import network_seconds
     from workflows.planning import make_plan
 
-    case, bundle = open_case(Path(source).absolute(), options), bundle_asked(model, options)
+    case, bundle = (
+        open_case(local_path(str(source)).absolute(), options),
+        bundle_asked(model, options),
+    )
     plan = make_plan(case, bundle, options)
     return plan.as_json() | {"network_seconds": round(network_seconds(plan, bundle), 1)}
 
