@@ -259,7 +259,7 @@ def _describe(dataset: Any, bands: _Bands, *, path: Path) -> ImageInfo:
     dtypes = {dataset.dtypes[band - 1] for band in bands.channels}
     if len(dtypes) > 1 or np.dtype(next(iter(dtypes))).kind not in "iuf":
         raise SourceError(f"{path} has bands of {sorted(dtypes)}; one real type for all is needed")
-    spacing, unit = _spacing(dataset, path=path)
+    spacing, unit, fullness = _spacing(dataset, path=path)
     return ImageInfo(
         shape=dataset.shape,
         axes=("y", "x"),
@@ -268,6 +268,7 @@ def _describe(dataset: Any, bands: _Bands, *, path: Path) -> ImageInfo:
         nodata=tuple(dataset.nodatavals[band - 1] for band in bands.channels),
         spacing=spacing,
         unit=unit,
+        fullness=fullness,
         crs=dataset.crs.to_wkt(version="WKT2_2019") if dataset.crs else None,
         affine=affine,
         notes=_notes(dataset, bands),
@@ -293,6 +294,9 @@ def _notes(dataset: Any, bands: _Bands) -> tuple[str, ...]:
         notes.append("rotated affine")
     if bands.alpha is not None:
         notes.append(f"band {bands.alpha} is alpha: it says what is valid and is no channel")
+    stated = {(dataset.scales[band - 1], dataset.offsets[band - 1]) for band in bands.channels}
+    if stated != {(1.0, 0.0)}:
+        notes.append("the file's scale and offset of bands are not applied: values are as stored")
     if dataset.gcps[0] or dataset.rpcs:
         notes.append("ground control points or RPCs are not used")
     if dataset.driver == "GTiff" and dataset.subdatasets:
@@ -300,21 +304,25 @@ def _notes(dataset: Any, bands: _Bands) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _spacing(dataset: Any, *, path: Path) -> tuple[tuple[float, float], Literal["m", "px"]]:
-    """Length of a pixel's sides per axis (y, x): in metres, or 1 px where there is no CRS."""
+def _spacing(dataset: Any, *, path: Path) -> tuple[tuple[float, float], Literal["m", "px"], float]:
+    """Sides of a pixel, (y, x), in metres, or 1 px where there is no CRS.
+
+    And its area over that of a rectangle with these sides.
+    """
     if not dataset.crs:
-        return (1.0, 1.0), "px"
+        return (1.0, 1.0), "px", 1.0
     affine = dataset.transform
     try:
         if dataset.crs.is_geographic:
             per_x, per_y = _metres_per_unit(dataset, path=path)
         else:
-            per_x = per_y = dataset.crs.linear_units_factor[1]
+            per_x = per_y = dataset.crs.units_factor[1]  # of a local system too
     except CRSError as error:
         raise SourceError(f"{path}: its CRS has no unit of length or angle: {error}") from error
     height = math.hypot(affine.b * per_x, affine.e * per_y)
     width = math.hypot(affine.a * per_x, affine.d * per_y)
-    return (height, width), "m"
+    area = abs(affine.determinant) * per_x * per_y
+    return (height, width), "m", area / (height * width)
 
 
 def _metres_per_unit(dataset: Any, *, path: Path) -> tuple[float, float]:

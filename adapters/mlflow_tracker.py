@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import logging
 import re
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from adapters.mlflow_quiet import import_mlflow
+from adapters.scratch_file import make_once
 
 log = logging.getLogger(__name__)
 
@@ -161,10 +163,22 @@ class MlflowTracker:
 
 
 def _quiet_client(uri: str, *, database: Path | None) -> Any:
-    mlflow = import_mlflow()
     if database is not None:
-        database.parent.mkdir(parents=True, exist_ok=True)
-    return mlflow.MlflowClient(tracking_uri=uri)
+        make_once(database, write=_write_tables)
+    return import_mlflow().MlflowClient(tracking_uri=uri)
+
+
+def _write_tables(sink: IO[bytes]) -> None:
+    """A database with MLflow's tables.
+
+    Made elsewhere: MLflow takes seconds, refuses what a killed process left half made for ever,
+    and two processes that make it at once get in each other's way.
+    """
+    with tempfile.TemporaryDirectory(prefix="terravox-mlflow-") as folder:
+        draft = Path(folder) / "mlflow.db"
+        client = import_mlflow().MlflowClient(tracking_uri=f"sqlite:///{draft}")
+        client.search_experiments(max_results=1)
+        sink.write(draft.read_bytes())
 
 
 def _tracking_errors() -> tuple[type[Exception], ...]:

@@ -36,6 +36,9 @@ from pipeline.ports import Block
 MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 """Millimetres per unit of length, by the low three bits of ``xyzt_units``; 0 is unknown."""
 
+UPRIGHT = 0.999
+"""Fullness of voxels whose edges are not at right angles: nearly 3 degrees off."""
+
 TRAILING_BYTES = 1 << 20
 """What a stream may hold past its voxels before it is taken for a decompression bomb."""
 
@@ -102,6 +105,7 @@ class NiftiSource:
             nodata=(None,),
             spacing=layout.orientation.canonical(spacing_ijk),
             unit="mm",
+            fullness=_fullness(affine),
             affine=tuple(float(a) for a in affine.ravel()),
             selection=self._selection,
             notes=_notes(header, affine=affine),
@@ -246,11 +250,19 @@ def _notes(header: Any, *, affine: NDArray[np.float64]) -> tuple[str, ...]:
         notes.append("no sform and no qform: right and left are assumed, not known")
     if sform and qform and not _same_place(header.get_qform(), affine, header=header):
         notes.append("sform and qform differ: the sform is used, the mask keeps both")
+    if _fullness(affine) < UPRIGHT:
+        notes.append("axes are not at right angles, as of a tilted gantry")
     if _length_unit(header) == 0:
         notes.append("no unit of length: mm is assumed")
     if len(header.get_data_shape()) == 4 and header.get_data_shape()[3] == 1:
         notes.append("4-D with a single volume, which is taken")
     return tuple(notes)
+
+
+def _fullness(affine: NDArray[np.float64]) -> float:
+    """A voxel's volume over that of a box with its edges; 1 where they are at right angles."""
+    edges = affine[:3, :3] / voxel_sizes(affine)
+    return abs(float(np.linalg.det(edges)))
 
 
 def _same_place(first: NDArray[np.float64], second: NDArray[np.float64], *, header: Any) -> bool:

@@ -19,6 +19,13 @@ def is_known(name: str) -> bool:
     return name.lower().endswith(_KNOWN)
 
 
+def local_path(uri: str) -> Path:
+    """The path that it is. Raises SourceError for an address."""
+    if "://" in uri:
+        raise SourceError(f"{uri}: only local files are read; copy it to this machine")
+    return Path(uri)
+
+
 def open_source(
     uri: str,
     *,
@@ -37,9 +44,7 @@ def open_source(
     Raises:
         SourceError: no such file, an unknown suffix, or a choice that this kind does not have.
     """
-    if "://" in uri:
-        raise SourceError(f"{uri}: only local files are read; copy it to this machine")
-    path, name = Path(uri), uri.lower()
+    path, name = local_path(uri), uri.lower()
     if not path.exists():
         raise SourceError(f"{uri} does not exist")
     if volume is not None and not name.endswith(_NIFTI):

@@ -64,7 +64,7 @@ class Command:
         return Answer(code=int(exit_.value.code or 0), out=out, err=err)
 
     def segment(
-        self, source: Path, output: Path, *more: object, model: Path | None = None
+        self, source: Path | str, output: Path, *more: object, model: Path | None = None
     ) -> Answer:
         """``terravox segment`` in this process, in fp32, without tracking."""
         return self(

@@ -28,7 +28,7 @@ from pipeline.models.bundle import Bundle
 from pipeline.ports import Guard
 from workflows.case import Case
 from workflows.config import SegmentOptions
-from workflows.finish import Product, check_output, finishing_mark
+from workflows.finish import Product, check_output, finishing_mark, mark_output
 from workflows.image_run import ImageRun
 from workflows.manifest import default_run_dir
 from workflows.planning import make_plan
@@ -386,3 +386,6 @@ class BatchCase:
             check_output(output, source=case.path, info=case.source.info, run=product.run)
         except SourceError as error:
             raise ExecutionError(str(error)) from error
+        if output.exists():  # its run directory may have been cleared
+            product.run.path.mkdir(parents=True, exist_ok=True)
+            mark_output(product.run, output)

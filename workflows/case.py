@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapters.uri import open_source
+from pipeline.errors import SourceError
 from pipeline.ports import Area, Source
 from workflows.aoi import Aoi, open_aoi
 from workflows.config import RunOptions
@@ -50,6 +51,14 @@ class Case:
         if aoi is None:
             return self
         return replace(self, aoi=open_aoi(aoi, self.source.info, scratch=scratch))
+
+    def check_unchanged(self) -> None:
+        """Raise SourceError where the content is another than when the run began."""
+        if self.source.digest() != self.digest:
+            raise SourceError(
+                f"{self.path} has changed while it was read, so that a mask would be of two images:"
+                " start over with --fresh"
+            )
 
 
 def open_case(path: Path, options: RunOptions, *, scratch: Path | None = None) -> Case:

@@ -59,7 +59,7 @@ def _options(
 
 @app.command()
 def segment(
-    source: Path,
+    source: str,
     output: take.Output,
     model: take.Model,
     run_dir: take.RunDirectory = None,
@@ -157,7 +157,7 @@ app.command()(refine)
 
 @app.command()
 def plan(
-    source: Path,
+    source: str,
     model: take.Model,
     crf: take.Crf = "auto",
     tile: take.TileSide = None,

@@ -15,7 +15,7 @@ crf_app = typer.Typer(help="The dense CRF.", no_args_is_help=True, rich_markup_m
 
 
 def refine(
-    source: Annotated[Path, typer.Argument(help="The image that guides: a raster or a volume.")],
+    source: Annotated[str, typer.Argument(help="The image that guides: a raster or a volume.")],
     scores: Annotated[
         Path,
         typer.Option(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from adapters.uri import output_kind
 from pipeline.domain import ImageInfo, Pass, TileKey
-from pipeline.errors import PlanError, SourceError, StoreError
+from pipeline.errors import FinishError, PlanError, SourceError, StoreError
 from pipeline.models.bundle import Bundle
 from pipeline.ports import ArrayStore, Record
 from pipeline.stitching.certificate import Certificate
@@ -60,6 +60,8 @@ def check_output(output: Path, *, source: Path, info: ImageInfo, run: RunDir) ->
         raise SourceError(f"output {output} is a directory; give the path of a file")
     if output.exists() and output.samefile(source):
         raise SourceError(f"output {output} is the source itself; choose another output")
+    if output.resolve() == run.path:
+        raise SourceError(f"output {output} is the run directory as well; choose another --run-dir")
     inside = [part for part in run.parts if part in output.resolve().parents]
     if inside:
         raise SourceError(f"output {output} lies in {inside[0]}, the run's own; choose another")
@@ -69,12 +71,23 @@ def check_output(output: Path, *, source: Path, info: ImageInfo, run: RunDir) ->
 
 def write_product(product: Product, *, store: ArrayStore, seam: Certificate) -> None:
     """Write, verify and name the output. Raises FinishError, StoreError or SourceError."""
-    mark_output(product.run, product.output)
+    claim_output(product.run, product.output)
     product.run.scratch.mkdir(exist_ok=True)
     if product.case.source.info.ndim == 2:
         _write_raster(product, store, seam)
     else:
         _write_volume(product, store, seam)
+
+
+def claim_output(run: RunDir, output: Path) -> None:
+    """Mark it as ours. Raises FinishError for a file that has appeared there during the run."""
+    mark = read_json(finishing_mark(run)) or {}
+    if output.exists() and mark.get("output") != str(output.resolve()):
+        raise FinishError(
+            f"{output} has appeared while this ran, and somebody else made it: move it away and"
+            " run the same command again"
+        )
+    mark_output(run, output)
 
 
 def mark_output(run: RunDir, output: Path) -> None:

@@ -87,6 +87,7 @@ class ImageRun:
         allowed = len(failed) <= self.options.allow_failed
         seam = self._certified() if allowed and not self.tiles.outcome.interrupted else None
         if seam is not None:
+            self.product.case.check_unchanged()
             self.guard.check()
             write_product(self.product, store=self.mask, seam=seam.certificate)
             self.guard.check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from pipeline.crf.density import density_of
@@ -59,7 +60,8 @@ def make_plan(
         {
             "source": case.digest,
             "bundle": bundle.digest,
-            "options": options.request(),
+            # What the CRF's file says, not where it lies.
+            "options": options.request() | {"crf": None},
             "crf": crf.as_json() if crf else None,
             "aoi": case.area.digest if case.area else None,
         }
@@ -197,13 +199,14 @@ def _workers(options: SegmentOptions, sweep: Pass, resolved: Resolved) -> int:
 
 
 def _asked(case: Case, bundle: Bundle, options: SegmentOptions) -> Mapping[str, Any]:
+    crf = options.crf if options.crf in ("auto", "off") else str(Path(options.crf).absolute())
     return {
         "source": str(case.path),
         "volume": case.volume,
         "series": case.series,
         "aoi": str(case.aoi.path) if case.aoi else None,
         "model": str(bundle.path),
-        "options": options.request(),
+        "options": options.request() | {"crf": crf},
     }
 
 

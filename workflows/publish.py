@@ -97,7 +97,7 @@ class Publisher:
             artifacts += self._papers(values, outcome, store, seam)
         self._tracker.finish(values["status"], artifacts=artifacts)
         if self._tracker.error:
-            values["notes"] = (*values["notes"], f"MLflow: {self._tracker.error}")
+            values["notes"] = (*values["notes"], self._tracker.error)
         if values["output"]:
             write_json(run.manifest, values)
             shutil.rmtree(run.scratch, ignore_errors=True)

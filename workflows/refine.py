@@ -12,7 +12,7 @@ from typing import Any
 
 from adapters.lease_file import LeaseFile
 from adapters.mlflow_tracker import MlflowTracker, NoTracker
-from adapters.uri import open_channels
+from adapters.uri import local_path, open_channels
 from pipeline.crf.params import CrfParams
 from pipeline.errors import PlanError, SourceError
 from pipeline.execution.feed import FairFeed
@@ -83,7 +83,7 @@ def refine(
             f"--run-dir {run.path} is that of the scores, and would no longer hold them: choose"
             " another output, or name another --run-dir"
         )
-    case = _open_case(Path(source).absolute(), asked, run=run)
+    case = _open_case(local_path(str(source)).absolute(), asked, run=run)
     given, own_legend = open_scores(Path(scores).absolute(), case, scratch=run.scratch)
     wish = Wish(
         case=case,
@@ -132,8 +132,20 @@ def _run(
     stop: Callable[[], bool],
 ) -> dict[str, Any]:
     """Tiles, then the product, then the papers."""
-    plan, run = product.plan, product.run
-    tracker = open_tracker(options, output=product.output, known=run.tracking)
+    tracker = open_tracker(options, output=product.output, known=product.run.tracking)
+    with closing(RefineRun(product, options, guard=guard)) as image:  # no other run's directory
+        _start(tracker, product)
+        try:
+            _tiles(image, stop=stop)
+            return _finish(image, tracker)
+        except BaseException:
+            tracker.finish("failed", artifacts=())
+            raise
+
+
+def _start(tracker: MlflowTracker | NoTracker, product: RefineProduct) -> None:
+    """Open the tracker's run, or go on in the one that an interrupted run opened."""
+    plan = product.plan
     tracker.start(
         params={key: str(value) for key, value in plan.as_json()["resolved"].items()},
         tags={
@@ -143,15 +155,7 @@ def _run(
         },
     )
     if tracker.run_id:
-        write_json(run.tracking, {"run_id": tracker.run_id})
-    try:
-        image = RefineRun(product, options, guard=guard)
-        with closing(image):
-            _tiles(image, stop=stop)
-            return _finish(image, tracker)
-    except BaseException:
-        tracker.finish("failed", artifacts=())
-        raise
+        write_json(product.run.tracking, {"run_id": tracker.run_id})
 
 
 def _tiles(image: RefineRun, *, stop: Callable[[], bool]) -> None:
@@ -172,7 +176,7 @@ def _tiles(image: RefineRun, *, stop: Callable[[], bool]) -> None:
     feed.add(image.tiles.jobs())
     feed.close()
     with progress:
-        if image.tiles.outcome.interrupted:
+        if image.tiles.outcome.interrupted and not stop():
             backend = make_backend(
                 image.options,
                 device=plan.resolved.device,
@@ -200,7 +204,7 @@ def _finish(image: RefineRun, tracker: MlflowTracker | NoTracker) -> dict[str, A
     )
     tracker.finish(values["status"], artifacts=[run.plan, *([run.certificate] if seam else [])])
     if tracker.error:
-        values["notes"] = (*values["notes"], f"MLflow: {tracker.error}")
+        values["notes"] = (*values["notes"], tracker.error)
     if seam is not None:
         write_json(run.manifest, values)
         for spent in (run.scratch, run.lattice):

@@ -18,7 +18,7 @@ from pipeline.refine_tile import CrfModel, RefineSamples, RefineTiles
 from pipeline.segment_image import ImageTiles
 from pipeline.stitching.certificate import Disagreement
 from workflows.config import RefineOptions
-from workflows.finish import lost_chunks, mark_output
+from workflows.finish import claim_output, lost_chunks
 from workflows.lattice_rows import LatticeRows
 from workflows.refine_plan import RefinePlan, Wish
 from workflows.run_dir import RunDir, keep_plan, write_json
@@ -74,8 +74,9 @@ class RefineRun:
 
     def write(self, seam: Mapping[str, Any]) -> None:
         """Write, verify and name the output. Raises FinishError, StoreError or SourceError."""
+        self.product.wish.case.check_unchanged()
         self.guard.check()
-        mark_output(self.run, self.product.output)
+        claim_output(self.run, self.product.output)
         self.run.scratch.mkdir(exist_ok=True)
         if self.product.wish.case.source.info.ndim == 2:
             self._write_raster(seam)

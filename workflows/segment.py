@@ -13,6 +13,7 @@ from typing import Any
 
 from adapters.lease_file import LeaseFile
 from adapters.mlflow_tracker import import_for
+from adapters.uri import local_path
 from pipeline.execution.feed import FairFeed
 from pipeline.models.bundle import Bundle
 from pipeline.ports import Guard, Record
@@ -61,7 +62,7 @@ def segment(
     bundle = bundle_asked(model, asked)
     target = Path(output).absolute()
     run = RunDir((asked.run_dir or default_run_dir(target)).resolve())
-    case = open_case(Path(source).absolute(), asked, scratch=run.scratch)
+    case = open_case(local_path(str(source)).absolute(), asked, scratch=run.scratch)
     run.check_ours(batch=False)
     check_output(target, source=case.path, info=case.source.info, run=run)
     try:
@@ -103,7 +104,7 @@ def plan_only(source: str | Path, *, model: str | Path, options: SegmentOptions)
 
     bundle = bundle_asked(model, options)
     with TemporaryDirectory() as scratch:  # a mask that is compressed is unpacked
-        case = open_case(Path(source).absolute(), options)
+        case = open_case(local_path(str(source)).absolute(), options)
         plan = make_plan(case.within(options.aoi, scratch=Path(scratch)), bundle, options)
     return plan.as_json() | {"network_seconds": round(network_seconds(plan, bundle), 1)}
 
@@ -136,7 +137,6 @@ def _run(
     """Tiles, then the product, then the papers."""
     tracker = open_tracker(options, output=product.output, known=product.run.tracking)
     publisher = Publisher(product, tracker)
-    publisher.start()
     try:
         return _tiles_and_papers(product, options, guard=guard, publisher=publisher, stop=stop)
     except BaseException:
@@ -154,6 +154,7 @@ def _tiles_and_papers(
 ) -> dict[str, Any]:
     plan, console = product.plan, stderr_console()
     image = ImageRun(product, options, guard=guard, publisher=publisher)
+    publisher.start()  # now that the directory is known to be this run's, and its tracker's run too
     console.print(plan.summary)
     for note in plan.notes:
         log.warning("%s", note)
@@ -169,7 +170,7 @@ def _tiles_and_papers(
     feed.add(image.tiles.jobs())
     feed.close()
     with closing(image), progress:
-        if image.tiles.outcome.interrupted:
+        if image.tiles.outcome.interrupted and not stop():
             backend = make_backend(
                 options,
                 device=plan.resolved.device,

@@ -35,6 +35,9 @@ class ImageInfo:
     unit: Literal["m", "mm", "px"]
     """Unit of ``spacing``; ``px`` where the file gives no physical size."""
 
+    fullness: float = 1.0
+    """A pixel's size over that of a box with sides ``spacing``: below 1 where axes are oblique."""
+
     crs: str | None = None
     """Coordinate reference system as WKT2, for rasters that have one."""
 
@@ -68,5 +71,5 @@ class ImageInfo:
     @property
     def voxel_size(self) -> float:
         """Area of a pixel in m2, or volume of a voxel in ml; 1.0 where the unit is pixels."""
-        size = math.prod(self.spacing)
+        size = math.prod(self.spacing) * self.fullness
         return size / 1000.0 if self.unit == "mm" else size

@@ -13,7 +13,7 @@ import yaml
 from command import Command, tree
 from scenes import fresh, texture, write_raster
 
-Make = Callable[[Path], Path]
+Make = Callable[[Path], Path | str]
 IMAGE_CYX = np.stack([texture((96, 128), seed=seed) for seed in (1, 2, 3)])
 
 
@@ -55,6 +55,7 @@ def _cut_in_its_header(folder: Path) -> Path:
 
 
 SOURCES: dict[str, tuple[Make, tuple[str, ...]]] = {
+    "an address": (lambda _: "s3://bucket/a.tif", ("s3://bucket/a.tif", "local files", "copy it")),
     "missing": (lambda folder: folder / "none.tif", ("none.tif", "does not exist")),
     "a directory": (lambda folder: folder, ("holds no DICOM image", "terravox batch")),
     "a text": (_file("text.tif", b"hello\n"), ("text.tif", "neither a TIFF nor", "convert")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,8 +16,12 @@ from command import Command, tree
 from scenes import texture, write_raster
 
 from adapters.ledger_file import LedgerFile
+from adapters.mlflow_tracker import NoTracker
 from pipeline.domain import TileKey
+from pipeline.errors import FinishError, PlanError
+from workflows.config import SegmentOptions
 from workflows.run_dir import file_digest
+from workflows.segment import segment
 
 IMAGE_CYX = np.stack([texture((96, 128), seed=seed) for seed in (1, 2, 3)])
 
@@ -120,6 +124,45 @@ def test_a_mask_of_other_options_stays_until_fresh_replaces_it(
     assert (fresh.code, fresh.manifest["tile"]) == (0, [64, 64])
 
 
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What ``segment`` and ``refine`` tell a tracker, in order."""
+    words: list[str] = []
+
+    class Told(NoTracker):
+        def start(self, *, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+            words.append(f"start {tags['fingerprint']}")
+            self.run_id = "one"
+
+        def finish(self, status: str, *, artifacts: Iterable[Path]) -> None:
+            if self.run_id is not None:
+                words.append(status)
+
+    for module in ("segment", "refine"):
+        monkeypatch.setattr(f"workflows.{module}.open_tracker", lambda *_, **__: Told())
+    return words
+
+
+def test_a_refused_command_leaves_the_tracker_s_run_of_the_directory_alone(
+    command: Command, small: Path, out: Path, told: list[str]
+) -> None:
+    """A good run would be called failed in MLflow, under the fingerprint of one that never ran."""
+    scores = ("--crf", "off", "--scores", "float16", "--tile", 32)
+    good = command.segment(small, out / "o.tif", *scores)
+    expected = [f"start {good.manifest['fingerprint']}", "done"]
+    run = ("--run-dir", out / "o.tif.run")
+    command.segment(small, out / "p.tif", *run, "--tile", 64).refuses("holds another run")
+    assert told == expected
+    (out / "crf.yaml").write_text("{iterations: 1, smoothness: {weight: 1, position: 1}}")
+    line = ("refine", small, "--scores", f"{out / 'o.tif'}.run", "--backend", "serial")
+    line = (*line, "--crf", out / "crf.yaml", "-o", out / "r.tif", "--json")
+    expected += [f"start {command(*line).manifest['fingerprint']}", "done"]
+    (out / "crf.yaml").write_text("{iterations: 2, smoothness: {weight: 1, position: 1}}")
+    (out / "r.tif").unlink()
+    command(*line).refuses("holds another run")
+    assert told == expected
+
+
 def test_other_options_that_mean_the_same_run_find_it_finished(
     command: Command, small: Path, out: Path
 ) -> None:
@@ -140,6 +183,8 @@ def test_an_output_among_the_runs_own_files_is_refused(
     assert command.segment(small, *beside).code == 0
     answer = command.segment(small, out / "ledger" / "o.tif", "--run-dir", out)
     answer.refuses("o.tif", out / "ledger", "choose another")
+    same = command.segment(small, out / "new.tif", "--run-dir", out / "new.tif")
+    same.refuses("new.tif", "run directory as well", "choose another --run-dir")
     (out / "notes.txt").write_text("mine")
     assert command.segment(small, *beside, "--fresh").code == 0
     assert (out / "notes.txt").read_text() == "mine"
@@ -154,6 +199,26 @@ def test_a_directory_of_somebody_elses_is_no_run_directory(
     answer = command.segment(small, out / "o.tif", "--run-dir", small.parent, *more)
     answer.refuses(small.parent, small.name, "empty")
     assert tree(small.parent) == before
+
+
+def test_a_file_that_appears_where_the_mask_will_go_is_not_replaced(
+    slim: Path, small: Path, out: Path
+) -> None:
+    """Of two commands with one output, the later one would destroy what the earlier one made."""
+    output = out / "o.tif"
+    asked = SegmentOptions(tile=32, backend="serial", tracking_uri="none")
+
+    def stop() -> bool:
+        output.write_bytes(b"theirs")
+        return False
+
+    with pytest.raises(FinishError, match=r"o\.tif has appeared while this ran"):
+        segment(small, output, model=slim, options=asked, stop=stop)
+    assert output.read_bytes() == b"theirs"
+    with pytest.raises(PlanError, match="not made by this command"):
+        segment(small, output, model=slim, options=asked)
+    output.unlink()
+    assert segment(small, output, model=slim, options=asked)["status"] == "done"
 
 
 def test_an_output_that_was_changed_since_is_not_overwritten(

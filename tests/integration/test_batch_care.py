@@ -178,6 +178,22 @@ def test_a_replaced_input_whose_batch_was_killed_early_may_replace_its_old_mask(
     assert file_digest(out / "a.tif") != before
 
 
+def test_an_input_that_was_broken_for_a_night_still_replaces_its_old_mask(
+    tmp_path: Path, run: Callable[..., dict[str, Any]]
+) -> None:
+    """A run that began to replace a mask and died would call it somebody else's for ever."""
+    source, out = write_scene(tmp_path / "a.tif", (64, 64), seed=1), tmp_path / "out"
+    run(source, out)
+    before = file_digest(out / "a.tif")
+    whole = write_scene(source, (64, 64), seed=2).read_bytes()
+    source.write_bytes(whole[: len(whole) // 2])
+    assert states(run(source, out)) == {"a": "failed"}
+    assert file_digest(out / "a.tif") == before
+    source.write_bytes(whole)
+    assert states(run(source, out)) == {"a": "done"}
+    assert file_digest(out / "a.tif") != before
+
+
 def test_a_refused_namesake_does_not_hide_a_case_that_is_still_to_do(
     tmp_path: Path, slim: Path
 ) -> None:

@@ -58,6 +58,20 @@ def test_a_finished_run_is_certified_again(command: Command, finished: Path) -> 
     assert "passed" in command("certify", finished).out
 
 
+def test_a_run_is_certified_from_anywhere(
+    command: Command, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths as they were typed mean something in the folder of the run's command alone."""
+    (tmp_path / "crf.yaml").write_text("{iterations: 1, smoothness: {weight: 1, position: 1}}")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    ran = command.segment(Path("scene.tif"), Path("o.tif"), "--tile", 64, "--crf", "crf.yaml")
+    assert ran.code == 0, ran.err
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    answer = command("certify", tmp_path / "o.tif.run")
+    assert answer.code == 0, answer.err
+
+
 def test_what_tiles_said_is_held_against_a_fresh_read(command: Command, finished: Path) -> None:
     """If the run's own references were believed, a fault in both would stay."""
     piece = next((finished / "samples/tiles").glob("*.npy"))

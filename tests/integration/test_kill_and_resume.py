@@ -147,6 +147,16 @@ def test_ctrl_c_drains_exits_130_and_the_rerun_resumes(command: Command, wanted:
     assert len(command.history()) == TOTAL
 
 
+def test_ctrl_c_before_the_first_tile_starts_no_workers(
+    scene: Path, slim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A person who stops a run that is still being planned would wait for a cluster to start."""
+    monkeypatch.delattr("workflows.segment.make_backend")
+    asked = SegmentOptions(tracking_uri="none", tile=TILE)
+    manifest = segment(scene, tmp_path / "o.tif", model=slim, options=asked, stop=lambda: True)
+    assert (manifest["status"], manifest["tiles"]["done"]) == ("interrupted", 0)
+
+
 def test_a_second_command_is_turned_away_while_the_first_runs(command: Command) -> None:
     """Two drivers in one run directory would do everything twice."""
     first = command.start()

@@ -17,8 +17,11 @@ from command import Command, tree
 from rasterio.transform import from_origin
 from scenes import fresh, texture, write_raster
 
+from pipeline.errors import PlanError, SourceError
 from pipeline.models.bundle import load_bundle
 from pipeline.models.frame import Frame
+from workflows.config import SegmentOptions
+from workflows.segment import segment
 
 IMAGE_CYX = np.stack([texture((96, 128), seed=seed) for seed in (1, 2, 3)])
 
@@ -254,3 +257,21 @@ def test_a_file_cut_short_loses_only_the_tiles_that_need_what_is_gone(
     source.write_bytes(intact)
     command.segment(source, output, "--tile", 32).refuses("source", "differ", "--fresh")
     assert output.read_bytes() == before
+
+
+def test_a_source_that_changes_while_it_is_read_makes_no_mask(slim: Path, tmp_path: Path) -> None:
+    """Half of one day's image and half of the next would stand under the digest of the first."""
+    source, output = write_raster(tmp_path / "a.tif", IMAGE_CYX), tmp_path / "o.tif"
+    asked = SegmentOptions(tile=32, backend="serial", tracking_uri="none")
+
+    def stop() -> bool:
+        write_raster(source, IMAGE_CYX + 1)
+        return False
+
+    with pytest.raises(SourceError, match="has changed while it was read"):
+        segment(source, output, model=slim, options=asked, stop=stop)
+    assert not output.exists()
+    with pytest.raises(PlanError, match="holds another run"):
+        segment(source, output, model=slim, options=asked)
+    again = segment(source, output, model=slim, options=asked.model_copy(update={"fresh": True}))
+    assert again["status"] == "done"

@@ -98,6 +98,7 @@ def test_a_file_cut_short_is_refused_with_one_line(tmp_path: Path, old: bool) ->
         ("model.ckpt.data-00000-of-00001", None, "numpy.savez"),
         ("w.safetensors", None, "header too small"),
         ("none.pth", ..., "cannot read"),
+        ("/", ..., "cannot read"),
     ],
 )
 def test_what_is_no_state_dict_is_refused(

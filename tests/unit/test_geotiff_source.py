@@ -138,7 +138,31 @@ def test_spacing_of_a_rotated_grid_in_feet_is_the_length_of_its_sides_in_metres(
     path = write(
         tmp_path / "a.tif", np.zeros((1, 3, 3), np.uint8), crs="EPSG:2263", transform=turned
     )
-    assert GeoTiffSource(path).info.spacing == pytest.approx((5 * 0.3048006096, 10 * 0.3048006096))
+    info = GeoTiffSource(path).info
+    assert info.spacing == pytest.approx((5 * 0.3048006096, 10 * 0.3048006096))
+    assert info.voxel_size == pytest.approx(14 * 0.3048006096**2)  # it leans: no rectangle of 50
+
+
+def test_a_scale_that_is_not_applied_is_said(tmp_path: Path) -> None:
+    """Broken: reflectances of two processing baselines, an offset apart, are taken for alike."""
+    path = write(tmp_path / "a.tif", np.ones((2, 3, 3), np.uint16))
+    assert not any("scale" in note for note in GeoTiffSource(path).info.notes)
+    with rasterio.open(path, "r+") as file:
+        file.offsets = (0, -1000)
+    source = GeoTiffSource(path)
+    assert any("scale and offset of bands are not applied" in n for n in source.info.notes)
+    assert (source.read(Region.whole((3, 3))).image_CS == 1).all()
+
+
+def test_a_local_system_has_its_unit_of_length(tmp_path: Path) -> None:
+    """Broken: an orthomosaic on a building site's own grid is refused, for want of a projection."""
+    path = write(
+        tmp_path / "a.tif",
+        np.zeros((1, 3, 3), np.uint8),
+        crs='LOCAL_CS["site",UNIT["foot",0.3048]]',
+        transform=rasterio.Affine(2, 0, 0, 0, -2, 0),
+    )
+    assert GeoTiffSource(path).info.spacing == pytest.approx((0.6096, 0.6096))
 
 
 def test_degrees_become_metres_at_the_middle_of_the_scene(tmp_path: Path) -> None:

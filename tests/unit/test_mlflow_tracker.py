@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -107,6 +110,29 @@ def test_a_broken_database_is_said_once_and_stops_nothing(tmp_path, caplog):
     assert "could not open the run" in tracker.error
     ours = [r for r in caplog.records if r.name == "adapters.mlflow_tracker"]
     assert len(ours) == 1
+
+
+def test_a_database_has_all_its_tables_from_the_first_moment(tmp_path):
+    """The first command in a folder, killed while it makes them, would end tracking there."""
+    database = tmp_path / "mlflow.db"
+    start = (
+        "from adapters.mlflow_tracker import MlflowTracker\n"
+        f"t = MlflowTracker('sqlite:///{database}', experiment='e', run_name='r')\n"
+        "t.start(params={}, tags={})"
+    )
+    first = subprocess.Popen(
+        [sys.executable, "-c", start], env=os.environ | {"PYTHONPATH": os.getcwd()}
+    )
+    while not database.exists():
+        assert first.poll() is None
+        time.sleep(0.001)
+    first.kill()
+    first.wait()
+    with contextlib.closing(sqlite3.connect(database)) as tables:
+        assert tables.execute("select count(*) from alembic_version").fetchall() == [(1,)]
+    again = tracker_at(tmp_path)
+    again.start(params={}, tags={})
+    assert again.run_id
 
 
 def test_an_unknown_kind_of_server_and_an_unknown_run_are_recorded(folder):

@@ -139,6 +139,18 @@ def test_spacing_is_in_millimetres_whatever_the_unit(tmp_path, unit, factor):
     assert not any("unit" in note for note in info.notes)
 
 
+def test_voxels_that_lean_have_the_volume_of_their_affine_and_are_told(tmp_path):
+    """A CT with a tilted gantry, as converters write it, would get tumours too large."""
+    tilt = np.radians(20)
+    leaning = np.array(
+        [[0.5, 0, 0, 0], [0, 0.5, 5 * np.sin(tilt), 0], [0, 0, 5 * np.cos(tilt), 0], [0, 0, 0, 1]]
+    )
+    for name, affine, told in (("tilted.nii", leaning, True), ("box.nii", np.eye(4), False)):
+        info = NiftiSource(saved(tmp_path / name, PHANTOM, affine)).info
+        assert info.voxel_size == pytest.approx(abs(np.linalg.det(affine)) / 1000)
+        assert any("right angles" in note for note in info.notes) == told
+
+
 def test_an_unknown_unit_and_differing_forms_are_said(tmp_path):
     """A user must learn that mm is a guess, and that other tools may place the scan elsewhere."""
     image = nib.Nifti1Image(PHANTOM, np.diag([2.0, 3, 4, 1]))

@@ -43,7 +43,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         BundleError: no such file, or it holds more than tensors, numbers and text.
     """
-    index = path.with_name(f"{path.name}.index")
+    index = path.parent / f"{path.name}.index"
     if path.suffix in (".index", ".meta", ".pb") or ".data-" in path.name or index.exists():
         raise BundleError(
             f"{path} is TensorFlow's own: where that is installed, write the arrays of"
