@@ -200,6 +200,7 @@ class ImageRun:
             threads=resolved.threads,
             canonical_px=resolved.canonical_px,
             window=resolved.window,
+            hosted=resolved.hosted,
         )
 
     def _works(self) -> dict[str, Work]:

@@ -80,6 +80,7 @@ def make_plan(
         crf=crf,
         canonical_px=canonical_side(options, bundle),
         window=WINDOW,
+        hosted=False,
         scores=options.scores != "none",
         # Cases that share workers are planned in the driver, while others run.
         driver_bytes=DRIVER_BYTES + (not alone) * PLANNING_BYTES,
@@ -92,7 +93,7 @@ def make_plan(
         resolved = resolve(options, asked, halo=trial, alone=alone)
     crf = with_engine(crf, resolved.crf_engine, shape=info.shape, classes=len(bundle.classes))
     reach = reach_asked(known.reach, options, resolved.halo)
-    sizer = replace(sizer, crf=crf, reach=reach, window=resolved.window)
+    sizer = replace(sizer, crf=crf, reach=reach, window=resolved.window, hosted=resolved.hosted)
     sweep = sizer.sweep(resolved.tile, case=case.name)
     scene = None
     if under_all is not None:
