@@ -147,7 +147,7 @@ class CostModel:
         )
 
     def _of_zoomed_sample(self, zoom: Zoom, tile: Tile) -> tuple[int, int]:
-        """Multiply-adds of a sample's passes at a zoom, and what the device holds in one of them."""
+        """Multiply-adds of a sample's passes at a zoom, and what the device holds in one."""
         chain = self.chain
         size = zoom.scale(chain.upsample).shape(tile.read.shape)
         frame = zoom.frame(Frame.of(tile.read, shape=self.shape), like=chain.upsample)
