@@ -53,12 +53,15 @@ class SegmentModel:
     window: int
     """Side of a box with as many features as are computed at once, where windows are rows."""
 
+    hosted: bool
+    """Whether feature maps are held in the memory of the host, wherever the device is."""
+
     @property
     def key(self) -> str:
         """All that decides what is loaded: two cases with equal keys share the network."""
         floats = f"{self.precision.name}-{'last' if self.precision.channels_last else 'first'}"
         average = f"{self.average.zooms} {self.average.axes}"
-        windows = f"{self.context} {self.canonical_px} {self.window} {average}"
+        windows = f"{self.context} {self.canonical_px} {self.window} {self.hosted} {average}"
         return f"{self.bundle.digest} {self.device} {floats} {windows} {self.threads}"
 
     def load(self) -> Logits:
@@ -74,6 +77,7 @@ class SegmentModel:
             threads=self.threads,
             canonical_px=self.canonical_px,
             window=self.window,
+            hosted=self.hosted,
         )
         return averaged(predictor, self.average)
 

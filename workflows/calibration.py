@@ -33,6 +33,7 @@ def network_seconds(plan: SegmentPlan, bundle: Bundle) -> float:
         context=resolved.context,
         threads=resolved.threads,
         window=resolved.window,
+        hosted=resolved.hosted,
     )
     body = traced(bundle, resolved.context).body
     if isinstance(body, Trial):

@@ -201,6 +201,7 @@ class ImageRun:
             threads=resolved.threads,
             canonical_px=resolved.canonical_px,
             window=resolved.window,
+            hosted=resolved.hosted,
         )
 
     def _works(self) -> dict[str, Work]:

@@ -30,6 +30,7 @@ def windows_json(plan: SegmentPlan) -> dict[str, Any]:
         "kind": "none" if plan.stages == 1 else kind,
         "side_px": side_px,
         "features": None if side_px else plan.resolved.window,
+        "maps": "host" if plan.resolved.hosted else "device",
         "same_bytes_for_any_tile": side_px is not None and plan.crf is None and device == "cpu",
     }
 
@@ -40,6 +41,7 @@ def windows_words(plan: SegmentPlan) -> str:
     if values["kind"] == "none":
         return "the network as one"
     if values["kind"] == "rows":
-        return f"windows of rows, {values['features']} features a side"
+        maps = ", maps in the memory of the host" if plan.resolved.hosted else ""
+        return f"windows of rows, {values['features']} features a side{maps}"
     same = " (the same bytes for any tile)" if values["same_bytes_for_any_tile"] else ""
     return f"canonical windows of {values['side_px']} px{same}"

@@ -88,6 +88,7 @@ def make_plan(
         density=density,
         canonical_px=canonical_side(options, bundle),
         window=WINDOW,
+        hosted=False,
         scores=options.scores != "none",
         area=case.area,
         # Cases that share workers are planned in the driver, while others run.
@@ -103,7 +104,7 @@ def make_plan(
         resolved = resolve(options, asked, halo=trial, alone=alone)
     crf = with_engine(crf, resolved.crf_engine, shape=info.shape, classes=len(bundle.classes))
     reach = reach_asked(known.reach, options, resolved.halo)
-    sizer = replace(sizer, crf=crf, reach=reach, window=resolved.window)
+    sizer = replace(sizer, crf=crf, reach=reach, window=resolved.window, hosted=resolved.hosted)
     sweep = sizer.sweep(resolved.tile, case=case.name)
     scene = None
     if under_all is not None and density is not None:

@@ -51,6 +51,9 @@ class Resolved:
     window: int
     """Side of a window, in features, where windows are rows of the tile."""
 
+    hosted: bool
+    """Whether feature maps are held in the memory of the host, beside a GPU."""
+
     crf_engine: EngineName | None
     """Who computes the CRF; None where there is none."""
 
@@ -127,6 +130,7 @@ def resolve(
         halo=halo,
         canonical_px=sizer.canonical_px,
         window=choice.window,
+        hosted=choice.hosted,
         crf_engine=engine,
         versions=_versions(sizer, engine),
     )

@@ -48,6 +48,12 @@ The ResNet-50 of 4096 px in fp32 takes 46 rather than 64 features a side: bands 
 less of a worker's 1.8, and 4 % more time (measured).
 """
 
+HOSTED = 4.0
+"""Time of a tile whose maps are held in the host's memory over that of one on a GPU. Counted for
+ResNet-50 in bf16: 23,000 features are written and read two or three times for each of the last, 110
+KB, in 5 us at 25 GB/s; their 120 MFLOP take 0.4 us on the fastest cards and 8 on small ones. So the
+tile that fits is taken, unless its halo is four times the work. Not measured."""
+
 NEAR_BEST = 1.1
 """``auto`` takes the smallest tile that needs at most so many times the least time."""
 
@@ -60,6 +66,9 @@ class Choice:
 
     window: int
     """Side of a window, in features."""
+
+    hosted: bool
+    """Whether maps are held in the memory of the host."""
 
     team: Team
 
@@ -97,6 +106,9 @@ class Sizer:
 
     window: int
     """Side of a box of features: the device computes as many at once, where windows are rows."""
+
+    hosted: bool
+    """Whether feature maps are held in the memory of the host, beside a GPU."""
 
     scores: bool
     """Whether probabilities are written as well."""
@@ -158,6 +170,7 @@ class Sizer:
             live_px=self.traced.live_px,
             classes=classes,
             window=self.window,
+            hosted=self.hosted,
             canonical_px=self.canonical_px,
             itemsize=itemsize,
             pixel_bytes=pixel_bytes,
@@ -219,37 +232,43 @@ class Sizer:
         self, tile: Shape, team: Team, precision: Precision, budget: Budget
     ) -> Iterator[Choice]:
         """Such tiles with windows that are the smaller, until they fit."""
-        smallest = AUTO_TILES[self.info.ndim][0]
-        for window, slower in self._windows(precision, team.device).items():
-            sizer = replace(self, window=window)
+        for hosted, window, slower in self._ways(precision, team.device):
+            sizer = replace(self, window=window, hosted=hosted)
             sweep = sizer.sweep(tile, case="")
             costs = sizer.costs(sweep, precision)
             # A tile of the smallest size is soon done by one thread, in a batch as well. And
             # where any tile shall give the same bytes, it must not decide the threads. Of all tiles
             # that there are, so that an area does not decide them either.
-            same = max(tile) <= smallest or self.canonical_px is not None
+            same = max(tile) <= AUTO_TILES[self.info.ndim][0] or self.canonical_px is not None
             own = team if same else team.for_tiles(len(sweep.grid))
             peak = self.peak_bytes(costs, workers=own.workers, device=team.device)
             device = 0 if budget.device is None else self._device_bytes(costs, team.device)
-            fits = peak <= budget.host and device <= (budget.device or 0)
-            maps = own.workers * costs.largest.device_bytes * (team.device == "cpu")
-            span = slower * costs.span(own)
-            yield Choice(
-                tile=tile, window=window, team=own, span=span, taken=peak + device, fits=fits
+            choice = Choice(
+                tile=tile,
+                window=window,
+                hosted=hosted,
+                team=own,
+                span=slower * costs.span(own),
+                taken=peak + device,
+                fits=peak <= budget.host and device <= (budget.device or 0),
             )
-            if fits or peak - maps > budget.host:  # which no window would make fit
+            yield choice
+            maps = own.workers * costs.largest.device_bytes * (team.device == "cpu")
+            if choice.fits or peak - maps > budget.host:  # which no window would make fit
                 return
 
-    def _windows(self, precision: Precision, device: Device) -> Mapping[int, float]:
-        """Of ``WINDOWS``, those to try."""
+    def _ways(self, precision: Precision, device: Device) -> Iterator[tuple[bool, int, float]]:
+        """Where maps may be held, and windows, the best first, and how much slower each is."""
         if self.canonical_px is not None or isinstance(self.traced.body, Trial):
-            return {self.window: 1.0}
-        every = WINDOWS[device]
-        if device == "cuda" or self.info.ndim > 2:
-            return every
+            yield False, self.window, 1.0
+            return
         widest = max(self.traced.body.channels.values()) * precision.dtype.itemsize
-        small = {w: slower for w, slower in every.items() if w**2 * widest <= WIDE_BYTES}
-        return small or {min(every): every[min(every)]}
+        for hosted in (False, True) if device == "cuda" else (False,):
+            for window, slower in WINDOWS[device].items():
+                wide = window**2 * widest > WIDE_BYTES and window > min(WINDOWS[device])
+                if device == "cpu" and self.info.ndim == 2 and wide:
+                    continue
+                yield hosted, window, slower * (HOSTED if hosted else 1.0)
 
     def _side(self, side: int) -> Shape:
         """A square tile, no longer than the padded scene on any axis. Raises PlanError."""

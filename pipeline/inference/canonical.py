@@ -19,8 +19,9 @@ from torch import Tensor
 
 from pipeline.domain import Halo, Region, Shape
 from pipeline.errors import RegionError
+from pipeline.inference.feature_map import FeatureMap
 from pipeline.inference.stage_plan import Needs, coarse_place, coarse_region
-from pipeline.inference.staged import FeatureMap, Picture, parts_of, run
+from pipeline.inference.staged import Picture, parts_of, run
 from pipeline.models.chain import Chain
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.frame import Frame

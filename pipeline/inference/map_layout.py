@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipeline.domain import Region
 from pipeline.inference.stage_plan import Needs, beside, block_of, own_padding
 from pipeline.inference.turns import Turns
-from pipeline.models.chain import Chain, Convolution, Stage, Step
+from pipeline.models.chain import Chain, Convolution, Gate, Stage, Step
 from pipeline.models.context_pool import WindowMean
 from pipeline.models.geometry import Slide
+from pipeline.models.scene_mean import OwnMean
 
 _LINE = 16
 """A map starts at a multiple of so many numbers, as memory of its own would."""
@@ -61,21 +63,53 @@ def _lowest(taken: Iterable[tuple[int, int]]) -> int:
     return start
 
 
-def stage_bytes(chain: Chain, needs: Needs, *, window: int, itemsize: int) -> int:
-    """Peak bytes of the maps, with the scratch of one window; of the image a band is held.
+class StageBytes(NamedTuple):
+    """Peak bytes of what a network in stages holds."""
 
-    Args:
-        chain: the network's stages.
-        needs: of the tile.
-        window: side of a window, in features, where windows are runs of rows.
-        itemsize: bytes of a number in the maps.
-    """
-    block = Layout.of(chain, needs, Turns.of(chain, needs, window=window)).size
-    logits = needs.regions[chain.logits].size * chain.channels[chain.logits]
-    scratch = max(
-        _scratch(stage, needs, channels=chain.channels, window=window) for stage in chain.stages
+    maps: int
+    """Of the block of all maps; of the image a band is held."""
+
+    windows: int
+    """Of the scratch of one window, and of the logits: on the device, wherever maps are."""
+
+    @classmethod
+    def of(
+        cls, chain: Chain, needs: Needs, *, window: int, itemsize: int, hosted: bool
+    ) -> StageBytes:
+        """Counted for one tile.
+
+        Args:
+            chain: the network's stages.
+            needs: of the tile.
+            window: side of a window, in features, where windows are runs of rows.
+            itemsize: bytes of a number in the maps.
+            hosted: whether a window's part of a map is copied to the device.
+        """
+        block = Layout.of(chain, needs, Turns.of(chain, needs, window=window)).size
+        logits = needs.regions[chain.logits].size * chain.channels[chain.logits]
+        scratch = max(
+            _scratch(stage, needs, channels=chain.channels, window=window)
+            + hosted * _fetched(stage, needs, channels=chain.channels, window=window)
+            for stage in chain.stages
+        )
+        return cls(block * itemsize, (logits + scratch) * itemsize)
+
+
+def _fetched(stage: Stage, needs: Needs, *, channels: Mapping[str, int], window: int) -> int:
+    """Numbers of maps that one window reads, whole rows where little lies beside it."""
+    block = Region.whole(block_of(stage, needs, window)).move(needs.computed(stage).start)
+    return sum(
+        _reads(step, block, name, needs) * channels[name] * 9 // 8 for step, name in stage.reads()
     )
-    return (block + logits + scratch) * itemsize
+
+
+def _reads(step: Step, block: Region, name: str, needs: Needs) -> int:
+    """Places of a map that the step reads for ``block``."""
+    if isinstance(step.layer, WindowMean):
+        return _copied(step, block, name, needs)
+    if isinstance(step.layer, (OwnMean, Gate)):
+        return needs.regions[name].size
+    return step.geometry.reads(block).size if step.geometry else block.size
 
 
 def _scratch(stage: Stage, needs: Needs, *, channels: Mapping[str, int], window: int) -> int:

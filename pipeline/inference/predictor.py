@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,10 +51,12 @@ class Predictor:
         context: Context,
         threads: int,
         window: int | None = WINDOW,
+        hosted: bool = False,
         canonical_px: int | None = None,
     ) -> None:
         """Load the network; ``window`` None runs it as one, as somebody's own always is.
 
+        With ``hosted``, its maps are held in the memory of the host, wherever it computes.
         With ``canonical_px``, a side in pixels, windows are canonical, and ``window`` is not used.
 
         Raises:
@@ -71,7 +74,7 @@ class Predictor:
         self._bands = network.bands
         if window is None and context == "scene":
             raise BundleError("context 'scene' needs a network in stages: give it windows")
-        self._canonical_px, self._window = canonical_px, window
+        self._canonical_px, self._window, self._hosted = canonical_px, window, hosted
         self._network: CanonicalNetwork | StagedNetwork | WholeNetwork
         if isinstance(network, CustomNetwork) or (canonical_px is None and window is None):
             fix_convolutions(network)
@@ -127,7 +130,7 @@ class Predictor:
             if self._canonical_px is not None:
                 return upsampled(
                     resized,
-                    BoxMap(coarse_BKS.movedim(1, -1), at),
+                    BoxMap(coarse_BKS.movedim(1, -1), at, coarse_BKS.device),
                     scored,
                     side_px=self._canonical_px,
                     shape=frame.shape,
@@ -161,7 +164,7 @@ class Predictor:
         if self._canonical_px is not None:
             return CanonicalNetwork(chain, side_px=self._canonical_px)
         assert self._window is not None
-        return StagedNetwork(chain, window=self._window)
+        return StagedNetwork(chain, window=self._window, hosted=self._hosted)
 
     def _read(self, image_CS: Image, frame: Frame, zoom: Zoom) -> Region:
         """Where the input lies in the scene. Raises SourceError or RegionError."""
@@ -177,14 +180,15 @@ class Predictor:
         # Here, not at construction: networks with other threads may share the process.
         torch.set_num_threads(self._threads)
         if zoom.natural:
-            return _Moved(image_CS, self._moved)
+            maps = torch.device("cpu") if self._hosted else self._device
+            return _Moved(image_CS, partial(self._moved, device=maps))
         # In float32: bfloat16 would turn ramps into steps.
         image_BCS = torch.from_numpy(image_CS[:,]).unsqueeze(0).to(self._device).contiguous()
         return self._moved(zoom.scale(self._scale).layer.forward(image_BCS))
 
-    def _moved(self, tensor: Tensor) -> Tensor:
-        """On the device, in its floats and memory format."""
-        moved = tensor.to(device=self._device)
+    def _moved(self, tensor: Tensor, *, device: torch.device | None = None) -> Tensor:
+        """On the device, or on another, in its floats and memory format."""
+        moved = tensor.to(device=device or self._device)
         if moved.is_floating_point():
             moved = moved.to(dtype=self._dtype)
         spatial = moved.ndim == self._dims + 2
@@ -193,7 +197,7 @@ class Predictor:
 
 @dataclass(frozen=True, slots=True)
 class _Moved:
-    """An image on the device, moved part by part."""
+    """An image where its map is held, moved part by part."""
 
     image_CS: Image
     move: Callable[[Tensor], Tensor]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.domain import Halo, Region, Shape
+from pipeline.domain import Region, Shape
 from pipeline.inference.convolution import convolve
+from pipeline.inference.feature_map import FeatureMap, HostMap
 from pipeline.inference.map_layout import Layout, row_size
 from pipeline.inference.row_sums import lead
-from pipeline.inference.stage_plan import Needs, beside, block_of, own_padding, row_bands
+from pipeline.inference.stage_plan import Needs, block_of, own_padding, row_bands
 from pipeline.inference.turns import Turn, Turns
 from pipeline.models.chain import Chain, Convolution, Gate, Norm, Pool, Stage, Step
 from pipeline.models.context_pool import WindowMean
@@ -47,7 +48,7 @@ _FORMAT = MappingProxyType({2: torch.channels_last, 3: torch.channels_last_3d})
 
 
 class Picture(Protocol):
-    """(1, C, *S) pixels on the device: a tensor, or what makes parts of one when asked."""
+    """(1, C, *S) pixels: a tensor, or what makes parts of one when asked."""
 
     @property
     def shape(self) -> Sequence[int]:
@@ -57,55 +58,16 @@ class Picture(Protocol):
         """A part, with all channels; may alias."""
 
 
-@dataclass(slots=True)
-class FeatureMap:
-    """Features of a region, of which some rows are held at a time."""
-
-    array_BSC: Tensor
-    """(1, *S, C), contiguous; room for rows that are not held may follow."""
-
-    region: Region
-    """What is held, or being computed."""
-
-    @classmethod
-    def laid(cls, memory: Tensor, region: Region, *, height: int, channels: int) -> FeatureMap:
-        """A map with room for ``height`` rows of ``region``, none held, at the front of memory."""
-        size = (1, height, *region.shape[1:], channels)
-        array_BSC = memory[: math.prod(size)].view(size)
-        return cls(array_BSC, Region(region.start, (region.start[0], *region.stop[1:])))
-
-    def roll(self, stop: int, *, keep: int) -> None:
-        """Hold rows before ``stop``, for lack of room without those before ``keep``."""
-        first, held = self.region.start[0], self.region.stop[0]
-        if stop - first > self.array_BSC.shape[1]:
-            rows, way = self.array_BSC[0], keep - first
-            for at in range(way, held - first, way):  # in parts that lie apart from their place
-                part = rows[at : min(at + way, held - first)]
-                rows[at - way : at - way + len(part)].copy_(part)
-            first = keep
-        start, end = self.region.start[1:], self.region.stop[1:]
-        self.region = Region((first, *start), (stop, *end))
-
-    def view(self, region: Region) -> Tensor:
-        """``region``, which is held, as (1, C, *S)."""
-        index: tuple[slice, ...] = (slice(None), *region.slices(within=self.region))
-        return self.array_BSC[index].movedim(-1, 1)
-
-    def read(self, region: Region) -> Tensor:
-        """What a layer that needs ``region`` is given: (1, C, *S), not to be written."""
-        return self.view(region)
-
-    def beside(self, region: Region) -> Halo:
-        """What is read with ``region``, which is held, so that it need not be copied."""
-        return beside(region, self.region)
-
-
 class StagedNetwork:
     """The stages of a network, ready to run."""
 
-    def __init__(self, chain: Chain, *, window: int) -> None:
-        """Run ``chain`` over windows of as many features as a box of side ``window`` has."""
+    def __init__(self, chain: Chain, *, window: int, hosted: bool = False) -> None:
+        """Run ``chain`` over windows of as many features as a box of side ``window`` has.
+
+        With ``hosted``, maps are held in the memory of the host, wherever the weights are.
+        """
         self.chain, self.window = chain, window
+        self.kind = HostMap if hosted else FeatureMap
 
     def coarse_logits(self, image_BCS: Picture, frame: Frame, coarse: Region) -> Tensor:
         """Return (1, K, *S) logits of ``coarse``, in features of this input; a new tensor.
@@ -115,7 +77,7 @@ class StagedNetwork:
         size = tuple(image_BCS.shape[2:])
         needs = Needs.of(self.chain, size, frame=frame, coarse=coarse)
         image = parts_of(image_BCS, Region.whole(size))
-        return run(self.chain, needs, image, window=self.window, kind=FeatureMap).view(coarse)
+        return run(self.chain, needs, image, window=self.window, kind=self.kind).view(coarse)
 
 
 class WholeNetwork:
@@ -158,7 +120,7 @@ def run(
         kind: of map.
     """
     turns = Turns.of(chain, needs, window=window)
-    maps = _laid(chain, needs, turns, image, kind)
+    maps = _laid(chain, needs, turns, kind)
     stages = {stage.name: stage for stage in chain.stages}
     for turn in turns.order:
         name, first, stop, keep = turn
@@ -173,7 +135,7 @@ def run(
             windows = band.blocks(block_of(stage, needs, window))
             _fill(result, stage, maps, needs, windows)
         else:
-            result.view(band).copy_(image(band))
+            result.write(band, image(band))
     return maps[chain.logits]
 
 
@@ -199,30 +161,23 @@ def _follow(
         assert isinstance(step.layer, Convolution)
         for part in band(lead(step)).blocks(block):
             value_BCS = _slide(step.layer, maps[name], part, shape=needs.shapes[name])
-            sum_BCS, rows = result.view(part), max(0, fresh - part.start[0])
-            sum_BCS[:, :, :rows].copy_(value_BCS[:, :, :rows])
-            sum_BCS[:, :, rows:].add_(value_BCS[:, :, rows:])
+            result.add(part, value_BCS, fresh=max(0, fresh - part.start[0]))
         fresh = lead(step)  # before it, this row of the kernel lies beyond the map
 
 
 def _laid(
-    chain: Chain,
-    needs: Needs,
-    turns: Turns,
-    image: Callable[[Region], Tensor],
-    kind: type[FeatureMap],
+    chain: Chain, needs: Needs, turns: Turns, kind: type[FeatureMap]
 ) -> dict[str, FeatureMap]:
-    """All maps, empty, in one block of memory but for the logits."""
-    layout, start = Layout.of(chain, needs, turns), needs.regions[chain.image].start
-    block = image(Region(start, start)).new_empty(layout.size)  # where the image is, in its floats
+    """All maps, empty, in one block of memory but for the logits, which are on the device."""
+    layout, weight = Layout.of(chain, needs, turns), chain.weight
+    block = kind.memory(layout.size, like=weight)
     maps: dict[str, FeatureMap] = {}
     for name, height in turns.heights.items():
-        if name == chain.logits:
-            memory = block.new_empty(height * row_size(chain, needs, name))
-        else:
-            memory = block[layout.starts[name] :]
-        channels = chain.channels[name]
-        maps[name] = kind.laid(memory, needs.regions[name], height=height, channels=channels)
+        size = height * row_size(chain, needs, name)
+        own = name == chain.logits
+        memory = weight.new_empty(size) if own else block[layout.starts[name] :][:size]
+        array_BSC = memory.view(1, height, *needs.regions[name].shape[1:], chain.channels[name])
+        maps[name] = kind.empty(array_BSC, needs.regions[name], device=weight.device)
     return maps
 
 
@@ -238,13 +193,12 @@ def _fill(
         for step in stage.steps[:-1]:
             values[step.name] = _apply(step, window, values=values, maps=maps, needs=needs)
         last, kept = stage.steps[-1], window & result.region
-        target_BCS = result.view(kept)
         index: tuple[Any, ...] = (..., *kept.slices(within=window))
-        if last.layer == "relu" and last.scratch:  # with the copy, in one
-            torch.clamp_min(values[last.inputs[0]][index], 0, out=target_BCS)
+        if last.layer == "relu" and last.scratch and result.near:  # with the copy, in one
+            torch.clamp_min(values[last.inputs[0]][index], 0, out=result.view(kept))
         else:
             value_BCS = _apply(last, window, values=values, maps=maps, needs=needs)
-            target_BCS.copy_(value_BCS[index])
+            result.write(kept, value_BCS[index])
 
 
 def _apply(
@@ -262,10 +216,10 @@ def _apply(
         return mean_BCS.expand(-1, -1, *window.shape)
     if isinstance(step.layer, (GivenMean, OwnMean)):
         source = maps[step.inputs[0]]
-        return step.layer.over(source.view(source.region)).expand(-1, -1, *window.shape)
+        return step.layer.over(source.read_all()).expand(-1, -1, *window.shape)
     if isinstance(step.layer, Gate):
         source = maps[step.inputs[0]]
-        return source.read(window) * step.layer.over(source.view(source.region))
+        return source.read(window) * step.layer.over(source.read_all())
     if step.geometry is not None:
         name = step.inputs[0]
         if isinstance(step.layer, Scale):

@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.domain import Region, Shape, Tile, TileCost
 from pipeline.inference.average import Average
 from pipeline.inference.live_values import HEAP_BYTES
-from pipeline.inference.map_layout import stage_bytes
+from pipeline.inference.map_layout import StageBytes
 from pipeline.inference.row_sums import with_row_sums
 from pipeline.inference.stage_plan import (
     Needs,
@@ -47,6 +47,9 @@ class CostModel:
     window: int
     """Side of a window, in features, where windows are runs of rows."""
 
+    hosted: bool
+    """Whether maps are held in the memory of the host."""
+
     canonical_px: int | None
     """Side of canonical windows, in pixels; None where windows are runs of rows."""
 
@@ -73,13 +76,15 @@ class CostModel:
         mean = mean_bytes(tile.scored, classes=self.classes, average=self.average)
         zooms = [self._of_zoom(zoom, tile) for zoom in self.average.zooms]
         return TileCost(
-            work=sum(work for work, _ in zooms),
-            device_bytes=max(held for _, held in zooms) + mean,
-            host_bytes=self._read_bytes(tile, in_bands=self.average.alone) + kept,
+            work=sum(zoom.work for zoom in zooms),
+            device_bytes=max(zoom.device_bytes for zoom in zooms) + mean,
+            host_bytes=max(zoom.host_bytes for zoom in zooms)
+            + self._read_bytes(tile, in_bands=self.average.alone)
+            + kept,
         )
 
-    def _of_zoom(self, zoom: Zoom, tile: Tile) -> tuple[int, int]:
-        """Multiply-adds of the passes at a zoom, and what the device holds in one of them."""
+    def _of_zoom(self, zoom: Zoom, tile: Tile) -> TileCost:
+        """Multiply-adds of the passes at a zoom, and what maps and windows of one of them hold."""
         chain = self.chain
         if self.canonical_px is None and self.itemsize == _FLOAT32:
             chain = with_row_sums(chain)
@@ -92,16 +97,25 @@ class CostModel:
             canonical_px=self.canonical_px,
             zoom=zoom,
         )
-        maps = stage_bytes(chain, needs, window=self.window, itemsize=self.itemsize)
+        in_host, on_device = self._stage_bytes(chain, needs)
         size = math.prod(zoom.scale(chain.upsample).shape(read.shape))
         if not zoom.natural:  # it is resized as a whole
-            maps += size * chain.bands * self.itemsize
+            on_device += size * chain.bands * self.itemsize
         coarse = needs.regions[chain.logits]
         fine = zoom.upsample(chain.upsample).gives(coarse).size
         upsampled = (fine + 2 * coarse.size) * self.classes * _FLOAT32
         work = len(self.average.mirrors) * stage_work(chain, needs)
         resized = resized_bytes(zoom, read.size, size, bands=chain.bands)
-        return work, max(maps, upsampled, resized)
+        return TileCost(
+            work=work, device_bytes=max(on_device, upsampled, resized), host_bytes=in_host
+        )
+
+    def _stage_bytes(self, chain: Chain, needs: Needs) -> tuple[int, int]:
+        """In the memory of the host, and on the device."""
+        maps, windows = StageBytes.of(
+            chain, needs, window=self.window, itemsize=self.itemsize, hosted=self.hosted
+        )
+        return (maps, windows) if self.hosted else (0, maps + windows)
 
     def of_sums(self, tile: Tile) -> TileCost:
         """Cost of one tile of a context pass; the sums themselves are few."""
@@ -114,10 +128,11 @@ class CostModel:
             needs = Needs.of(chain, tile.read.shape, frame=frame, coarse=coarse)
         else:
             needs = Needs.canonical(chain, self.shape, coarse=coarse, side_px=side_px)
+        in_host, on_device = self._stage_bytes(chain, needs)
         return TileCost(
             work=stage_work(chain, needs),
-            device_bytes=stage_bytes(chain, needs, window=self.window, itemsize=self.itemsize),
-            host_bytes=self._read_bytes(tile, in_bands=True),
+            device_bytes=on_device,
+            host_bytes=in_host + self._read_bytes(tile, in_bands=True),
         )
 
     def of_sample(self, tile: Tile) -> TileCost:
@@ -132,7 +147,7 @@ class CostModel:
         )
 
     def _of_zoomed_sample(self, zoom: Zoom, tile: Tile) -> tuple[int, int]:
-        """As ``_of_zoom``, of a sample."""
+        """Multiply-adds of a sample's passes at a zoom, and what the device holds in one."""
         chain = self.chain
         size = zoom.scale(chain.upsample).shape(tile.read.shape)
         frame = zoom.frame(Frame.of(tile.read, shape=self.shape), like=chain.upsample)

@@ -185,6 +185,12 @@ class Chain:
     """Pixels that tile origins are multiples of: the input moved by so many moves all maps."""
 
     @property
+    def weight(self) -> Tensor:
+        """Of a convolution: maps are in its floats, and windows computed where it lies."""
+        steps = (step for stage in self.stages for step in stage.steps)
+        return next(step.layer.weight for step in steps if isinstance(step.layer, Convolution))
+
+    @property
     def logits(self) -> str:
         """Name of the coarse logits among the maps."""
         return self.stages[-1].name

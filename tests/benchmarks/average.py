@@ -56,9 +56,9 @@ def counted(bundle: Bundle, average: Average) -> tuple[int, int, float]:
     """Halo in px, work of one pass over the scene, and that of an inner tile over its share."""
     sweep, network = sweep_of(average, shape=(20480, 20480), side=4096), bundle.network()
     model = CostModel(
-        chain=stages_of(network), live_px=0, classes=CLASSES, window=WINDOW, canonical_px=None,
-        itemsize=4, pixel_bytes=3, shape=sweep.grid.padded_shape, scores=False, guided=False,
-        average=average,
+        chain=stages_of(network), live_px=0, classes=CLASSES, window=WINDOW, hosted=False,
+        canonical_px=None, itemsize=4, pixel_bytes=3, shape=sweep.grid.padded_shape,
+        scores=False, guided=False, average=average,
     )  # fmt: skip
     ratio = model.of(sweep.tile(12)).work * len(sweep.grid) / model.scene_work
     return average.reach.halo_with_window.largest, model.scene_work, ratio

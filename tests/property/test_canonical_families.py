@@ -43,7 +43,7 @@ def tile_logits(network: DeepLab, scene_BCS: Tensor, sweep: Pass, number: int) -
     at = coarse.move(coarse_place(frame.origin, upsample=upsample))
     return upsampled(
         upsample.layer,
-        BoxMap(logits_BKS.movedim(1, -1), at),
+        BoxMap(logits_BKS.movedim(1, -1), at, logits_BKS.device),
         tile.core,
         side_px=SIDE_PX,
         shape=shape,

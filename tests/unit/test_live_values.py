@@ -33,7 +33,7 @@ info = ImageInfo(
 )
 sizer = Sizer(
     bundle=bundle, info=info, traced=known, reach=known.reach, whole=known.reach, crf=None,
-    canonical_px=None, window=64, scores=False, driver_bytes=0,
+    canonical_px=None, window=64, hosted=False, scores=False, driver_bytes=0,
 )
 read = Region.whole(scene)
 tile = Tile(key=TileKey("", "certify", 0), core=read, scored=read, read=read)

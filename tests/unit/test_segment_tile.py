@@ -51,6 +51,7 @@ def model(bundle: Bundle) -> SegmentModel:
         threads=1,
         canonical_px=None,
         window=64,
+        hosted=False,
     )
 
 

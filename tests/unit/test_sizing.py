@@ -72,6 +72,7 @@ def resnet50(tmp_path_factory: pytest.TempPathFactory) -> Sizer:
         density=None,
         canonical_px=None,
         window=64,
+        hosted=False,
         scores=False,
         area=None,
         driver_bytes=DRIVER_BYTES,
@@ -117,6 +118,27 @@ def test_a_large_card_gets_large_windows_and_a_small_one_smaller(resnet50: Sizer
         for gigabytes in (2, 3, 10, 80)
     }
     assert windows == {2: 64, 3: 128, 10: 256, 80: 512}
+
+
+def test_maps_are_held_in_the_host_where_none_fit_on_the_card(resnet50: Sizer) -> None:
+    """A card of less than a gigabyte would be refused, whatever the machine around it has; and
+    where a tile fits on it whose halo is not four times the work, copies would take longer."""
+    small = replace(resnet50, info=raster(4096), whole=resnet50.reach)
+    found = {
+        megabytes: small.choose(
+            4096, CARD, precision=FP32, budget=Budget(host=10**15, device=megabytes * 10**6)
+        )
+        for megabytes in (600, 1500)
+    }
+    assert [found[size].hosted for size in (600, 1500)] == [True, False]
+    costs = [
+        replace(small, window=choice.window, hosted=choice.hosted).costs(
+            small.sweep(choice.tile, case=""), FP32
+        )
+        for choice in found.values()
+    ]
+    assert costs[0].largest.device_bytes + small.traced.weight_bytes <= 600 * 10**6
+    assert costs[0].largest.host_bytes > costs[1].largest.host_bytes + 400 * 10**6
 
 
 def test_windows_are_made_smaller_rather_than_the_tile(resnet50: Sizer) -> None:
@@ -195,6 +217,7 @@ def test_a_larger_tile_is_taken_where_the_smallest_does_not_fit(slim: Path) -> N
         density=None,
         canonical_px=None,
         window=64,
+        hosted=False,
         scores=False,
         area=None,
         driver_bytes=DRIVER_BYTES,
@@ -245,6 +268,7 @@ def test_a_sample_may_be_the_most_that_a_crf_sees(slim: Path) -> None:
         density=Density(runs=((0.1, 0.1),), places=1),
         canonical_px=None,
         window=64,
+        hosted=False,
         scores=False,
         area=None,
         driver_bytes=DRIVER_BYTES,

@@ -225,7 +225,7 @@ def test_canonical_windows_give_a_place_the_same_bits_in_every_tile(name: str) -
                 part_BKS = canonical.coarse_logits(scene_BCS, frame, coarse)
                 scene_KS[(..., *tile.scored.slices(within=whole))] = upsampled(
                     network.upsample.forward,
-                    BoxMap(part_BKS.movedim(1, -1), coarse),
+                    BoxMap(part_BKS.movedim(1, -1), coarse, part_BKS.device),
                     tile.scored,
                     side_px=side_px,
                     shape=frame.shape,

@@ -130,7 +130,7 @@ MEASURE = """
 import sys, torch
 from pipeline.domain import Region
 from pipeline.inference.canonical import CanonicalNetwork
-from pipeline.inference.map_layout import stage_bytes
+from pipeline.inference.map_layout import StageBytes
 from pipeline.inference.stage_plan import needs_of
 from pipeline.inference.staged import StagedNetwork
 from pipeline.models.architecture import Architecture
@@ -161,7 +161,8 @@ with torch.inference_mode():
     before = held("VmRSS")
     open("/proc/self/clear_refs", "w").write("5")
     staged.coarse_logits(empty(*SIZE), Frame((0, 0), shape), needs.regions[chain.logits])
-print((held("VmHWM") - before) / stage_bytes(chain, needs, window=64, itemsize=4))
+counted = StageBytes.of(chain, needs, window=64, itemsize=4, hosted=False)
+print((held("VmHWM") - before) / sum(counted))
 """
 
 
