@@ -22,9 +22,10 @@ import rasterio
 from numpy.typing import NDArray
 from rasterio._err import CPLE_BaseError
 from rasterio.enums import ColorInterp, MaskFlags
-from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
+from adapters.raster_pixel import area_notes, pixel_size
 from pipeline.domain import ImageInfo, Region
 from pipeline.errors import RegionError, SourceError, SourceReadError
 from pipeline.ports import Block
@@ -37,10 +38,6 @@ _TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _WHOLE_FILE_BYTES = 2 * 2**30
 _SAMPLE_BYTES = 16 * 2**20
 _SAMPLED = "sampled:"
-
-# WGS84: half-axis in metres and squared eccentricity.
-_EARTH_AXIS_M = 6378137.0
-_EARTH_E2 = 0.00669437999014
 
 # ``info`` notes a missing CRS once; without this GDAL's binding warns at every open.
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
@@ -259,7 +256,7 @@ def _describe(dataset: Any, bands: _Bands, *, path: Path) -> ImageInfo:
     dtypes = {dataset.dtypes[band - 1] for band in bands.channels}
     if len(dtypes) > 1 or np.dtype(next(iter(dtypes))).kind not in "iuf":
         raise SourceError(f"{path} has bands of {sorted(dtypes)}; one real type for all is needed")
-    spacing, unit, fullness = _spacing(dataset, path=path)
+    spacing, unit, fullness = pixel_size(dataset, path=path)
     return ImageInfo(
         shape=dataset.shape,
         axes=("y", "x"),
@@ -287,13 +284,12 @@ def _channel_names(dataset: Any, bands: _Bands) -> tuple[str, ...]:
 
 
 def _notes(dataset: Any, bands: _Bands) -> tuple[str, ...]:
-    notes = []
-    if not dataset.crs:
-        notes.append("no CRS")
+    notes = [] if dataset.crs else ["no CRS"]
     if dataset.transform.b or dataset.transform.d:
         notes.append("rotated affine")
     if bands.alpha is not None:
         notes.append(f"band {bands.alpha} is alpha: it says what is valid and is no channel")
+    notes += area_notes(dataset)
     stated = {(dataset.scales[band - 1], dataset.offsets[band - 1]) for band in bands.channels}
     if stated != {(1.0, 0.0)}:
         notes.append("the file's scale and offset of bands are not applied: values are as stored")
@@ -302,41 +298,6 @@ def _notes(dataset: Any, bands: _Bands) -> tuple[str, ...]:
     if dataset.driver == "GTiff" and dataset.subdatasets:
         notes.append(f"the file holds {len(dataset.subdatasets)} images; the first is used")
     return tuple(notes)
-
-
-def _spacing(dataset: Any, *, path: Path) -> tuple[tuple[float, float], Literal["m", "px"], float]:
-    """Sides of a pixel, (y, x), in metres, or 1 px where there is no CRS.
-
-    And its area over that of a rectangle with these sides.
-    """
-    if not dataset.crs:
-        return (1.0, 1.0), "px", 1.0
-    affine = dataset.transform
-    try:
-        if dataset.crs.is_geographic:
-            per_x, per_y = _metres_per_unit(dataset, path=path)
-        else:
-            per_x = per_y = dataset.crs.units_factor[1]  # of a local system too
-    except CRSError as error:
-        raise SourceError(f"{path}: its CRS has no unit of length or angle: {error}") from error
-    height = math.hypot(affine.b * per_x, affine.e * per_y)
-    width = math.hypot(affine.a * per_x, affine.d * per_y)
-    area = abs(affine.determinant) * per_x * per_y
-    return (height, width), "m", area / (height * width)
-
-
-def _metres_per_unit(dataset: Any, *, path: Path) -> tuple[float, float]:
-    """Metres per unit of longitude and of latitude at the middle of the scene."""
-    radians = dataset.crs.units_factor[1]
-    affine = dataset.transform
-    middle = affine.d * dataset.width / 2 + affine.e * dataset.height / 2 + affine.f
-    latitude = middle * radians
-    if not abs(latitude) < math.pi / 2:
-        raise SourceError(f"{path}: its middle lies at latitude {middle}; check CRS and axis order")
-    squash = 1.0 - _EARTH_E2 * math.sin(latitude) ** 2
-    east = _EARTH_AXIS_M / math.sqrt(squash) * math.cos(latitude)
-    north = _EARTH_AXIS_M * (1.0 - _EARTH_E2) / squash**1.5
-    return east * radians, north * radians
 
 
 def _content_digest(path: Path, *, known: dict[Path, str]) -> str:

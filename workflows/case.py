@@ -57,7 +57,7 @@ class Case:
         if self.source.digest() != self.digest:
             raise SourceError(
                 f"{self.path} has changed while it was read, so that a mask would be of two images:"
-                " start over with --fresh"
+                " put back what it was and run the same command again, or start over with --fresh"
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.nifti_header import Orientation
 from pipeline.domain import ImageInfo
 from pipeline.errors import SourceError
 
@@ -42,11 +43,25 @@ def _matrix(info: ImageInfo) -> NDArray[np.float64]:
 
 
 def _corners(info: ImageInfo) -> NDArray[np.float64]:
-    """Places (axis, corner) of a box of the image's size along the affine's own axes."""
-    ends = np.meshgrid(*((0, n) for n in info.shape[::-1]), indexing="ij")
+    """Places (axis, corner) of the image's corners, in the order in which it is read."""
+    ends = np.meshgrid(*((-0.5, n - 0.5) for n in info.shape), indexing="ij")
     matrix = _matrix(info)
-    places: NDArray[np.float64] = matrix[:, :-1] @ np.reshape(ends, (info.ndim, -1))
+    stored = _stored(np.reshape(ends, (info.ndim, -1)), info)
+    places: NDArray[np.float64] = matrix[:, :-1] @ stored
     return places + matrix[:, -1:]
+
+
+def _stored(read: NDArray[np.float64], info: ImageInfo) -> NDArray[np.float64]:
+    """The affine's indices (axis, place) of places given as they are read: (y, x) or (z, y, x).
+
+    A volume is read in canonical order, whatever the order in its file.
+    """
+    if info.ndim == 2:
+        return read[::-1]
+    order, stored = Orientation.from_affine(np.reshape(info.affine, (4, 4))), np.empty_like(read)
+    for axis, flip, length, along in zip(order.axes, order.flips, info.shape, read, strict=True):
+        stored[axis] = length - 1 - along if flip else along
+    return stored
 
 
 def _shortest_side(info: ImageInfo) -> float:

@@ -232,6 +232,30 @@ def test_a_volume_is_guided_by_all_contrasts_of_its_file(tmp_path, terravox):
     assert (found_ZYX != prob_KS[canonical].transpose(0, 3, 2, 1).argmax(0)).mean() > 0.05
 
 
+def test_scores_stored_in_another_order_are_taken_where_they_lie(tmp_path, terravox):
+    """A scan from its scanner, and a network's scores in its own order, would be refused."""
+    scan = texture((22, 26, 14), seed=5).astype(np.int16)
+    image = nib.Nifti1Image(scan, np.diag([-1.0, 1, 3, 1]))
+    nib.save(image, tmp_path / "scan.nii.gz")
+    prob_IJKC = np.moveaxis(noisy(scan), 0, -1)
+    scores = nib.Nifti1Image(prob_IJKC, image.affine)
+    turned = scores.as_reoriented(np.array([[2, 1], [0, -1], [1, -1]]))
+    assert turned.shape != scores.shape
+    shifted = nib.Nifti1Image(turned.get_fdata(), turned.affine + np.diag([0.1, 0, 0, 0]))
+    (tmp_path / "crf.yaml").write_text("{iterations: 1, smoothness: {weight: 1, position: 1}}")
+    answers = []
+    line = ("--crf", tmp_path / "crf.yaml", "--backend", "serial", "--tracking-uri", "none")
+    for name, file in (("same", scores), ("turned", turned), ("shifted", shifted)):
+        given, mask = tmp_path / f"{name}.nii.gz", tmp_path / f"{name}-mask.nii.gz"
+        nib.save(file, given)
+        scan_file = tmp_path / "scan.nii.gz"
+        answers.append(terravox("refine", scan_file, "--scores", given, "-o", mask, *line))
+    assert [answer.code for answer in answers] == [0, 0, 2], answers[1].err
+    masks = [nib.load(tmp_path / f"{name}-mask.nii.gz") for name in ("same", "turned")]
+    np.testing.assert_array_equal(masks[0].dataobj, masks[1].dataobj)
+    np.testing.assert_array_equal(masks[1].affine, image.affine)
+
+
 def four_bytes(prob_KYX: np.ndarray) -> np.ndarray:
     return np.rint(prob_KYX[[0, 1, 2, 2]] * 255).astype(np.uint8)
 

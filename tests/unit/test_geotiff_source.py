@@ -178,6 +178,18 @@ def test_degrees_become_metres_at_the_middle_of_the_scene(tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.parametrize(("side", "said"), [(0.1, None), (10.0, "differs by 15.4%")])
+def test_pixels_of_unlike_areas_are_said(tmp_path: Path, side: float, said: str | None) -> None:
+    """Broken: hectares of a country in degrees are off by a tenth, and nobody knows."""
+    grid = rasterio.Affine(side / 100, 0, 10, 0, -side / 100, 60 + side / 2)
+    path = write(
+        tmp_path / "a.tif", np.zeros((1, 100, 100), np.uint8), crs="EPSG:4326", transform=grid
+    )
+    notes = [note for note in GeoTiffSource(path).info.notes if "areas" in note]
+    assert len(notes) == bool(said)
+    assert not said or notes[0].endswith(said)
+
+
 def test_colours_name_channels_only_where_the_file_states_them(tmp_path: Path) -> None:
     """Broken: a multispectral file whose first band is called gray, or an RGB called 1, 2, 3."""
     rgb = write(tmp_path / "rgb.tif", np.zeros((3, 2, 2), np.uint8), photometric="RGB")
