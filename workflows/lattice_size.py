@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from pipeline.crf.density import Density
+from pipeline.crf.density import MARGIN, Density
 from pipeline.crf.whole_scene import SceneCrf
 from pipeline.domain import Grid, Halo, Pass
 from workflows.config import RunOptions
@@ -25,7 +25,8 @@ _TABLE_BYTES = 288
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatticeSize:
-    """Expected of the lattice, were all the scene like the place where it is densest."""
+    """Expected of the lattice, were all the scene like the place where it is densest, and denser by
+    the margin."""
 
     vertices: int
     """Summed over tiles: one that several tiles touch counts for each."""
@@ -63,7 +64,7 @@ def expected_lattice(density: Density, sweep: Pass, crf: SceneCrf, *, classes: i
     pixels, vertices, sent, heard_bytes = math.prod(sweep.grid.shape), 0, 0, 0
     placed_bytes = pixels * (4 * _width(columns) + 1)  # energies, and which are valid
     for kernel in range(len(crf.params.kernels)):
-        share = density.vertices(kernel)
+        share = MARGIN * density.vertices(kernel)
         own = math.ceil(share * pixels)
         heard = [math.ceil(share * others) for others in _heard(sweep.grid, crf, kernel)]
         vertices, sent = vertices + own, sent + sum(heard)

@@ -66,13 +66,15 @@ def make_plan(
             "aoi": case.area.digest if case.area else None,
         }
     )
-    density = None if crf is None else density_of(case.source, over_image(crf, channels))
     under_all = crf if crf is not None and crf.scope == "scene" else None
     if under_all is not None:
         refuse_scores(options)
         if case.area is not None:
             raise PlanError("--aoi and a CRF of scope scene: give that of scope tile, or --crf off")
         crf = None
+    density = None
+    if crf is not None:
+        density = density_of(case.source, over_image(crf, channels), tile=info.shape)
     check_average(options, bundle)
     known = traced(bundle, options.context).averaged(options.average)
     # Of the layers, not as the options shorten it; pooling over a tile is held against a window's.
@@ -107,8 +109,9 @@ def make_plan(
     sizer = replace(sizer, crf=crf, reach=reach, window=resolved.window, hosted=resolved.hosted)
     sweep = sizer.sweep(resolved.tile, case=case.name)
     scene = None
-    if under_all is not None and density is not None:
+    if under_all is not None:
         image_crf = over_image(under_all, channels)
+        density = density_of(case.source, image_crf, tile=resolved.tile)
         scene = plan_scene(image_crf, sweep, density, classes=len(bundle.classes))
     tiles = _tile_plan(case, options, sizer, resolved, channels, scene)
     if scene is not None:

@@ -194,7 +194,7 @@ def make_refine_plan(
     sweep = _sweep(crf, info, resolved.tile, case=wish.case.name)
     count = min(len(sweep), workers(options, device=resolved.device, threads=resolved.threads))
     tiles = _tile_plan(wish, sweep, {**fitted.content, "resolved": asdict(resolved)})
-    density = density_of(wish.case.source, crf)
+    density = density_of(wish.case.source, crf, tile=resolved.tile)
     held = _worker_bytes(wish, tiles, crf, density, device=resolved.device)
     tiles, lattice = replace(tiles, peak_bytes=tiles.peak_bytes + count * held), None
     if crf.scope == "scene":

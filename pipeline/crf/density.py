@@ -74,14 +74,15 @@ class Density:
         return {"vertices_per_pixel": vertices, "places": self.places, "margin": MARGIN}
 
 
-def density_of(source: Source, crf: ResolvedCrf) -> Density:
-    """Of the kernels over this image; ``crf`` names its channels.
+def density_of(source: Source, crf: ResolvedCrf, *, tile: Shape) -> Density:
+    """Of the kernels over this image, whose channels ``crf`` names, at places within a ``tile``.
 
     Places that cannot be read, or hold few valid pixels, are left out. Where none remains noise is
     counted, than which nothing is denser.
     """
-    counts = list(_counts(source, crf))
-    found = counts or [_of_block(_noise(crf, ndim=len(source.info.shape)), crf)]
+    side = tuple(min(SIDE[len(tile)], n) for n in tile)
+    counts = list(_counts(source, crf, side))
+    found = counts or [_of_block(_noise(crf, side), crf)]
     most = [
         tuple(max(shares) for shares in zip(*kernel, strict=True))
         for kernel in zip(*found, strict=True)
@@ -89,8 +90,8 @@ def density_of(source: Source, crf: ResolvedCrf) -> Density:
     return Density(runs=tuple(most), places=len(counts))
 
 
-def _counts(source: Source, crf: ResolvedCrf) -> Iterator[list[tuple[float, ...]]]:
-    for region in _places(source.info.shape):
+def _counts(source: Source, crf: ResolvedCrf, side: Shape) -> Iterator[list[tuple[float, ...]]]:
+    for region in _places(source.info.shape, side):
         try:
             block = source.read(region)
             if block.valid_S.mean() >= _ENOUGH:
@@ -99,23 +100,21 @@ def _counts(source: Source, crf: ResolvedCrf) -> Iterator[list[tuple[float, ...]
             continue  # what is wrong there is the tiles' to say
 
 
-def _places(shape: Shape) -> list[Region]:
+def _places(shape: Shape, side: Shape) -> list[Region]:
     """Spread over the image: no two in one row or column. One where they would be all of it."""
-    count, side = PLACES[len(shape)], SIDE[len(shape)]
-    regions = []
+    count, regions = PLACES[len(shape)], []
     for place in range(count):
         start = []
-        for axis, length in enumerate(shape, start=1):
+        for axis, (length, size) in enumerate(zip(shape, side, strict=True), start=1):
             share = (place * axis % count + 0.5) / count
-            start.append(int(share * max(0, length - side)))
-        stop = tuple(min(a + side, n) for a, n in zip(start, shape, strict=True))
+            start.append(int(share * max(0, length - size)))
+        stop = tuple(min(a + b, n) for a, b, n in zip(start, side, shape, strict=True))
         regions.append(Region(tuple(start), stop))
     return list(dict.fromkeys(regions))
 
 
-def _noise(crf: ResolvedCrf, *, ndim: int) -> Block:
+def _noise(crf: ResolvedCrf, shape: Shape) -> Block:
     """All values of each guide band's range, alike often."""
-    shape = (SIDE[ndim],) * ndim
     channels = 1 + max(itertools.chain([0], *(kernel.channels for kernel in crf.kernels)))
     image_CS = np.random.default_rng(0).random((channels, *shape), np.float32)
     for kernel in crf.kernels:
@@ -166,4 +165,5 @@ def _lowest(features_DN: NDArray[np.float32]) -> NDArray[np.int64]:
         greater_VN[i] += less_N
         greater_VN[j] += ~less_N
     rank_VN = greater_VN + corner_VN.sum(0)
-    return (corner_VN + (rank_VN < 0) - (rank_VN > d)).astype(np.int64)
+    lowest_VN: NDArray[np.float64] = corner_VN + (rank_VN < 0) - (rank_VN > d)
+    return lowest_VN.astype(np.int64)

@@ -18,6 +18,9 @@ from pipeline.domain import Shape
 _PART = 32768
 """Pixels that the native engine numbers together: PART in lattice.hpp."""
 
+_SLOTS = 4
+"""For each vertex of the native engine's tables, which have two to eight."""
+
 _FREED_BYTES = 256 * 2**20
 """Of torch's blocks below 32 MiB that were freed, and stay with the process."""
 
@@ -79,24 +82,17 @@ def _native(loads: Sequence[_Load], *, classes: int, matrix: bool) -> float:
     width, held, most = _width(classes - 1), 0.0, 0.0
     for load in loads:
         key = 8 if load.corners <= 6 else 16
-        parts = math.ceil(load.pixels / _PART)
-        each = load.touched / parts
-        finding = _slots(each, first=2048) * parts + 1.25 * _slots(load.vertices, first=4 * each)
+        # The table of all is there twice while it grows to four times its size.
+        slots = _SLOTS * (load.touched + 1.25 * load.vertices)
         names = 2 * key * load.vertices + (2 * key + 4) * load.touched
         plan = 8 * load.corners * load.pixels + 16 * (load.touched - load.vertices)
-        most = max(most, held + plan + 2 * key * finding + names)
+        most = max(most, held + plan + 2 * key * slots + names)
         # Small blocks that were freed stay with the process.
         held += plan + 8 * load.corners * load.vertices + 4 * matrix * load.pixels
         held += (2 * key + 4) * load.touched
         most = max(most, held + 8 * load.touched + 8 * load.pixels)
     rows = sum(8 * width * load.touched for load in loads)
     return max(most, held + rows + 4 * width * loads[0].pixels)
-
-
-def _slots(vertices: float, *, first: float) -> float:
-    """Of a table that begins with so many, and grows to four times as many when half are taken."""
-    steps = math.ceil(math.log(max(1.0, 2 * vertices / first), 4)) if first else 0
-    return float(2 ** math.ceil(math.log2(max(first, 16))) * 4**steps)
 
 
 def _width(values: int) -> int:
@@ -118,8 +114,8 @@ def _torch(loads: Sequence[_Load], *, classes: int, matrix: bool) -> float:
     vertices = sum(load.vertices for load in loads)
     joined = held + 24 * corners
     pixels = loads[0].pixels
-    loop = held + 12 * corners + 4 * others * (2 * vertices + (5 + matrix) * pixels)
-    return max(most, joined, loop + min(most / 4, _FREED_BYTES))
+    loop = held + 12 * corners + 4 * others * (2 * vertices + (6 + matrix) * pixels)
+    return max(most, joined, loop + min(most / 2, _FREED_BYTES))
 
 
 def _pydensecrf(loads: Sequence[_Load], *, classes: int, matrix: bool) -> float:

@@ -52,7 +52,7 @@ def numbered(image_CS: np.ndarray, params: ResolvedCrf, start: int, stop: int) -
 def test_vertices_are_those_that_the_engine_numbers(shape: tuple[int, ...]) -> None:
     """The plan would say another memory than is taken, and a node be killed or paid twice."""
     image_CS, params = image(shape), crf(len(shape))
-    density = density_of(MemorySource(image_CS), params)
+    density = density_of(MemorySource(image_CS), params, tile=shape)
     pixels = np.prod(shape)
     for kernel, wanted in enumerate(numbered(image_CS, params, 0, shape[0])):
         assert density.vertices(kernel) * pixels == pytest.approx(wanted, rel=0.1)
@@ -72,25 +72,24 @@ class Unreadable(MemorySource):
 def test_noise_is_counted_where_no_place_can_be_read_or_holds_enough() -> None:
     """A plan would fail for what is one tile's trouble, or take a few pixels for an image."""
     image_CS, params = image((90, 90)), crf(2)
-    of_image, of_noise = (
-        density_of(source, params) for source in (MemorySource(image_CS), Unreadable(image_CS))
-    )
+    sources = (MemorySource(image_CS), Unreadable(image_CS))
+    of_image, of_noise = (density_of(source, params, tile=(90, 90)) for source in sources)
     assert (of_image.places, of_noise.places) == (1, 0)
     assert of_noise.vertices(1) > 3 * of_image.vertices(1)
     assert of_noise.notes
     assert not of_image.notes
     valid_S = np.zeros((90, 90), np.bool_)
     valid_S[0, :3] = True
-    assert density_of(MemorySource(image_CS, valid_S=valid_S), params) == of_noise
+    assert density_of(MemorySource(image_CS, valid_S=valid_S), params, tile=(90, 90)) == of_noise
 
 
 def test_the_densest_place_wins() -> None:
     """A tile in the part that is noisy would take more memory than the plan said."""
     image_CS = np.full((2, 900, 900), 100, np.uint8)
-    flat = density_of(MemorySource(image_CS), crf(2))
+    flat = density_of(MemorySource(image_CS), crf(2), tile=(900, 900))
     image_CS[:, 500:, :] = RNG.integers(0, 256, (2, 400, 900))
-    half = density_of(MemorySource(image_CS), crf(2))
-    noise = density_of(Unreadable(image_CS), crf(2))
+    half = density_of(MemorySource(image_CS), crf(2), tile=(900, 900))
+    noise = density_of(Unreadable(image_CS), crf(2), tile=(900, 900))
     assert flat.vertices(1) < 0.1 * half.vertices(1)
     assert half.vertices(1) > 0.8 * noise.vertices(1)
     assert half.vertices(0) == flat.vertices(0)

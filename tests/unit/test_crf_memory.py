@@ -39,7 +39,7 @@ params = CrfParams.from_mapping(mapping).resolve((1, 1), unit="px", channels=("1
 name, found = sys.argv[1], []
 for guide, classes in ((image, 2), (image, 12), (noise, 12)):
     crf = replace(params, engine=name)
-    density = density_of(MemorySource(guide), crf)
+    density = density_of(MemorySource(guide), crf, tile=(side, side))
     said = crf_memory((side, side), crf, density, classes=classes)
     prob = np.full((classes, side, side), 1 / classes, np.float32)
     block = Block(guide, np.ones((side, side), np.bool_))
