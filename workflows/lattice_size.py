@@ -25,8 +25,7 @@ _TABLE_BYTES = 288
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatticeSize:
-    """Expected of the lattice, were all the scene like the place where it is densest, and denser by
-    the margin."""
+    """Expected of the lattice, were all the scene the margin denser than the densest place."""
 
     vertices: int
     """Summed over tiles: one that several tiles touch counts for each."""
