@@ -26,10 +26,11 @@ def windows_json(plan: SegmentPlan) -> dict[str, Any]:
     """
     side_px, device = plan.resolved.canonical_px, plan.resolved.device
     kind = "rows" if side_px is None else "canonical"
+    kind = "none" if plan.stages == 1 else kind
     return {
-        "kind": "none" if plan.stages == 1 else kind,
+        "kind": kind,
         "side_px": side_px,
-        "features": None if side_px else plan.resolved.window,
+        "features": plan.resolved.window if kind == "rows" else None,
         "maps": "host" if plan.resolved.hosted else "device",
         "same_bytes_for_any_tile": side_px is not None and plan.crf is None and device == "cpu",
     }

@@ -59,10 +59,13 @@ def test_the_plan_says_what_canonical_windows_are(scene: Path, slim: Path) -> No
     assert canonical["windows"] == {
         "kind": "canonical",
         "side_px": 256,
+        "features": None,
+        "maps": "device",
         "same_bytes_for_any_tile": True,
     }
     rows = plan_only(scene, model=slim, options=options(windows="rows"))
     assert (rows["windows"]["kind"], rows["windows"]["same_bytes_for_any_tile"]) == ("rows", False)
+    assert rows["windows"]["features"] == rows["resolved"]["window"] == 64
     assert rows["fingerprint"] != canonical["fingerprint"]
     assert rows["request_digest"] != canonical["request_digest"]
     sides = zip(canonical["tile"], canonical["shape"], strict=True)
