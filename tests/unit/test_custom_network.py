@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -256,7 +256,7 @@ def test_another_version_of_the_code_is_another_run(
     assert list(first) == ["lone_network"]
     assert code_version("lone_network:Net") != first
     assert code_version("torchvision.models:resnet18") == {
-        "torchvision": sys.modules["torchvision"].__version__.partition("+")[0]
+        "torchvision": version("torchvision").partition("+")[0]
     }
 
 
