@@ -57,28 +57,34 @@ def try_halos(
         raise PlanError(f"--halo auto needs --context window, got {options.context}")
     if floats.device == "cuda" and not torch.cuda.is_available():
         raise PlanError("--halo auto is measured in this process, which sees no GPU: give a number")
+    resolved = resolve(options, sizer, halo=None, alone=False)
     predictor = Predictor(
         bundle,
         device=floats.device,
         precision=floats.precision,
         context=options.context,
         threads=floats.threads,
+        window=resolved.window,
+        hosted=resolved.hosted,
     )
-    tile = resolve(options, sizer, halo=None, alone=False).tile
     sampler = Sampler(
         source=case.source,
         channels=channels,
         scaling=bundle.input.scaling,
         predictor=averaged(predictor, sizer.traced.average),
-        sweep=replace(sizer, crf=None).sweep(tile, case=""),
+        sweep=replace(sizer, crf=None).sweep(resolved.tile, case=""),
     )
     return shortest_halo(sampler, tolerance=tolerance)
 
 
-def halo_notes(trial: HaloTrial | None, options: SegmentOptions) -> tuple[str, ...]:
-    """What was measured, for people."""
+def halo_notes(
+    trial: HaloTrial | None, options: SegmentOptions, *, reach: Reach
+) -> tuple[str, ...]:
+    """What was measured, or rounded up, for people."""
     if options.halo_tolerance is None:
-        return ()
+        short = options.halo.isdecimal() and int(options.halo) < reach.halo.largest
+        word = f"--halo {options.halo}: {reach.halo.largest} px, a multiple of the output stride"
+        return (word,) if short else ()
     if trial is None:
         return (f"--halo {options.halo}: no shorter halo than the exact one was shown to do",)
     found = f"{trial.differ} of {trial.pixels} labels in corners of tiles differ"

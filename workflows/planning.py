@@ -136,7 +136,7 @@ def make_plan(
         aoi=case.aoi.as_json() if case.aoi else None,
         asked=_asked(case, bundle, options),
         notes=notes
-        + halo_notes(resolved.halo, options)
+        + halo_notes(resolved.halo, options, reach=reach)
         + (density.notes if density else ())
         + (case.aoi.notes if case.aoi else ()),
     )

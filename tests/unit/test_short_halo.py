@@ -17,6 +17,8 @@ from pipeline.errors import PlanError
 from pipeline.models.frame import Frame
 from pipeline.models.input_spec import Scaling
 from pipeline.stitching.bound import upper_bound
+from workflows.config import SegmentOptions
+from workflows.halo_asked import halo_notes, reach_asked
 from workflows.short_halo import Sampler, shortest_halo
 
 EXACT = 64
@@ -134,3 +136,15 @@ def test_what_cannot_be_measured_is_refused_in_one_line(command: Command, scene:
         "plan", scene, "--model", command.model, "--halo", "auto:1e-3", "--context", "tile"
     )
     answer.refuses("--halo auto needs --context window")
+
+
+def test_a_halo_off_the_stride_is_said_to_be_longer() -> None:
+    """Who measures what 7 px cost would be shown the figures of 8."""
+    exact = Reach(stride=4, halo=Halo.uniform(EXACT, ndim=2))
+    said = {}
+    for asked in ("7", "8"):
+        options = SegmentOptions(halo=asked)
+        reach = reach_asked(exact, options, None)
+        assert reach.halo == Halo.uniform(8, ndim=2)
+        said[asked] = halo_notes(None, options, reach=reach)
+    assert said == {"7": ("--halo 7: 8 px, a multiple of the output stride",), "8": ()}
