@@ -91,7 +91,7 @@ def segment(
     asked = {k: v for k, v in locals().items() if k not in ("source", "output", "model", "as_json")}
     from workflows.config import options
     from workflows.interrupt import Interrupt
-    from workflows.segment import segment as run
+    from workflows.segmenting import segment as run
 
     with Interrupt() as stop:
         manifest = run(source, output, model=model, options=options(**asked), stop=stop)
@@ -140,7 +140,7 @@ def batch(
     asked = dict(locals())
     for own in ("sources", "output", "model", "as_json"):
         del asked[own]
-    from workflows.batch import batch as run
+    from workflows.batching import batch as run
     from workflows.config import options
     from workflows.interrupt import Interrupt
 
@@ -180,9 +180,9 @@ def plan(
     """Say what would run: halo, tiles, bytes, share of halo work; run nothing."""
     asked = {k: v for k, v in locals().items() if k not in ("source", "model", "as_json")}
     from workflows.config import options
-    from workflows.segment import plan_only
+    from workflows.segmenting import plan
 
-    values = plan_only(source, model=model, options=options(**asked))
+    values = plan(source, model=model, options=options(**asked))
     if not as_json:
         values = {k: v for k, v in values.items() if k not in ("samples", "asked", "channels")}
     tell_values(values, as_json=as_json)
@@ -191,9 +191,9 @@ def plan(
 @app.command()
 def status(run_dir: Path, as_json: take.Json = False) -> None:
     """Say how far a run is, and who works on it."""
-    from workflows.status import run_status
+    from workflows.standing import status
 
-    values = run_status(run_dir)
+    values = status(run_dir)
     tell_values(values, as_json=as_json)
 
 
@@ -204,7 +204,7 @@ def certify(
     as_json: take.Json = False,
 ) -> None:
     """Measure the seams of a finished run again; exit 1 where it is not what it claims."""
-    from workflows.certify import certify as run
+    from workflows.certifying import certify as run
 
     values = run(run_dir, model=model)
     tell_values(values, as_json=as_json)

@@ -50,7 +50,7 @@ def refine(
     asked = {k: v for k, v in locals().items() if k not in ("own", *own)}
     from workflows.config import RefineOptions, checked
     from workflows.interrupt import Interrupt
-    from workflows.refine import refine as run
+    from workflows.refining import refine as run
 
     options = checked(RefineOptions, asked)
     with Interrupt() as stop:

@@ -87,7 +87,7 @@ class _Run:
         return done
 
     def _batch(self, bundles: list[Path], stop: Callable[[], bool]) -> Mapping[str, Any]:
-        from workflows.batch import batch  # torch waits until there is something to do
+        from workflows.batching import batch  # torch waits until there is something to do
 
         plan = self.workflow
         return batch(

@@ -81,6 +81,20 @@ def test_the_commands_help_loads_neither_torch_nor_ray():
     assert not loaded & set(HEAVY)
 
 
+def test_the_verbs_of_the_command_are_functions_of_workflows():
+    """A module would answer to the name instead, and ``segment(...)`` would not be callable."""
+    program = (
+        "import workflows, {first}\n"
+        "from workflows import batch, certify, plan, refine, segment, status\n"
+        "assert all(callable(verb) for verb in (batch, certify, plan, refine, segment, status))\n"
+        "from workflows import cli, segmenting\n"
+        "assert workflows.segment is segment"
+    )
+    for first in ("workflows", "workflows.cli", "workflows.segmenting"):
+        loaded_by(program.format(first=first))
+    assert "torch" not in loaded_by("from workflows import segment, status")
+
+
 def calls_print(tree: ast.AST) -> bool:
     return any(
         isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
@@ -162,6 +176,6 @@ def test_a_network_comes_into_memory_without_torchs_compiler(tmp_path):
 
 def test_what_drives_a_run_on_ray_loads_no_torch():
     """The driver would hold 300 MiB until the end of a run that it computes nothing of."""
-    loaded = loaded_by("import workflows.segment\nimport pipeline.execution.ray_pool")
+    loaded = loaded_by("import workflows.segmenting\nimport pipeline.execution.ray_pool")
     assert "ray" in loaded
     assert "torch" not in loaded

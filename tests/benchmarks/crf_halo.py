@@ -38,10 +38,10 @@ from workflows.config import RefineOptions, SegmentOptions
 from workflows.demo.scene import DEMO_SEED, write_scene
 from workflows.demo.show import BUNDLES
 from workflows.demo.volume import load_template
-from workflows.refine import refine
 from workflows.refine_plan import RefinePlan, Wish, make_refine_plan
+from workflows.refining import refine
 from workflows.run_scores import open_scores
-from workflows.segment import segment
+from workflows.segmenting import segment
 
 DATA = Path(os.environ.get("TERRAVOX_DATA", "../shared/data"))
 SIDE = 1536

@@ -25,7 +25,7 @@ from pipeline.domain import Region
 from pipeline.metrics import Confusion, Scores
 from workflows.config import RefineOptions
 from workflows.demo.baseline import GaussianClassifier
-from workflows.refine import refine
+from workflows.refining import refine
 
 DATA = Path(os.environ.get("TERRAVOX_DATA", "../shared/data"))
 BLOCK = 32

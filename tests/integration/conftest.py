@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from batches import OPTIONS, write_archive
 
-from workflows.batch import batch
+from workflows.batching import batch
 
 
 @pytest.fixture

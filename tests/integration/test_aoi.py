@@ -25,10 +25,10 @@ from adapters.uri import open_source
 from pipeline.domain import Region
 from pipeline.models.architecture import Architecture
 from pipeline.models.fresh import new_bundle
-from workflows.batch import batch
+from workflows.batching import batch
 from workflows.config import SegmentOptions
 from workflows.run_dir import file_digest
-from workflows.segment import plan_only, segment
+from workflows.segmenting import plan, segment
 
 FIELDS = (
     shapely.Polygon([(90, 130), (300, 150), (210, 330), (120, 250)]),
@@ -139,11 +139,11 @@ def test_the_manifest_counts_what_the_mask_holds(
     cores = np.pad(cores, ((0, 72), (0, 80))).reshape(4, 128, 5, 128)
     running = int(cores.any(axis=(1, 3)).sum())
     assert manifest["tiles"] == {"total": 20, "done": 20, "failed": 0, "skipped": 20 - running}
-    plan = plan_only(scene, model=slim, options=options(aoi=fields))
-    assert (plan["tiles"], plan["tiles_outside"]) == (running, 20 - running)
-    assert plan["aoi"] == manifest["aoi"]
-    whole = plan_only(scene, model=slim, options=options())
-    share = plan["multiply_adds"] / whole["multiply_adds"]
+    planned = plan(scene, model=slim, options=options(aoi=fields))
+    assert (planned["tiles"], planned["tiles_outside"]) == (running, 20 - running)
+    assert planned["aoi"] == manifest["aoi"]
+    whole = plan(scene, model=slim, options=options())
+    share = planned["multiply_adds"] / whole["multiply_adds"]
     assert share == pytest.approx(running / 20, rel=0.25)  # inner tiles have more halo
 
 
@@ -261,8 +261,8 @@ def test_a_mask_is_the_area_of_a_scan(
     assert (found[mask == 0] == 255).all()
     assert 0 < manifest["tiles"]["skipped"] < manifest["tiles"]["total"]
     assert manifest["seam"]["passed"] is True
-    plan = plan_only(volume, model=slim3d, options=options(tile=32, aoi=path))
-    assert plan["tiles_outside"] == manifest["tiles"]["skipped"]
+    planned = plan(volume, model=slim3d, options=options(tile=32, aoi=path))
+    assert planned["tiles_outside"] == manifest["tiles"]["skipped"]
     again = segment(volume, part, model=slim3d, options=options(tile=32, aoi=path, fresh=True))
     assert again["output_sha256"] == manifest["output_sha256"]
     segment(volume, part, model=slim3d, options=options(tile=32, aoi=path))

@@ -21,7 +21,7 @@ from pipeline.domain import TileKey
 from pipeline.errors import FinishError, PlanError
 from workflows.config import SegmentOptions
 from workflows.run_dir import file_digest
-from workflows.segment import segment
+from workflows.segmenting import segment
 
 IMAGE_CYX = np.stack([texture((96, 128), seed=seed) for seed in (1, 2, 3)])
 

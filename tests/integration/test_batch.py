@@ -19,9 +19,9 @@ from scenes import fresh
 
 from adapters.ledger_file import CaseLedgerFile, LedgerFile
 from pipeline.errors import PlanError
-from workflows.batch import batch
+from workflows.batching import batch
 from workflows.run_dir import file_digest
-from workflows.segment import segment
+from workflows.segmenting import segment
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from scenes import fresh
 from adapters.lease_file import LeaseFile
 from adapters.ledger_file import CaseLedgerFile
 from pipeline.errors import CrfError, LeaseHeldError, PlanError, StoreError
-from workflows.batch import batch
+from workflows.batching import batch
 from workflows.run_dir import file_digest
-from workflows.segment import segment
+from workflows.segmenting import segment
 
 
 def test_a_quarantined_input_is_judged_again_only_when_it_changes(

@@ -17,7 +17,7 @@ from scenes import texture, write_raster
 from adapters.ledger_file import CaseLedgerFile, LedgerFile
 from pipeline.domain import CaseRecord
 from pipeline.ports import Record
-from workflows.batch import batch
+from workflows.batching import batch
 from workflows.config import SegmentOptions
 from workflows.run_dir import file_digest
 

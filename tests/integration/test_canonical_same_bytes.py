@@ -15,7 +15,7 @@ from pipeline.models.architecture import Architecture
 from pipeline.models.bundle import load_bundle
 from pipeline.models.fresh import new_bundle
 from workflows.config import SegmentOptions
-from workflows.segment import plan_only, segment
+from workflows.segmenting import plan, segment
 from workflows.sizing import canonical_side
 
 
@@ -55,7 +55,7 @@ def test_stores_of_another_tile_hold_the_same_bytes(
 
 def test_the_plan_says_what_canonical_windows_are(scene: Path, slim: Path) -> None:
     """One could not tell, before the run or after it, whether two files may be compared."""
-    canonical = plan_only(scene, model=slim, options=options())
+    canonical = plan(scene, model=slim, options=options())
     assert canonical["windows"] == {
         "kind": "canonical",
         "side_px": 256,
@@ -63,7 +63,7 @@ def test_the_plan_says_what_canonical_windows_are(scene: Path, slim: Path) -> No
         "maps": "device",
         "same_bytes_for_any_tile": True,
     }
-    rows = plan_only(scene, model=slim, options=options(windows="rows"))
+    rows = plan(scene, model=slim, options=options(windows="rows"))
     assert (rows["windows"]["kind"], rows["windows"]["same_bytes_for_any_tile"]) == ("rows", False)
     assert rows["windows"]["features"] == rows["resolved"]["window"] == 64
     assert rows["fingerprint"] != canonical["fingerprint"]
@@ -77,7 +77,7 @@ def test_a_crf_per_tile_takes_the_promise_back(scene: Path, slim: Path, tmp_path
     smoothness = {"weight": 3, "position": 3}
     crf = tmp_path / "crf.yaml"
     crf.write_text(yaml.safe_dump({"iterations": 3, "smoothness": smoothness}))
-    windows = plan_only(scene, model=slim, options=options(crf=str(crf)))["windows"]
+    windows = plan(scene, model=slim, options=options(crf=str(crf)))["windows"]
     assert (windows["kind"], windows["same_bytes_for_any_tile"]) == ("canonical", False)
 
 

@@ -22,9 +22,9 @@ from pipeline.models.architecture import Architecture
 from pipeline.models.bundle import save_bundle
 from pipeline.models.fresh import new_bundle
 from pipeline.ports import Block
-from workflows.certify import certify
+from workflows.certifying import certify
 from workflows.config import SegmentOptions
-from workflows.segment import segment
+from workflows.segmenting import segment
 
 CRF = {"iterations": 2, "smoothness": {"weight": 3, "position": 2}}
 

@@ -16,7 +16,7 @@ from command import Command, tree
 from scenes import fresh, texture, write_raster
 
 from workflows.config import SegmentOptions
-from workflows.segment import segment
+from workflows.segmenting import segment
 
 
 @pytest.fixture

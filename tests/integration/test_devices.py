@@ -18,7 +18,7 @@ from pipeline.inference.precision import Precision
 from pipeline.inference.predictor import Predictor
 from pipeline.models.frame import Frame
 from workflows.config import SegmentOptions
-from workflows.segment import segment
+from workflows.segmenting import segment
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here")
 DEVICES = ["cpu", pytest.param("cuda", marks=NO_GPU)]

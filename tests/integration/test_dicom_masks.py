@@ -15,9 +15,9 @@ from pydicom.dataset import Dataset
 from scenes import texture
 
 from pipeline.errors import SourceError
-from workflows.batch import batch
+from workflows.batching import batch
 from workflows.config import SegmentOptions
-from workflows.segment import segment
+from workflows.segmenting import segment
 
 OPTIONS = SegmentOptions(backend="serial", tracking_uri="none", precision="fp32", tile=64)
 SCAN_KJI = texture((12, 20, 16), seed=3).astype(np.int16)

@@ -17,7 +17,7 @@ from adapters.ledger_file import LedgerFile
 from pipeline.ports import Record
 from workflows.config import SegmentOptions
 from workflows.run_dir import file_digest
-from workflows.segment import segment
+from workflows.segmenting import segment
 
 pytestmark = pytest.mark.chaos
 TILE = 64
@@ -151,7 +151,7 @@ def test_ctrl_c_before_the_first_tile_starts_no_workers(
     scene: Path, slim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A person who stops a run that is still being planned would wait for a cluster to start."""
-    monkeypatch.delattr("workflows.segment.make_backend")
+    monkeypatch.delattr("workflows.segmenting.make_backend")
     asked = SegmentOptions(tracking_uri="none", tile=TILE)
     manifest = segment(scene, tmp_path / "o.tif", model=slim, options=asked, stop=lambda: True)
     assert (manifest["status"], manifest["tiles"]["done"]) == ("interrupted", 0)

@@ -21,7 +21,7 @@ from pipeline.errors import PlanError, SourceError
 from pipeline.models.bundle import load_bundle
 from pipeline.models.frame import Frame
 from workflows.config import SegmentOptions
-from workflows.segment import segment
+from workflows.segmenting import segment
 
 IMAGE_CYX = np.stack([texture((96, 128), seed=seed) for seed in (1, 2, 3)])
 

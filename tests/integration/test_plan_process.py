@@ -62,7 +62,7 @@ def test_the_driver_of_a_ray_run_never_loads_torch(scene: Path, slim: Path, tmp_
     script = (
         "import sys\n"
         "from workflows.config import SegmentOptions\n"
-        "from workflows.segment import segment\n"
+        "from workflows.segmenting import segment\n"
         "asked = SegmentOptions(tile=256, crf='off', workers=1, tracking_uri='none')\n"
         f"done = segment({str(scene)!r}, 'mask.tif', model={str(slim)!r}, options=asked)\n"
         "print(done['status'], 'torch' in sys.modules)"

@@ -7,7 +7,7 @@ import pytest
 from pipeline.errors import BundleError
 from tests.scenes import fresh, texture, write_raster
 from workflows.config import SegmentOptions
-from workflows.segment import segment
+from workflows.segmenting import segment
 
 
 def test_squeeze_and_excitation_runs_with_context_tile_and_is_never_called_exact(

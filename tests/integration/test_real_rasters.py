@@ -14,7 +14,7 @@ import rasterio
 from real_files import NODATA, SERIAL, assert_same_grid, labels_of
 
 from workflows.model import create
-from workflows.segment import segment
+from workflows.segmenting import segment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

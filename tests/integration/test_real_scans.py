@@ -16,7 +16,7 @@ from real_files import NODATA, SERIAL, slim_network
 from torch import nn
 
 from pipeline.models.bundle import Bundle, ClassInfo, InputSpec, Scaling, save_bundle
-from workflows.segment import segment
+from workflows.segmenting import segment
 
 NIFTI_FIELDS = np.dtype(
     {

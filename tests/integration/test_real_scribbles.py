@@ -11,7 +11,7 @@ from scenes import write_raster
 
 from pipeline.crf.params import CrfParams
 from workflows.config import RefineOptions
-from workflows.refine import refine
+from workflows.refining import refine
 
 
 def test_scribbles_become_the_dense_labels_that_the_person_accepted(data: Path, tmp_path: Path):

@@ -16,7 +16,7 @@ from zion import HELD_BACK, LAND, land_cover, learn_corner, zion_scene
 from pipeline.models.bundle import Bundle
 from pipeline.training.fit import Recipe
 from workflows.config import SegmentOptions
-from workflows.segment import segment
+from workflows.segmenting import segment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from pipeline.crf.engine import engine_named
 from pipeline.crf.params import CrfParams
 from pipeline.ports import Block
 from workflows.config import RefineOptions
-from workflows.refine import refine
+from workflows.refining import refine
 
 pytest.importorskip("pydensecrf.densecrf", reason="the extra 'crf' is not installed")
 

@@ -30,10 +30,10 @@ from pipeline.models.frame import Frame
 from pipeline.models.fresh import new_bundle
 from pipeline.models.scene_mean import valid_features
 from pipeline.models.scene_stages import pooled_chain
-from workflows.batch import batch
+from workflows.batching import batch
 from workflows.config import SegmentOptions
 from workflows.run_dir import file_digest
-from workflows.segment import plan_only, segment
+from workflows.segmenting import plan, segment
 from workflows.tracing import traced
 
 TIE = 1e-3  # of the logits' deviation
@@ -276,8 +276,8 @@ def test_a_batch_runs_both_passes_of_each_case(scene: Path, model: Path, tmp_pat
 
 def test_the_plan_counts_both_passes(scene: Path, model: Path, slim: Path) -> None:
     """Twice the trunk would be said to cost as much as once."""
-    two = plan_only(scene, model=model, options=options())
-    one = plan_only(scene, model=model, options=options(context="tile"))
+    two = plan(scene, model=model, options=options())
+    one = plan(scene, model=model, options=options(context="tile"))
     chain, whole = traced(load_bundle(model), "scene").body, Region.whole((504, 744))
     assert isinstance(chain, Chain)
     needs = needs_of(chain, whole, scored=whole, shape=whole.shape)
@@ -289,7 +289,7 @@ def test_the_plan_counts_both_passes(scene: Path, model: Path, slim: Path) -> No
     assert (two["exact"], one["exact"]) == (True, False)
     assert two["store_bytes"] == one["store_bytes"] + 8 * 65 * TILES
     assert two["fingerprint"] != one["fingerprint"]
-    plain = [plan_only(scene, model=slim, options=options(context=c)) for c in ("scene", "window")]
+    plain = [plan(scene, model=slim, options=options(context=c)) for c in ("scene", "window")]
     assert plain[0]["halo_work_ratio"] == plain[1]["halo_work_ratio"]
     assert plain[0]["exact"]
-    assert not plan_only(scene, model=model, options=options(halo="16"))["exact"]
+    assert not plan(scene, model=model, options=options(halo="16"))["exact"]

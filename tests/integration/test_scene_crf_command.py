@@ -27,7 +27,7 @@ from pipeline.crf.engine import engine_named, installed
 from pipeline.crf.params import CrfParams
 from pipeline.ports import Block
 from workflows.config import RefineOptions
-from workflows.refine import refine
+from workflows.refining import refine
 
 if not installed("native"):
     pytest.skip("the native CRF engine was not built here", allow_module_level=True)

@@ -23,12 +23,12 @@ from pipeline.domain import Tile
 from pipeline.errors import SourceReadError
 from pipeline.refine_tile import Given, RefineTiles
 from workflows import lattice_size
-from workflows.batch import batch
+from workflows.batching import batch
 from workflows.config import RefineOptions
-from workflows.refine import refine
+from workflows.refining import refine
 from workflows.run_dir import file_digest
-from workflows.segment import segment
-from workflows.status import run_status
+from workflows.segmenting import segment
+from workflows.standing import status
 
 if not installed("native"):
     pytest.skip("the native CRF engine was not built here", allow_module_level=True)
@@ -205,9 +205,9 @@ def test_the_status_says_in_which_round_a_scene_is(made, tmp_path):
     """Nothing would seem to be done until the last round of an hour."""
     asks, run_dir = count(), tmp_path / "mask.tif.run"
     refine(made / "image.tif", tmp_path / "mask.tif", **serial(made), stop=lambda: next(asks) >= 22)
-    found = run_status(run_dir)
+    found = status(run_dir)
     assert (found["state"], found["rounds_done"], found["rounds_total"]) == ("stopped", 2, 6)
     assert (found["tiles_done"], found["tiles_total"]) == (0, 9)
     refine(made / "image.tif", tmp_path / "mask.tif", **serial(made))
-    found = run_status(run_dir)
+    found = status(run_dir)
     assert (found["state"], found["rounds_done"], found["tiles_done"]) == ("done", 6, 9)

@@ -16,7 +16,7 @@ from pipeline.inference.padding import read_padded
 from pipeline.models.bundle import load_bundle
 from pipeline.models.frame import Frame
 from workflows.config import SegmentOptions
-from workflows.segment import segment
+from workflows.segmenting import segment
 
 TIE = 1e-3  # of the logits' deviation
 

@@ -14,7 +14,7 @@ from adapters.ledger_file import LedgerFile
 from pipeline.models.bundle import load_bundle
 from workflows.config import SegmentOptions
 from workflows.run_dir import file_digest
-from workflows.segment import segment
+from workflows.segmenting import segment
 
 CRF = {
     "iterations": 3,

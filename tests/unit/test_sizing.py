@@ -27,7 +27,7 @@ from pipeline.models.deeplab import build_network
 from pipeline.models.stages import stages_of
 from workflows.config import SegmentOptions
 from workflows.costs import DRIVER_BYTES, Budget, Team
-from workflows.segment import plan_only
+from workflows.segmenting import plan
 from workflows.sizing import Sizer
 from workflows.tracing import of_layers, traced
 
@@ -284,7 +284,7 @@ def test_the_threads_do_not_depend_on_the_workers_asked_for(tmp_path: Path) -> N
     scene = write_raster(tmp_path / "s.tif", np.stack([texture((1100, 700), seed=1)] * 3))
     fresh(tmp_path / "slim")
     plans = [
-        plan_only(scene, model=tmp_path / "slim", options=SegmentOptions(workers=count))
+        plan(scene, model=tmp_path / "slim", options=SegmentOptions(workers=count))
         for count in (1, 2, 5)
     ]
     assert len({plan["fingerprint"] for plan in plans}) == 1
@@ -317,7 +317,7 @@ def test_the_plan_says_what_a_user_wants_to_know(command: Command, scene: Path, 
 MEASURE = """
 import json, sys
 from workflows.config import SegmentOptions
-from workflows.segment import segment
+from workflows.segmenting import segment
 scene, mask, model = sys.argv[1:]
 fp32 = SegmentOptions(precision="fp32", crf="off", tile=1024)
 asked = fp32.model_copy(update={"backend": "serial", "tracking_uri": "none"})

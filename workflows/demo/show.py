@@ -25,7 +25,7 @@ from workflows.config import SegmentOptions
 from workflows.demo import volume
 from workflows.demo.baseline import GaussianClassifier, fit_to_scene, fit_to_volume
 from workflows.demo.scene import DEMO_SEED, write_scene
-from workflows.segment import segment
+from workflows.segmenting import segment
 
 BUNDLES = Path(__file__).parent / "bundles"
 BLOCK = (1024, 1024)

@@ -94,7 +94,7 @@ def _planned_product(
     return Product(case=case, bundle=bundle, plan=plan, output=output, run=run), done
 
 
-def plan_only(source: str | Path, *, model: str | Path, options: SegmentOptions) -> dict[str, Any]:
+def plan(source: str | Path, *, model: str | Path, options: SegmentOptions) -> dict[str, Any]:
     """What ``segment`` would do, as plan.json would hold it, and how long the network would take.
 
     Raises what ``segment`` raises.

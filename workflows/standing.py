@@ -13,7 +13,7 @@ from pipeline.errors import PlanError
 from workflows.run_dir import RunDir, read_json, read_plan
 
 
-def run_status(path: Path) -> dict[str, Any]:
+def status(path: Path) -> dict[str, Any]:
     """State, progress and owner. Raises PlanError for a directory that holds no run."""
     if not path.is_dir():
         raise PlanError(f"{path} holds no run: it has no plan.json; give an OUT.run")
