@@ -124,6 +124,11 @@ class RefinePlan:
         return SceneCrf(grid=self.sweep.grid, params=self.crf)
 
     @property
+    def one_piece(self) -> bool:
+        """True when no tile's CRF ends where the image goes on."""
+        return self.lattice is not None or len(self.sweep) == 1
+
+    @property
     def samples(self) -> SamplePass:
         """The pass that computes samples again, for the certificate."""
         return next(p for p in self.tiles.passes if isinstance(p, SamplePass))

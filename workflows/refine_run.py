@@ -100,7 +100,7 @@ class RefineRun:
         seam = {
             **values["seam"],
             "interior": values["interior"],
-            "exact": len(self.plan.sweep) == 1 or self.rows is not None,
+            "exact": self.plan.one_piece,
             "reason": "one lattice under all tiles leaves no seam" if self.rows else None,
         }
         write_json(self.run.certificate, seam)
