@@ -74,7 +74,7 @@ class RefineRun:
 
     def write(self, seam: Mapping[str, Any]) -> None:
         """Write, verify and name the output. Raises FinishError, StoreError or SourceError."""
-        self.product.wish.case.check_unchanged()
+        self.product.wish.check_unchanged(self.plan.scores_digest)
         self.guard.check()
         claim_output(self.run, self.product.output)
         self.run.scratch.mkdir(exist_ok=True)
