@@ -19,7 +19,7 @@ from adapters.dicom_folder import read_slices
 from adapters.dicom_geometry import SliceStack, stack_slices
 from adapters.dicom_slice import read_pixels
 from adapters.nifti_header import Orientation, VolumeGrid
-from adapters.scratch_file import content_name, make_once
+from adapters.scratch_file import content_name, damage, make_once
 from pipeline.domain import ImageInfo, Region, Shape
 from pipeline.errors import SourceReadError
 from pipeline.ports import Block
@@ -72,6 +72,15 @@ class DicomSeries:
         """What a mask of this series takes over. Raises SourceError."""
         affine = np.reshape(self._stack.affine, (4, 4))
         return VolumeGrid.from_affine(affine, shape_ijk=self._stack.shape_ijk)
+
+    def unpack(self) -> None:
+        """Decode all slices into scratch. Raises SourceError or SourceReadError."""
+        if self.scratch is None:
+            return
+        try:
+            self._decoded(self.scratch)
+        except OSError as error:
+            raise damage(error, of=self.folder) from error
 
     def read(self, region: Region) -> Block:
         """``region`` in canonical order: (1, Z, Y, X), float32 where rescaled; new.
@@ -138,7 +147,7 @@ class DicomSeries:
         if self.scratch is None:
             chosen = slices[index_KJI[0]]
             return np.stack([read_pixels(header)[index_KJI[1:]] for header in chosen])
-        plain = make_once(self.scratch / self._plain_name, write=self._decode)
+        plain = self._decoded(self.scratch)
         # Mapped anew for each read: pages that stay mapped would count as this process's memory.
         shape_KJI = self._stack.shape_ijk[::-1]
         return np.memmap(plain, slices[0].dtype, mode="r", shape=shape_KJI)[index_KJI]
@@ -147,6 +156,9 @@ class DicomSeries:
     def _plain_name(self) -> str:
         """Once for all tiles: over a network, asking hundreds of files their time is slow."""
         return content_name((header.path for header in self._stack.slices), suffix=".raw")
+
+    def _decoded(self, scratch: Path) -> Path:
+        return make_once(scratch / self._plain_name, write=self._decode)
 
     def _decode(self, sink: IO[bytes]) -> None:
         for header in self._stack.slices:

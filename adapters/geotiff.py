@@ -83,6 +83,9 @@ class GeoTiffSource:
                 " is the file complete?"
             ) from error
 
+    def unpack(self) -> None:
+        """Nothing is packed: any region can be read."""
+
     def read(self, region: Region) -> Block:
         """Return ``region``: (C, *S) in the native dtype, and (*S) bool; new arrays.
 

@@ -18,7 +18,7 @@ import SimpleITK
 from numpy.typing import NDArray
 
 from adapters.nifti_header import Orientation, VolumeGrid
-from adapters.scratch_file import content_name, make_once
+from adapters.scratch_file import content_name, damage, make_once
 from pipeline.domain import ImageInfo, Region, Shape
 from pipeline.errors import SourceError, SourceReadError
 from pipeline.ports import Block
@@ -116,6 +116,17 @@ class ItkImage:
         """What a mask of this volume takes over. Raises SourceError."""
         affine = np.reshape(self._header.affine, (4, 4))
         return VolumeGrid.from_affine(affine, shape_ijk=self._header.shape_ijk)
+
+    def unpack(self) -> None:
+        """Write the plain values into scratch. Raises SourceError or SourceReadError."""
+        if self.scratch is None or self._header.layout.random_access:
+            return
+        try:
+            self._mapped(self.scratch)
+        except OSError as error:
+            raise damage(error, of=self.path) from error
+        except RuntimeError as error:
+            raise SourceError(f"{self.path} is damaged, fetch it again: {_line(error)}") from error
 
     def read(self, region: Region) -> Block:
         """``region`` in canonical order: (1, Z, Y, X) native dtype; new.

@@ -2,6 +2,7 @@
 
 A dead process on this host is taken over at once, one on another host when its lease expires. The
 token changes hands with the lease, so that a stale owner's workers are refused at their next write.
+A directory in which nothing came to be goes with its lease.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -101,8 +102,8 @@ class LeaseFile:
 
     def __enter__(self) -> LeaseGuard:
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._take()
+            while not self._taken():
+                self._path.parent.mkdir(parents=True, exist_ok=True)
         except StoreError:
             raise
         except OSError as error:
@@ -123,9 +124,16 @@ class LeaseFile:
         with _locked(self._path):
             if self._owned():
                 self._path.unlink()
+            lock = _lock_of(self._path)
+            if [*lock.parent.iterdir()] == [lock]:
+                lock.unlink()
+                lock.parent.rmdir()
 
-    def _take(self) -> None:
-        with _locked(self._path):
+    def _taken(self) -> bool:
+        """False where there is no directory, or the last owner has just deleted it."""
+        if not self._path.parent.is_dir():
+            return False
+        with suppress(FileNotFoundError), _locked(self._path):
             holder = read_holder(self._path)
             if holder is not None and holder.alive:
                 raise LeaseHeldError(
@@ -133,6 +141,8 @@ class LeaseFile:
                     " wait for it, or choose another directory"
                 )
             self._write()
+            return True
+        return False
 
     def _owned(self) -> bool:
         holder = read_holder(self._path)
@@ -178,9 +188,25 @@ def _start_ticks(pid: int) -> int:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.with_name("lease.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    """Hold the lock of the lease at ``path``. Raises OSError, where its directory is gone too."""
+    name = _lock_of(path)
+    while True:
+        with name.open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if _is_file(lock.fileno(), name):  # else its last holder has deleted it
+                yield
+                return
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name("lease.lock")
+
+
+def _is_file(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _boot_id() -> str:

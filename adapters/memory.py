@@ -56,6 +56,9 @@ class MemorySource:
         """Shape, channels and geometry."""
         return self._info
 
+    def unpack(self) -> None:
+        """Nothing is packed: any region can be read."""
+
     def read(self, region: Region) -> Block:
         """Return ``region``: (C, *S) and (*S) bool; copies. Raises RegionError."""
         whole = Region.whole(self._info.shape)

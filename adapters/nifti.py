@@ -28,7 +28,7 @@ from adapters.nifti_header import (
     open_stream,
     read_header,
 )
-from adapters.scratch_file import content_name, make_once
+from adapters.scratch_file import content_name, damage, make_once
 from pipeline.domain import ImageInfo, Region, Shape
 from pipeline.errors import SourceError, SourceReadError
 from pipeline.ports import Block
@@ -110,6 +110,15 @@ class NiftiSource:
             selection=self._selection,
             notes=_notes(header, affine=affine),
         )
+
+    def unpack(self) -> None:
+        """Unpack a compressed file into scratch. Raises SourceError or SourceReadError."""
+        if not is_gzip(self.path):
+            return
+        try:
+            self._decompressed()
+        except STREAM_ERRORS as error:
+            raise damage(error, of=self.path) from error
 
     def read(self, region: Region) -> Block:
         """``region`` in canonical order: (1, Z, Y, X) native dtype, float32 where scaled; new.

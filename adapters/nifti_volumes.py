@@ -32,6 +32,10 @@ class NiftiVolumes:
         names = tuple(str(number + 1) for number in range(count))
         return replace(first, channels=names, nodata=(None,) * count, selection=None)
 
+    def unpack(self) -> None:
+        """Unpack a compressed file into scratch. Raises SourceError or SourceReadError."""
+        self._sources[0].unpack()
+
     def read(self, region: Region) -> Block:
         """``region``: (C, Z, Y, X), and (Z, Y, X) bool; new. Raises SourceReadError."""
         blocks = [source.read(region) for source in self._sources]

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
+from pipeline.errors import SourceError, SourceReadError
+
 
 def content_name(paths: Iterable[Path], *, suffix: str) -> str:
     """A name that changes when one of ``paths`` does, by size or time. Raises OSError."""
@@ -40,3 +42,10 @@ def make_once(path: Path, *, write: Callable[[IO[bytes]], None]) -> Path:
                 os.fsync(sink.fileno())
             partial.replace(path)
     return path
+
+
+def damage(error: Exception, *, of: Path) -> SourceError | SourceReadError:
+    """What to raise where ``of`` could not be unpacked: is it the file, or a disk?"""
+    if isinstance(error, OSError) and error.errno:
+        return SourceReadError(f"cannot unpack {of}: {error}")
+    return SourceError(f"{of} is damaged, fetch it again: {error}")

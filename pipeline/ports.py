@@ -35,6 +35,12 @@ class Source(Protocol):
     def info(self) -> ImageInfo:
         """Shape, channels and geometry. Raises SourceError."""
 
+    def unpack(self) -> None:
+        """Unpack what can only be read whole, once, before many readers ask for regions of it.
+
+        Raises SourceError for what is damaged, SourceReadError where a disk is at fault.
+        """
+
     def read(self, region: Region) -> Block:
         """Return ``region``, which lies inside the image. Raises SourceReadError."""
 

@@ -50,7 +50,7 @@ def manifest(
             "selection": info.selection,
         },
         "model": {"name": bundle.name, "version": bundle.version, "digest": bundle.digest},
-        "halo": halo_json(plan.sweep.reach) | {"exact": plan.exact},
+        "halo": halo_json(plan.sweep.reach) | {"exact": plan.network_exact},
         "tile": plan.sweep.grid.tile,
         "tiles": tile_counts(mask, outside=len(plan.last.grid) - len(plan.last)),
         "aoi": plan.aoi,
@@ -134,6 +134,7 @@ def _crf(plan: SegmentPlan) -> dict[str, Any] | None:
         "scope": "tile",
         "iterations": plan.crf.iterations,
         "halo": plan.sweep.crf_halo.before,
+        "exact": len(plan.sweep.grid) == 1,
     }
 
 

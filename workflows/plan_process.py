@@ -76,7 +76,10 @@ def _log_level() -> int:
 
 def main(asked: BinaryIO, answer: BinaryIO) -> None:
     """Make the plan asked for on one stream, and write it, or what was raised, to the other."""
-    level, case, bundle, options, found = pickle.load(asked)  # noqa: S301  the driver wrote it
+    try:
+        level, case, bundle, options, found = pickle.load(asked)  # noqa: S301  the driver wrote it
+    except (EOFError, pickle.UnpicklingError):
+        return  # and was killed meanwhile: nobody waits for a plan
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=level)
     from workflows.planning import make_plan
 
@@ -92,5 +95,5 @@ def main(asked: BinaryIO, answer: BinaryIO) -> None:
 if __name__ == "__main__":
     stdout = os.dup(1)
     os.dup2(2, 1)  # a network of somebody's own may print
-    with os.fdopen(stdout, "wb") as pipe:
+    with suppress(BrokenPipeError), os.fdopen(stdout, "wb") as pipe:  # the driver was killed
         main(sys.stdin.buffer, pipe)

@@ -66,6 +66,8 @@ def make_plan(
             "aoi": case.area.digest if case.area else None,
         }
     )
+    if found is None or found["request_digest"] != request:
+        case.source.unpack()  # a scan that is cut short is found before any tile is
     under_all = crf if crf is not None and crf.scope == "scene" else None
     if under_all is not None:
         refuse_scores(options)

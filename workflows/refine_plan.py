@@ -17,7 +17,7 @@ from pipeline.crf.memory import crf_memory
 from pipeline.crf.params import CrfParams, ResolvedCrf
 from pipeline.crf.whole_scene import SceneCrf
 from pipeline.domain import Grid, ImageInfo, Pass, Reach, SamplePass, Shape, TilePlan
-from pipeline.errors import PlanError
+from pipeline.errors import PlanError, SourceError
 from pipeline.models.input_spec import Legend
 from pipeline.ports import Source
 from pipeline.refine_scene import rounds_of
@@ -35,6 +35,7 @@ from workflows.lattice_size import LatticeSize, expected_lattice
 from workflows.legend import read_legend
 from workflows.resolved import versions_here
 from workflows.run_dir import canonical_digest
+from workflows.run_scores import open_scores
 from workflows.same_grid import check_same_grid
 from workflows.workplace import usual_workers, workers, workplace
 
@@ -53,6 +54,17 @@ class Wish:
 
     classes: Path | Legend | None
     """Or a YAML file with a list of them; None: names from the scores' bands, ids from 0."""
+
+    def check_unchanged(self, scores_digest: str) -> None:
+        """Raise SourceError where image or scores are others than when the run began."""
+        self.case.check_unchanged()
+        found, _ = open_scores(self.scores_path, self.case, scratch=None)
+        if found.digest() != scores_digest:
+            raise SourceError(
+                f"{self.scores_path} has changed while it was read, so that a mask would be of two"
+                " sets of scores: put back what it was and run the same command again, or start"
+                " over with --fresh"
+            )
 
     @property
     def legend(self) -> Legend:
@@ -124,6 +136,11 @@ class RefinePlan:
         return SceneCrf(grid=self.sweep.grid, params=self.crf)
 
     @property
+    def one_piece(self) -> bool:
+        """True when no tile's CRF ends where the image goes on."""
+        return self.lattice is not None or len(self.sweep) == 1
+
+    @property
     def samples(self) -> SamplePass:
         """The pass that computes samples again, for the certificate."""
         return next(p for p in self.tiles.passes if isinstance(p, SamplePass))
@@ -187,6 +204,9 @@ def make_refine_plan(
     fitted, info = _fit(wish), wish.case.source.info
     request = canonical_digest({**fitted.content, "tile": options.tile, "device": options.device})
     before = found["resolved"] if found and found["request_digest"] == request else None
+    if before is None:  # a volume that is cut short is found before any tile is
+        wish.case.source.unpack()
+        wish.scores.unpack()
     resolved = _resolve(fitted.crf, info, options) if before is None else _resolved_before(before)
     crf = replace(fitted.crf, engine=resolved.engine)
     crf.check_classes(len(fitted.legend.classes))

@@ -74,7 +74,7 @@ class RefineRun:
 
     def write(self, seam: Mapping[str, Any]) -> None:
         """Write, verify and name the output. Raises FinishError, StoreError or SourceError."""
-        self.product.wish.case.check_unchanged()
+        self.product.wish.check_unchanged(self.plan.scores_digest)
         self.guard.check()
         claim_output(self.run, self.product.output)
         self.run.scratch.mkdir(exist_ok=True)
@@ -100,7 +100,7 @@ class RefineRun:
         seam = {
             **values["seam"],
             "interior": values["interior"],
-            "exact": len(self.plan.sweep) == 1 or self.rows is not None,
+            "exact": self.plan.one_piece,
             "reason": "one lattice under all tiles leaves no seam" if self.rows else None,
         }
         write_json(self.run.certificate, seam)

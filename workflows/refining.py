@@ -95,19 +95,31 @@ def refine(
     check_output(target, source=wish.case.path, info=wish.case.source.info, run=run)
     if target.exists() and target.samefile(wish.scores_path):
         raise SourceError(f"output {target} is the scores themselves; choose another output")
-    known = None if asked.fresh else read_plan(run)
-    plan = make_refine_plan(wish, asked, found=known)
-    if target.exists() and not asked.fresh:
-        done = finished(run, target, fingerprint=plan.tiles.fingerprint, known=known)
+    with LeaseFile(run.path) as guard:  # planning may unpack volumes there
+        try:
+            product, done = _planned_product(wish, asked, output=target, run=run)
+        except BaseException:
+            run.withdraw()
+            raise
         if done is not None:
+            run.withdraw()
             log.warning("%s is finished already; nothing to do", target)
             return done
-    product = RefineProduct(wish=wish, plan=plan, output=target, run=run)
-    with LeaseFile(run.path) as guard:
         if asked.fresh:
             run.clear()
             mark_output(run, target)
         return _run(product, asked, guard=guard, stop=stop)
+
+
+def _planned_product(
+    wish: Wish, asked: RefineOptions, *, output: Path, run: RunDir
+) -> tuple[RefineProduct, dict[str, Any] | None]:
+    """What is to be made, and the manifest where it is made already."""
+    known, done = None if asked.fresh else read_plan(run), None
+    plan = make_refine_plan(wish, asked, found=known)
+    if output.exists() and not asked.fresh:
+        done = finished(run, output, fingerprint=plan.tiles.fingerprint, known=known)
+    return RefineProduct(wish=wish, plan=plan, output=output, run=run), done
 
 
 def _open_case(path: Path, options: RefineOptions, *, run: RunDir) -> Case:
@@ -240,6 +252,7 @@ def _manifest(image: RefineRun, *, seam: Mapping[str, Any] | None) -> dict[str, 
             "scope": plan.crf.scope,
             "iterations": plan.crf.iterations,
             "halo": plan.sweep.crf_halo.before,
+            "exact": plan.one_piece,
             "lattice": lattice(outcome),
         },
         "device": plan.resolved.device,

@@ -127,12 +127,12 @@ class RunDir:
                 path.unlink(missing_ok=True)
 
     def withdraw(self) -> None:
-        """Delete what was unpacked for a request that runs nothing, but of no run under way."""
-        if self.plan.exists() and not self.manifest.exists():
-            return
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        with suppress(OSError):
-            self.path.rmdir()
+        """Delete what was unpacked for a request that runs nothing, but of no run begun earlier.
+
+        For who holds the lease.
+        """
+        if not self.plan.exists() or self.manifest.exists():
+            shutil.rmtree(self.scratch, ignore_errors=True)
 
     def clear(self) -> None:
         """Delete what runs make here, and nothing that somebody else put here: ``--fresh``."""

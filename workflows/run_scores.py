@@ -17,7 +17,7 @@ from workflows.case import Case
 from workflows.run_dir import RunDir, read_json
 
 
-def open_scores(path: Path, case: Case, *, scratch: Path) -> tuple[Source, Legend | None]:
+def open_scores(path: Path, case: Case, *, scratch: Path | None) -> tuple[Source, Legend | None]:
     """The scores, and their classes where a run of ours says which they are.
 
     Raises SourceError.

@@ -79,6 +79,7 @@ class ScenePlan:
             "scope": "scene",
             "iterations": self.crf.params.iterations,
             "halo": self.rounds[-1].crf_halo.before,
+            "exact": True,
             "lattice": lattice,
         }
 

@@ -65,16 +65,16 @@ def segment(
     case = open_case(local_path(str(source)).absolute(), asked, scratch=run.scratch)
     run.check_ours(batch=False)
     check_output(target, source=case.path, info=case.source.info, run=run)
-    try:
-        product, done = _planned_product(case, bundle, asked, output=target, run=run)
-    except BaseException:
-        run.withdraw()
-        raise
-    if done is not None:
-        run.withdraw()
-        log.warning("%s is finished already; nothing to do", target)
-        return done
-    with LeaseFile(run.path) as guard:
+    with LeaseFile(run.path) as guard:  # planning may unpack a scan there
+        try:
+            product, done = _planned_product(case, bundle, asked, output=target, run=run)
+        except BaseException:
+            run.withdraw()
+            raise
+        if done is not None:
+            run.withdraw()
+            log.warning("%s is finished already; nothing to do", target)
+            return done
         if asked.fresh:
             run.clear()
             mark_output(run, target)

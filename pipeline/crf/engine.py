@@ -6,6 +6,7 @@ hands them energies and features, and takes probabilities back.
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -126,3 +127,7 @@ def engine_named(name: EngineName, *, device: Device, threads: int) -> Engine:
     from pipeline.crf.pydensecrf_engine import PydensecrfEngine
 
     return PydensecrfEngine()
+
+
+# Whoever still refers to the cache as the process ends would have nanobind report a leak.
+atexit.register(engine_named.cache_clear)

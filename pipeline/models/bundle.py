@@ -89,10 +89,23 @@ class Bundle:
 
     @property
     def weights_file(self) -> Path:
-        """Where the weights are: by themselves, or in the program of a network that is one."""
+        """Where the weights are: by themselves, or in the program of a network that is one.
+
+        Under the name of a draft where whoever saved them was killed before the last step.
+        """
+        return self._weights_draft if self._weights_draft.exists() else self._weights_place
+
+    @property
+    def _weights_place(self) -> Path:
         if isinstance(self.architecture, CustomArchitecture) and not self.architecture.entry_point:
             return self.path / PROGRAM_FILE
         return self.path / WEIGHTS_FILE
+
+    @property
+    def _weights_draft(self) -> Path:
+        """A name that no other weights have."""
+        place = self._weights_place
+        return place.with_name(f".{self.weights_sha256[:16]}.{place.name}")
 
     @property
     def mask_dtype(self) -> Literal["uint8", "uint16"]:
@@ -207,8 +220,7 @@ def _check_file(path: Path) -> None:
 def save_bundle(path: str | Path, bundle: Bundle, weights: Mapping[str, Tensor] | bytes) -> Bundle:
     """Write a bundle whole or not at all; return it as saved. Of one that is there, what is ours.
 
-    Other files beside it stay. Where its weights stay too, one file changes, at once; else a kill
-    between two files leaves a bundle that is refused for its checksum, until it is saved again.
+    Other files beside it stay. A kill at any moment leaves the bundle that was there, or this one.
 
     ``weights`` is a state dict, or the bytes of a file: of weights, or of a program as
     ``torch.export.save`` writes it.
@@ -230,7 +242,7 @@ def save_bundle(path: str | Path, bundle: Bundle, weights: Mapping[str, Tensor] 
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         fresh = Path(scratch) / "new"
         fresh.mkdir()
-        (fresh / saved.weights_file.name).write_bytes(data)
+        (fresh / saved._weights_place.name).write_bytes(data)
         text = yaml.safe_dump(_document(saved), sort_keys=False, allow_unicode=True)
         (fresh / MODEL_FILE).write_text(text, encoding="utf-8")
         if not path.exists() or _is_empty(path):
@@ -242,13 +254,21 @@ def save_bundle(path: str | Path, bundle: Bundle, weights: Mapping[str, Tensor] 
 
 
 def _replace_files(saved: Bundle, fresh: Path) -> None:
-    """Those of ``fresh`` in place of the ones that are there, the one that names them last."""
-    weights = saved.weights_file
-    if not weights.is_file() or _sha256(weights) != saved.weights_sha256:
-        (fresh / weights.name).replace(weights)
+    """Those of ``fresh`` in place of the ones that are there.
+
+    Weights lie beside the old ones until ``model.yaml``, with one rename, names them.
+    """
+    place, draft = saved._weights_place, saved._weights_draft
+    if not place.is_file() or _sha256(place) != saved.weights_sha256:
+        (fresh / place.name).replace(draft)
     (fresh / MODEL_FILE).replace(saved.path / MODEL_FILE)
-    for name in {WEIGHTS_FILE, PROGRAM_FILE} - {weights.name}:
-        (saved.path / name).unlink(missing_ok=True)
+    if draft.exists():
+        draft.replace(place)
+    for name in (WEIGHTS_FILE, PROGRAM_FILE):
+        for left in saved.path.glob(f".{'[0-9a-f]' * 16}.{name}"):  # by whoever was killed
+            left.unlink()
+        if name != place.name:
+            (saved.path / name).unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:

@@ -30,6 +30,9 @@ class StoredScores:
     name: str
     """All that decides their bytes."""
 
+    def unpack(self) -> None:
+        """Nothing is packed: any region can be read."""
+
     def read(self, region: Region) -> Block:
         """Return ``region``, (K, *S) in the store's dtype. Raises StoreError."""
         return Block(self.store.read(region), np.ones(region.shape, bool))

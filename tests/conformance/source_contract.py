@@ -50,6 +50,14 @@ class SourceContract(ABC):
         assert_same(block, Block(image_CS=sample.image_CS, valid_S=sample.valid_S))
         assert not sample.valid_S.all(), "a sample without invalid pixels tests nothing"
 
+    def test_unpacking_changes_nothing(self, sample: Sample) -> None:
+        """Broken: a scan that is unpacked ahead is another one than one that a tile unpacks."""
+        source = sample.source
+        source.unpack()
+        source.unpack()
+        block = source.read(Region.whole(source.info.shape))
+        assert_same(block, Block(image_CS=sample.image_CS, valid_S=sample.valid_S))
+
     def test_info_describes_what_read_returns(self, sample: Sample) -> None:
         """Broken: a plan made from info, for blocks of another shape, type or byte order."""
         info = sample.source.info

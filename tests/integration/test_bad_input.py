@@ -5,13 +5,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from batches import write_volume
 from command import Command, tree
 from scenes import fresh, texture, write_raster
+
+from adapters import nifti
+from workflows import planning
 
 Make = Callable[[Path], Path | str]
 IMAGE_CYX = np.stack([texture((96, 128), seed=seed) for seed in (1, 2, 3)])
@@ -51,6 +56,12 @@ def _file(name: str, content: bytes) -> Make:
 def _cut_in_its_header(folder: Path) -> Path:
     path = write_raster(folder / "cut.tif", IMAGE_CYX)
     path.write_bytes(path.read_bytes()[:100])
+    return path
+
+
+def _cut_short(folder: Path) -> Path:
+    path = write_volume(folder / "short.nii.gz", (40, 41, 42), seed=2)
+    path.write_bytes(path.read_bytes()[:-2000])
     return path
 
 
@@ -242,3 +253,40 @@ def test_a_command_that_cannot_be_is_one_line_and_exit_2(
     monkeypatch.chdir(out)
     command(*words.split()).refuses(*USAGE[words])
     assert not tree(out)
+
+
+def test_a_scan_that_is_cut_short_is_one_line_and_unpacked_once(
+    command: Command, out: Path, tmp_path: Path, slim3d: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its tiles would unpack it anew, and say the same."""
+    unpackings, copy = [], nifti.copy_stream
+
+    def counted(*args: Any, **named: Any) -> None:
+        unpackings.append(args)
+        copy(*args, **named)
+
+    monkeypatch.setattr(nifti, "copy_stream", counted)
+    answer = command.segment(_cut_short(tmp_path), out / "o.nii.gz", "--tile", "16", model=slim3d)
+    answer.refuses("short.nii.gz is damaged", "fetch it again")
+    assert len(unpackings) == 1
+    assert not tree(out)
+
+
+def test_a_refused_command_leaves_what_another_has_unpacked(
+    command: Command, out: Path, tmp_path: Path, slim3d: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first one plans there is no plan.json yet, but its scan is unpacked."""
+    scan = write_volume(tmp_path / "scan.nii.gz", (20, 20, 20), seed=2)
+    line, plan = (scan, out / "o.nii.gz", "--any-resolution"), planning.make_plan
+    found = []
+
+    def planned(*args: Any, **named: Any) -> Any:
+        made = plan(*args, **named)
+        monkeypatch.setattr(planning, "make_plan", plan)
+        command.segment(*line, "--tile", "7", model=slim3d).refuses("working here", code=75)
+        found.extend((out / "o.nii.gz.run/scratch").glob("*.nii"))
+        return made
+
+    monkeypatch.setattr(planning, "make_plan", planned)
+    assert command.segment(*line, model=slim3d).code == 0
+    assert len(found) == 1

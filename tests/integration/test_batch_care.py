@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batches import OPTIONS, computed, states, write_scene
+from batches import OPTIONS, computed, states, write_scene, write_volume
 from scenes import fresh
 
 from adapters.lease_file import LeaseFile
@@ -205,3 +205,15 @@ def test_a_refused_namesake_does_not_hide_a_case_that_is_still_to_do(
     result = batch(sources, tmp_path / "out", models=[slim], options=OPTIONS, stop=lambda: True)
     assert result["status"] == "interrupted"
     assert sorted(row["status"] for row in result["cases"]) == ["failed", "queued"]
+
+
+def test_a_scan_that_is_cut_short_is_quarantined_by_the_first_run(
+    tmp_path: Path, run: Callable[..., dict[str, Any]]
+) -> None:
+    """No other night would end better, and its tiles would all say so."""
+    scan = write_volume(tmp_path / "short.nii.gz", (40, 41, 42), seed=2)
+    scan.write_bytes(scan.read_bytes()[:-2000])
+    (case,) = run(scan, tmp_path / "out")["cases"]
+    assert (case["status"], case["computed"]) == ("quarantined", False)
+    assert "short.nii.gz is damaged" in case["reason"]
+    assert not (tmp_path / "out.run/cases/short/scratch").exists()

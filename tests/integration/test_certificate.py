@@ -138,6 +138,18 @@ def test_a_crf_is_measured_before_and_after(run: Segment, tmp_path: Path) -> Non
     assert seam["exact"] == (seam["label_disagreement"] == 0)
 
 
+@pytest.mark.parametrize(("tile", "halo", "exact"), [(128, "16", (False, False)),
+                                                     (128, "exact", (True, False)),
+                                                     (512, "exact", (True, True))])  # fmt: skip
+def test_the_halo_of_the_network_and_the_crf_each_say_whether_they_are_exact(
+    run: Segment, tmp_path: Path, tile: int, halo: str, exact: tuple[bool, bool]
+) -> None:
+    """A CRF that ends with its tile does not make the network's halo a short one."""
+    (tmp_path / "crf.yaml").write_text(yaml.safe_dump({"crf": CRF}))
+    manifest = run(crf=str(tmp_path / "crf.yaml"), tile=tile, halo=halo)
+    assert (manifest["halo"]["exact"], manifest["crf"]["exact"]) == exact
+
+
 def test_a_mask_put_in_the_wrong_place_fails_with_a_crf_as_well(
     run: Segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

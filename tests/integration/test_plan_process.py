@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +51,26 @@ def test_a_plan_whose_process_is_killed_ends_the_run_with_a_reason(
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(ExecutionError, match="the process that plans the run ended with 1"):
         apart(scene, load_bundle(slim))
+
+
+@pytest.mark.parametrize("heard", [0, 100, None])
+def test_a_plan_that_nobody_waits_for_any_more_ends_without_a_word(
+    scene: Path, slim: Path, heard: int | None
+) -> None:
+    """Who kills the driver would find a traceback of another process on the screen."""
+    request = (logging.WARNING, open_case(scene, ASKED), load_bundle(slim), ASKED, None)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "workflows.plan_process"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    process.stdin.write(pickle.dumps(request)[:heard])
+    process.stdin.close()
+    assert process.stderr.read() == b""
+    process.wait()
 
 
 def test_a_network_that_prints_does_not_garble_the_plan(scene: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import count
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from scenes import texture, write_raster
 from pipeline.crf.dense import refine as refine_array
 from pipeline.crf.engine import engine_named
 from pipeline.crf.params import CrfParams
+from pipeline.errors import SourceError
 from pipeline.ports import Block
 from workflows.config import RefineOptions
 from workflows.refining import refine
@@ -290,3 +292,25 @@ def test_logits_are_refused_before_there_is_a_mask(made, terravox, tmp_path):
     assert answer.code == 3
     assert "the scores are no probabilities" in answer.err
     assert not (tmp_path / "mask.tif").exists()
+
+
+@pytest.mark.parametrize("name", ["image.tif", "scores.tif"])
+def test_a_file_that_changes_while_it_is_read_gives_no_mask(made, tmp_path, name):
+    """Half of the mask would be of yesterday's scores."""
+    for file in ("image.tif", "scores.tif"):
+        shutil.copy(made / file, tmp_path / file)
+    with rasterio.open(tmp_path / name) as file:
+        profile, image_CYX = file.profile, file.read()
+
+    def changed() -> bool:
+        with rasterio.open(tmp_path / name, "w", **profile) as file:
+            file.write(image_CYX[:, ::-1])
+        return False
+
+    output = tmp_path / "mask.tif"
+    with pytest.raises(SourceError, match=f"{name} has changed while it was read"):
+        refine(
+            tmp_path / "image.tif", output, scores=tmp_path / "scores.tif",
+            crf=made / "crf.yaml", options=SERIAL, stop=changed,
+        )  # fmt: skip
+    assert not output.exists()

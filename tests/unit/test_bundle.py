@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import datetime
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -274,22 +276,57 @@ def test_a_bundle_is_replaced_whole_and_nothing_else_is(bundle: Bundle, tmp_path
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
-def test_one_file_changes_where_the_weights_stay(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("changed", [False, True], ids=["the weights stay", "they change"])
+def test_a_bundle_can_be_read_at_any_moment_while_it_is_replaced(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, changed: bool
 ) -> None:
-    """A kill while `crf tune` writes its best into a bundle would leave one that cannot be read."""
-    replaced: list[str] = []
+    """A kill while `crf tune` writes its best into a bundle would leave one that is refused."""
+    found: list[tuple[int, bool]] = []
+
+    def watched(step: Callable[..., Any]) -> Callable[..., Any]:
+        def look(path: Path, *args: Any, **named: Any) -> Any:
+            here = load_bundle(bundle.path)
+            weights = here.network().state_dict().values()
+            found.append((here.version, all((value == 0).all() for value in weights)))
+            return step(path, *args, **named)
+
+        return look
+
+    for name in ("replace", "unlink"):
+        monkeypatch.setattr(Path, name, watched(getattr(Path, name)))
+    weights = bundle.network().state_dict()
+    fresh = {name: value * 0 for name, value in weights.items()} if changed else weights
+    assert save_bundle(bundle.path, replace(bundle, version=3), fresh).version == 3
+    assert found[0] == (bundle.version, False)
+    assert found[-1] == (3, changed)
+    assert set(found) == {found[0], found[-1]}
+
+
+def test_a_bundle_whose_last_step_was_lost_is_read_copied_and_replaced(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights have another name then, which the next to save it must not lose or leave."""
     rename = Path.replace
 
-    def watched(self: Path, target: Path) -> Path:
-        replaced.append(Path(target).name)
-        load_bundle(bundle.path).network()
-        return rename(self, target)
+    def killed(path: Path, target: Path) -> Path:
+        if target.name == bundle.weights_file.name:
+            raise KeyboardInterrupt
+        return rename(path, target)
 
-    monkeypatch.setattr(Path, "replace", watched)
-    data = bundle.weights_file.read_bytes()
-    assert save_bundle(bundle.path, replace(bundle, version=3), data).version == 3
-    assert replaced == [MODEL_FILE]
+    zeros = {name: value * 0 for name, value in bundle.network().state_dict().items()}
+    before = bundle.network().state_dict()
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_bundle(bundle.path, replace(bundle, version=2), zeros)
+    monkeypatch.undo()
+    for number, weights in enumerate((zeros, before)):
+        left = load_bundle(shutil.copytree(bundle.path, tmp_path / str(number)))
+        assert left.version == 2
+        assert all((value == 0).all() for value in left.network().state_dict().values())
+        found = save_bundle(left.path, left, weights).network().state_dict()
+        assert all(torch.equal(found[name], value) for name, value in weights.items())
+        names = sorted(path.name for path in left.path.iterdir())
+        assert names == [MODEL_FILE, "weights.safetensors"]
 
 
 def test_a_bundle_is_read_without_torch(bundle: Bundle) -> None:

@@ -266,6 +266,9 @@ def test_a_slice_that_breaks_later_is_a_read_error(tmp_path: Path, with_scratch:
     with pytest.raises(SourceReadError, match=re.escape(paths[6].name)):
         whole(DicomSeries(tmp_path / "in", scratch=scratch))
     assert not scratch or not list(scratch.glob("*.raw"))
+    if with_scratch:
+        with pytest.raises(SourceError, match=re.escape(paths[6].name)):
+            DicomSeries(tmp_path / "in", scratch=scratch).unpack()
 
 
 def test_of_several_series_one_is_chosen_by_its_uid(tmp_path: Path) -> None:

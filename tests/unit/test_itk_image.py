@@ -183,6 +183,9 @@ def test_a_truncated_file_is_an_error(tmp_path, name, compress, with_scratch):
         whole(source)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("s/*.raw"))
+    if with_scratch and not source._header.layout.random_access:
+        with pytest.raises(SourceError, match=name):
+            source.unpack()
 
 
 def test_the_digest_follows_the_voxels_wherever_they_lie(tmp_path):

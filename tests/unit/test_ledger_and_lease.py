@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -121,3 +122,32 @@ def test_the_workers_of_a_stale_owner_are_refused(tmp_path: Path) -> None:
         )
         with pytest.raises(LeaseHeldError, match="taken over"):
             stale.check()
+
+
+def test_a_directory_in_which_nothing_came_to_be_goes_with_its_lease(tmp_path: Path) -> None:
+    """A request that is refused must leave nothing, and a run must keep what it made."""
+    with LeaseFile(tmp_path / "a.run"):
+        pass
+    with LeaseFile(tmp_path / "b.run"):
+        (tmp_path / "b.run/plan.json").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["b.run"]
+
+
+@pytest.mark.parametrize("gone", ["lock", "directory"])
+def test_who_waited_for_a_lock_that_was_deleted_still_keeps_others_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    """The file that it waited for is nobody's any more: a third would lock another one."""
+    run, waited = tmp_path / "o.run", fcntl.flock
+
+    def waits(handle: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", waited)
+        (run / "lease.lock").unlink()
+        if gone == "directory":
+            run.rmdir()
+        waited(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", waits)
+    with LeaseFile(run), pytest.raises(LeaseHeldError), LeaseFile(run):
+        pass
+    assert not run.exists()

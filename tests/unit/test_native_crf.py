@@ -286,3 +286,15 @@ def test_more_features_than_the_native_engine_takes_are_refused_by_the_plan():
     check(23, "torch")
     with pytest.raises(CrfError, match="25 axes and bands, the native engine takes 24"):
         check(23, "native")
+
+
+def test_no_engine_outlives_the_process() -> None:
+    """Every end of a run would print that the engine leaked, as if memory were lost."""
+    code = """
+import ctypes
+from pipeline.crf.engine import engine_named
+engine_named("native", device="cpu", threads=1)
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine_named))  # as what is never collected does
+"""
+    ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert ended.stderr == b""

@@ -241,6 +241,18 @@ def test_a_truncated_file_is_a_read_error(tmp_path, with_scratch):
     assert not scratch or not list(scratch.glob("*.nii"))
 
 
+def test_a_damaged_file_is_a_verdict_before_a_region_is_asked_for(tmp_path):
+    """Found by a tile, it is unpacked again for each other tile, and for each night."""
+    plain = saved(tmp_path / "v.nii").read_bytes()
+    packed = gzip.compress(plain)
+    for content in (gzip.compress(plain[:-8]), packed[:-30], packed[:-8] + bytes(8)):
+        source = NiftiSource(plant(tmp_path / "b.nii.gz", content), scratch=tmp_path / "s")
+        with pytest.raises(SourceError, match="damaged, fetch it again"):
+            source.unpack()
+    with pytest.raises(SourceReadError, match="cannot unpack"):  # no fault of the scan's
+        NiftiSource(plant(tmp_path / "g.nii.gz", packed), scratch=tmp_path / "v.nii").unpack()
+
+
 def test_a_stream_far_longer_than_its_header_says_is_refused(tmp_path):
     """A decompression bomb would fill the disk of every worker."""
     bomb = gzip.compress(saved(tmp_path / "v.nii").read_bytes() + bytes(4 << 20))
