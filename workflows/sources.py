@@ -22,6 +22,9 @@ SEPARATOR = "__"
 SIDECARS = (".aux.xml", ".msk")
 """Added to a raster's name: what it says of the pixels may lie beside it."""
 
+WORLD_FILES = (".tfw", ".tifw", ".tiffw", ".wld")
+"""In place of a raster's suffix: where it lies, for one that does not say so itself."""
+
 POINTERS = (".vrt", ".mhd")
 """Files that name others: their own time says nothing about those."""
 
@@ -54,6 +57,7 @@ class Candidate:
         except OSError as error:
             raise SourceError(f"{path} cannot be read: {error.strerror}") from error
         sidecars = [path.with_name(path.name + suffix) for suffix in SIDECARS]
+        sidecars += [path.with_suffix(suffix) for suffix in WORLD_FILES]
         return stamp([path, *(file for file in sidecars if file.exists())])
 
 

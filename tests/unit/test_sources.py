@@ -146,6 +146,8 @@ def test_a_stamp_changes_with_content_time_rights_and_sidecars(tmp_path: Path) -
     seen.append(one.stamp())
     touch(tmp_path / "x.tif.aux.xml")
     seen.append(one.stamp())
+    touch(tmp_path / "x.tfw")  # moved, it lies elsewhere
+    seen.append(one.stamp())
     assert len(set(seen)) == len(seen)
 
 
