@@ -257,8 +257,12 @@ def _notes(header: Any, *, affine: NDArray[np.float64]) -> tuple[str, ...]:
     sform, qform = int(header["sform_code"]), int(header["qform_code"])
     if not sform and not qform:
         notes.append("no sform and no qform: right and left are assumed, not known")
-    if sform and qform and not _same_place(header.get_qform(), affine, header=header):
-        notes.append("sform and qform differ: the sform is used, the mask keeps both")
+    if sform and qform:
+        try:
+            if not _same_place(header.get_qform(), affine, header=header):
+                notes.append("sform and qform differ: the sform is used, the mask keeps both")
+        except (HeaderDataError, ValueError) as error:
+            notes.append(f"the qform is damaged ({error}): the sform is used, the mask keeps both")
     if _fullness(affine) < UPRIGHT:
         notes.append("axes are not at right angles, as of a tilted gantry")
     if _length_unit(header) == 0:

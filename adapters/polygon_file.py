@@ -95,10 +95,14 @@ class PolygonFile:
         return moved
 
     def _meeting(self, left: float, bottom: float, right: float, top: float) -> NDArray[Any]:
-        """Polygons whose extent meets this one, in the file's CRS."""
+        """Polygons whose extent meets this one, in the file's CRS.
+
+        Left is more than right where it lies astride the meridian of 180 degrees.
+        """
         x0_N, y0_N, x1_N, y1_N = shapely.bounds(self.polygons).T
-        meets_N = (x0_N <= right) & (left <= x1_N) & (y0_N <= top) & (bottom <= y1_N)
-        return np.asarray(self.polygons[meets_N])
+        begins_N, ends_N = x0_N <= right, left <= x1_N
+        meets_N = begins_N | ends_N if left > right else begins_N & ends_N
+        return np.asarray(self.polygons[meets_N & (y0_N <= top) & (bottom <= y1_N)])
 
 
 def read_polygons(path: Path) -> PolygonFile:

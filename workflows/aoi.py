@@ -7,15 +7,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from adapters.uri import is_known, open_source
 from pipeline.domain import Grid, ImageInfo
 from pipeline.errors import SourceError
 from pipeline.ports import Area
-
-AFFINE_SLACK = 1e-3
-"""How far the numbers of two affines may lie apart, in voxels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,16 +62,10 @@ def _mask(path: Path, image: ImageInfo, *, scratch: Path | None) -> Area:
     if not is_known(path.name):
         raise SourceError(f"--aoi {path}: a volume takes a mask on its own grid, such as a NIfTI")
     from adapters.mask_area import MaskArea
+    from workflows.same_grid import check_same_grid
 
     source = open_source(str(path), scratch=scratch)
-    mask = source.info
-    slack = AFFINE_SLACK * min(image.spacing)
-    same = mask.shape == image.shape and np.allclose(mask.affine, image.affine, rtol=0, atol=slack)
-    if not same:
-        raise SourceError(
-            f"--aoi {path}: a mask of {mask.shape} voxels is not on the grid of the scan, which"
-            f" has {image.shape}, or lies elsewhere: give one of its shape and affine"
-        )
+    check_same_grid(image, source.info, names=f"the scan and --aoi {path}")
     return MaskArea(source, source.digest())
 
 

@@ -65,6 +65,9 @@ def check_output(output: Path, *, source: Path, info: ImageInfo, run: RunDir) ->
     inside = [part for part in run.parts if part in output.resolve().parents]
     if inside:
         raise SourceError(f"output {output} lies in {inside[0]}, the run's own; choose another")
+    hiding = output.with_name(f"{output.name}.msk")
+    if info.ndim == 2 and hiding.exists():
+        raise SourceError(f"output {output}: readers would hide what {hiding} masks; move it away")
     if not os.access(output.parent, os.W_OK):
         raise SourceError(f"output {output}: the directory {output.parent} cannot be written to")
 

@@ -64,7 +64,7 @@ def manifest(
         "precision": plan.resolved.precision.name,
         "device": plan.resolved.device,
         "classes": classes(mask, info, bundle.legend),
-        "nodata_pixels": counts(mask).get(bundle.mask_nodata, 0) + _outside(plan.last),
+        "nodata_pixels": nodata_pixels(mask, plan.last, nodata=bundle.mask_nodata),
         "seam": seam.certificate.as_json() if seam else None,
         "seconds": round(seconds, 3),
         "throughput": throughput(info, [r for r in new if r.key.stage == plan.last.name], seconds),
@@ -121,9 +121,11 @@ def tile_counts(outcome: Outcome, *, outside: int = 0) -> dict[str, int]:
     }
 
 
-def _outside(sweep: Pass) -> int:
-    """Pixels of tiles that do not run."""
-    return Region.whole(sweep.grid.shape).size - sweep.covered_pixels
+def nodata_pixels(outcome: Outcome, sweep: Pass, *, nodata: int) -> int:
+    """Pixels without a class: as counted in tiles, and those of tiles that failed or do not run."""
+    outside = Region.whole(sweep.grid.shape).size - sweep.covered_pixels
+    failed = sum(sweep.tile(record.key.number).core.size for record in outcome.failed)
+    return counts(outcome).get(nodata, 0) + outside + failed
 
 
 def _crf(plan: SegmentPlan) -> dict[str, Any] | None:

@@ -10,30 +10,30 @@ from pipeline.domain import ImageInfo
 from pipeline.errors import SourceError
 
 GRID_SLACK = 0.01
-"""How far, in pixels, the corners of scores may lie from those of the image."""
+"""How far, in pixels, the corners of the other may lie from those of the image."""
 
 _IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 
-def check_same_grid(image: ImageInfo, scores: ImageInfo, *, names: str) -> tuple[str, ...]:
-    """Notes. Raises SourceError for scores that do not lie on the image's own pixels.
+def check_same_grid(image: ImageInfo, other: ImageInfo, *, names: str) -> tuple[str, ...]:
+    """Notes. Raises SourceError where the other does not lie on the image's own pixels.
 
-    ``names``: of both files, for the message.
+    Args:
+        image: what is segmented.
+        other: scores, labels or an area for it.
+        names: of both files, in that order, for the message.
     """
-    if image.shape != scores.shape:
+    if image.shape != other.shape:
         raise SourceError(
-            f"{names} differ in shape: image {image.shape}, scores {scores.shape}; give scores on"
-            " the image's grid"
+            f"{names} differ in shape, {image.shape} and {other.shape}: give files on one grid"
         )
-    if scores.affine == _IDENTITY != image.affine and scores.crs is None:
+    if other.affine == _IDENTITY != image.affine and other.crs is None:
         return ("the scores have no georeferencing: taken pixel for pixel",)
-    if None not in (image.crs, scores.crs) and image.crs != scores.crs:
-        raise SourceError(f"{names} differ in CRS: give scores on the image's grid")
-    apart = np.abs(_corners(scores) - _corners(image)).max() / _shortest_side(image)
+    if None not in (image.crs, other.crs) and image.crs != other.crs:
+        raise SourceError(f"{names} differ in CRS: give files on one grid")
+    apart = np.abs(_corners(other) - _corners(image)).max() / _shortest_side(image)
     if apart > GRID_SLACK:
-        raise SourceError(
-            f"{names} lie {apart:.3g} px apart at a corner: give scores on the image's grid"
-        )
+        raise SourceError(f"{names} lie {apart:.3g} px apart at a corner: give files on one grid")
     return ()
 
 

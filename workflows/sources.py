@@ -22,6 +22,9 @@ SEPARATOR = "__"
 SIDECARS = (".aux.xml", ".msk")
 """Added to a raster's name: what it says of the pixels may lie beside it."""
 
+WORLD_FILES = (".tfw", ".tifw", ".tiffw", ".wld")
+"""In place of a raster's suffix: where it lies, for one that does not say so itself."""
+
 POINTERS = (".vrt", ".mhd")
 """Files that name others: their own time says nothing about those."""
 
@@ -54,6 +57,7 @@ class Candidate:
         except OSError as error:
             raise SourceError(f"{path} cannot be read: {error.strerror}") from error
         sidecars = [path.with_name(path.name + suffix) for suffix in SIDECARS]
+        sidecars += [path.with_suffix(suffix) for suffix in WORLD_FILES]
         return stamp([path, *(file for file in sidecars if file.exists())])
 
 
@@ -195,16 +199,18 @@ def _series(folder: Path, parts: list[str]) -> Iterator[Candidate]:
 def _listed(path: Path) -> Iterator[Candidate]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file)
-            rows, columns = list(table), ", ".join(table.fieldnames or ["none"])
+            table = csv.DictReader(file, skipinitialspace=True)
+            rows, columns = [(table.line_num, row) for row in table], table.fieldnames or ["none"]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise PlanError(f"the list {path} cannot be read: {error}") from error
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows:
         case, source = (row.get("id") or "").strip(), (row.get("path") or "").strip()
+        if row.keys() >= {"id", "path"} and not (case or source):
+            continue  # a spreadsheet's empty row
         if not case or not source:
             raise PlanError(
                 f"the list {path}, line {number}: needs the columns id and path, filled;"
-                f" found the columns {columns}"
+                f" found the columns {', '.join(columns)}"
             )
         place = Path(os.path.normpath(path.parent / source))
         series = (row.get("series") or "").strip() or None

@@ -84,11 +84,11 @@ def test_the_commands_help_loads_neither_torch_nor_ray():
 def test_the_verbs_of_the_command_are_functions_of_workflows():
     """A module would answer to the name instead, and ``segment(...)`` would not be callable."""
     program = (
-        "import workflows, {first}\n"
+        "import workflows as ours, {first}\n"
         "from workflows import batch, certify, plan, refine, segment, status\n"
         "assert all(callable(verb) for verb in (batch, certify, plan, refine, segment, status))\n"
         "from workflows import cli, segmenting\n"
-        "assert workflows.segment is segment"
+        "assert ours.segment is segment"
     )
     for first in ("workflows", "workflows.cli", "workflows.segmenting"):
         loaded_by(program.format(first=first))

@@ -21,10 +21,12 @@ from rasterio.features import geometry_mask
 from rasterio.warp import transform_geom
 from scenes import fresh, texture, write_raster
 
+from adapters.nifti import NiftiSource
 from adapters.uri import open_source
 from pipeline.domain import Region
 from pipeline.models.architecture import Architecture
 from pipeline.models.fresh import new_bundle
+from workflows.aoi import open_aoi
 from workflows.batching import batch
 from workflows.config import SegmentOptions
 from workflows.run_dir import file_digest
@@ -269,18 +271,34 @@ def test_a_mask_is_the_area_of_a_scan(
     assert not Path(f"{part}.run/scratch").exists()
     nib.save(nib.Nifti1Image(mask, scan.affine + np.eye(4, k=3)), tmp_path / "moved.nii.gz")
     nib.save(nib.Nifti1Image(mask[1:], scan.affine), tmp_path / "cut.nii.gz")
-    for name in ("moved.nii.gz", "cut.nii.gz"):
+    for name, word in (("moved.nii.gz", "apart"), ("cut.nii.gz", "differ in shape")):
         answer = command.segment(
             volume, tmp_path / "o.nii.gz", "--aoi", tmp_path / name, model=slim3d
         )
-        answer.refuses(name, "not on the grid")
+        answer.refuses(name, word)
     nib.save(nib.Nifti1Image(mask * 0, scan.affine), tmp_path / "empty.nii.gz")
     line = (volume, tmp_path / "o.nii.gz", "--aoi", tmp_path / "empty.nii.gz")
     command.segment(*line, model=slim3d).refuses("empty.nii.gz", "lies inside")
     assert not (tmp_path / "o.nii.gz.run").exists()
     raster = write_raster(tmp_path / "a.tif", texture((1, 8, 8), seed=1))
     line = (volume, tmp_path / "o.nii.gz", "--aoi", raster)
-    command.segment(*line, model=slim3d).refuses("a.tif", "not on the grid")
+    command.segment(*line, model=slim3d).refuses("a.tif", "differ in shape")
+
+
+def test_a_mask_may_be_stored_in_another_order_than_the_scan(volume: Path, tmp_path: Path) -> None:
+    """Converters turn DICOM's rows around: their masks would not fit the series they came from."""
+    scan = nib.load(volume)
+    mask = np.zeros(scan.shape, np.uint8)
+    mask[5:40, 20:45, 10:31] = 1
+    image = nib.Nifti1Image(mask, scan.affine)
+    turned = image.as_reoriented([[2, -1], [0, 1], [1, -1]])
+    nib.save(image, tmp_path / "mask.nii")
+    nib.save(turned, tmp_path / "turned.nii")
+    info = NiftiSource(volume).info
+    areas = [open_aoi(tmp_path / f"{n}.nii", info, scratch=None).area for n in ("mask", "turned")]
+    inside_S, turned_S = (area.inside(Region.whole(info.shape)) for area in areas)
+    assert inside_S.any()
+    assert np.array_equal(inside_S, turned_S)
 
 
 SMALL = shapely.box(10.6, 10.6, 11.4, 11.4)

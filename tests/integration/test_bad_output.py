@@ -53,7 +53,9 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
 ) -> None:
     """Said at the end of the night, it would cost the night."""
     (out / "folder.tif").mkdir()
+    (out / "hidden.tif.msk").touch()  # GDAL applies it to whatever has that name
     asked = {
+        out / "hidden.tif": ("hidden.tif.msk", "move it away"),
         out / "o.nii": ("o.nii", "2 axes", ".tif"),
         out / "o.png": ("o.png", "unknown suffix", ".tif"),
         out / "none" / "o.tif": ("o.tif", "none does not exist"),

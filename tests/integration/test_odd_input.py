@@ -251,6 +251,7 @@ def test_a_file_cut_short_loses_only_the_tiles_that_need_what_is_gone(
     assert allowed.manifest["output"] == str(output)
     np.testing.assert_array_equal(labels(output)[:160], labels(whole)[:160])
     assert (labels(output)[160:] == 255).all()
+    assert allowed.manifest["nodata_pixels"] == 96 * 32
     before = output.read_bytes()
     again = command.segment(source, output, "--tile", 32)
     assert (again.code, again.manifest["output"]) == (3, None)

@@ -101,6 +101,8 @@ def test_all_rounds_are_done_again_for_a_tile_that_can_be_read_again(
     output = tmp_path / "mask.tif"
     part = refine(made / "image.tif", output, **serial(made, allow_failed=allowed))
     assert (part["status"], part["output"] is None) == ("partial", not allowed)
+    classed = sum(row["pixels"] for row in part["classes"])
+    assert classed + part["nodata_pixels"] == np.prod(part["source"]["shape"])
     unreadable.clear()
     whole = refine(made / "image.tif", output, **serial(made, allow_failed=allowed))
     once = refine(made / "image.tif", tmp_path / "once.tif", **serial(made))

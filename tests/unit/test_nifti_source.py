@@ -166,6 +166,18 @@ def test_an_unknown_unit_and_differing_forms_are_said(tmp_path):
     assert not any("differ" in note for note in NiftiSource(tmp_path / "same.nii").info.notes)
 
 
+def test_a_qform_that_cannot_be_read_beside_a_good_sform_is_said(tmp_path):
+    """Some writers leave numbers there that are no rotation; the scan has a place all the same."""
+    image = nib.Nifti1Image(PHANTOM, np.diag([2.0, 3, 4, 1]))
+    image.set_sform(np.diag([2.0, 3, 4, 1]), code=1)
+    image.set_qform(np.diag([2.0, 3, 4, 1]), code=1)
+    image.header["quatern_b"] = image.header["quatern_c"] = 0.9
+    nib.save(image, tmp_path / "v.nii")
+    source = NiftiSource(tmp_path / "v.nii")
+    assert any("qform is damaged" in note for note in source.info.notes)
+    np.testing.assert_array_equal(whole(source), PHANTOM.T)
+
+
 def test_a_file_with_four_axes_needs_a_volume_chosen(tmp_path):
     """Taking the first volume silently would segment a b0 image or a scout phase."""
     path = saved(tmp_path / "v.nii", np.stack([PHANTOM, PHANTOM + 1], axis=-1))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import shapely
 from polygons import inside, placed, write_vector
+from rasterio.transform import from_origin
 from scenes import texture, write_raster
 
 from adapters.geotiff import GeoTiffSource
@@ -75,6 +76,19 @@ def test_polygons_far_away_need_no_place_in_the_scenes_crs(info: ImageInfo, tmp_
     area = read_polygons(path).on(info)
     assert np.array_equal(area.inside(Region.whole(SHAPE)), inside(SHAPE, BOX))
     assert len(area.polygons) == 1
+
+
+def test_a_scene_astride_180_degrees_meets_polygons_on_both_sides(tmp_path: Path) -> None:
+    """Its extent in degrees goes from 179.9 to -179.9, between which no polygon would lie."""
+    at_180 = from_origin(166021 - 20000, 15000, 100, 100)
+    path = write_raster(tmp_path / "fiji.tif", IMAGE_CYX, crs="EPSG:32601", transform=at_180)
+    sides = shapely.box(179.9, -0.05, 180, 0.05), shapely.box(-180, -0.05, -179.9, 0.05)
+    far = shapely.box(0, -0.05, 1, 0.05)
+    vector = write_vector(tmp_path / "a.geojson", *sides, far, crs="EPSG:4326")
+    area = read_polygons(vector).on(GeoTiffSource(path).info)
+    whole = inside(SHAPE, shapely.box(200 - 111.32, 150 - 55.4, 200 + 111.32, 150 + 55.4))
+    assert len(area.polygons) == 2
+    assert (area.inside(Region.whole(SHAPE)) != whole).mean() < 0.01
 
 
 def test_a_digest_is_of_polygons_and_crs_alone(tmp_path: Path) -> None:

@@ -82,6 +82,18 @@ def test_a_list_gives_ids_and_paths_beside_it(tmp_path: Path) -> None:
     assert (one.id, one.path) == ("parcel-7", tmp_path / "data/x.tif")
 
 
+def test_a_list_from_a_spreadsheet_may_have_empty_rows(tmp_path: Path) -> None:
+    """Programs write rows that were emptied as commas alone; the whole batch would be refused."""
+    touch(tmp_path / "x.tif")
+    table = tmp_path / "cases.csv"
+    table.write_text("id, path,note\r\n,,\r\nparcel-7, x.tif,\r\n, ,\r\n\r\n,lost.tif,\r\n")
+    with pytest.raises(PlanError, match=r"line 6: .*id and path, filled.* id, path, note$"):
+        found([table])
+    table.write_text(table.read_text().replace("lost.tif", ""))
+    (one,) = found([table])
+    assert (one.id, one.path) == ("parcel-7", tmp_path / "x.tif")
+
+
 @pytest.mark.parametrize(
     "text", ["path\nx.tif\n", "id,path\n,x.tif\n", "id,path\na,\n", "\xff,\x00"]
 )
@@ -133,6 +145,8 @@ def test_a_stamp_changes_with_content_time_rights_and_sidecars(tmp_path: Path) -
     path.chmod(0o600)
     seen.append(one.stamp())
     touch(tmp_path / "x.tif.aux.xml")
+    seen.append(one.stamp())
+    touch(tmp_path / "x.tfw")  # moved, it lies elsewhere
     seen.append(one.stamp())
     assert len(set(seen)) == len(seen)
 
