@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-BENCHMARKS := bench-aoi bench-average bench-batch bench-crf bench-crf-halo bench-deep-memory \
+BENCHMARKS := bench-aoi bench-average bench-batch bench-crf bench-crf-halo bench-crf-tune bench-deep-memory \
 	bench-dispatch bench-equality bench-memory bench-networks bench-reads bench-scene-crf \
 	bench-scribbles bench-seams bench-throughput bench-work
 

@@ -114,7 +114,7 @@ def _torch(loads: Sequence[_Load], *, classes: int, matrix: bool) -> float:
     vertices = sum(load.vertices for load in loads)
     joined = held + 24 * corners
     pixels = loads[0].pixels
-    loop = held + 12 * corners + 4 * others * (2 * vertices + (6 + matrix) * pixels)
+    loop = held + 12 * corners + 4 * others * ((2 + 2 * matrix) * vertices + (6 + matrix) * pixels)
     return max(most, joined, loop + min(most / 2, _FREED_BYTES))
 
 
