@@ -52,6 +52,8 @@ class _Load:
 def crf_memory(shape: Shape, crf: ResolvedCrf, density: Density, *, classes: int) -> CrfMemory:
     """Of a mean field over so many pixels by ``crf.engine``, which is one by name.
 
+    Small images in one call take as much as one of as many pixels.
+
     ``density``: of the kernels of ``crf`` over the image.
     """
     pixels = math.prod(shape)

@@ -316,7 +316,7 @@ class _Filter:
         )
         self.lattice.blur(value_M1)
         near_VN = value_M1[:, 0].index_select(0, self.vertex_VN.ravel()).view_as(self.vertex_VN)
-        total_N, *others = near_VN.mul_(self.slice_weight_VN)
-        for near_N in others:  # torch's own sum takes another order for the last few pixels
+        total_N, *others_N = near_VN.mul_(self.slice_weight_VN).unbind()
+        for near_N in others_N:  # torch's own sum takes another order for the last few pixels
             total_N += near_N
         return total_N

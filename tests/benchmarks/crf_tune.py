@@ -68,7 +68,8 @@ def tuned(examples: Path, engine: str, *, together: bool) -> tuple[float, dict[s
         "engine": engine,
         "smoothness": {"weight": 3, "position": 3},
         "appearance": {
-            "weight": 4, "position": 80, "value": 13, "bands": ["1", "2", "3"], "range": [0, 255],
+            "weight": 4, "position": 80, "value": 13, "bands": ["red", "green", "blue"],
+            "range": [0, 255],
         },
     }  # fmt: skip
     (folder / "crf.yaml").write_text(yaml.safe_dump(crf))
