@@ -1,9 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-BENCHMARKS := bench-aoi bench-average bench-batch bench-crf bench-crf-halo bench-deep-memory \
-	bench-dispatch bench-equality bench-gpu-crf bench-gpu-segment bench-memory \
-	bench-networks bench-reads bench-scene-crf \
+BENCHMARKS := bench-aoi bench-average bench-batch bench-crf bench-crf-halo bench-crf-tune \
+	bench-deep-memory bench-dispatch bench-equality bench-gpu-crf bench-gpu-segment \
+	bench-memory bench-networks bench-reads bench-scene-crf \
 	bench-scribbles bench-seams bench-throughput bench-work
 
 .PHONY: setup demo demo-bundles test lint bench $(BENCHMARKS) stress clean

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from adapters.mlflow_tracker import MlflowTracker, NoTracker
 from adapters.uri import open_channels, open_source
-from pipeline.crf.dense import refine
+from pipeline.crf.dense import Unrefined, refine_each
 from pipeline.crf.engine import engine_named, pick_engine
 from pipeline.crf.params import CrfParams
 from pipeline.crf.search import Candidate, SearchGrid, with_candidate
@@ -49,6 +49,13 @@ class Example:
 
     prob_KS: NDArray[np.float32]
     reference_S: NDArray[Any]
+
+    def unrefined(self, params: CrfParams) -> Unrefined:
+        """What a CRF takes of it. Raises CrfError."""
+        info = self.info
+        crf = params.resolve(info.spacing, unit=info.unit, channels=info.channels)
+        origin = (0,) * info.ndim
+        return Unrefined(prob_KS=self.prob_KS, block=self.block, origin=origin, params=crf)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +157,7 @@ class _Search:
         """Raises CrfError for a CRF that cannot be tuned, or not on these images."""
         self._start, self._examples, self._legend = start, examples, legend
         self.trials: dict[Candidate, float] = {}
-        self.without = self._mean_iou([example.prob_KS for example in examples])
+        self.without = self._mean_iou(example.prob_KS for example in examples)
         params = self._params(Candidate(1, 1, 1))
         name, threads = pick_engine(params.engine, device="cpu"), usable_cores()
         self._engine = engine_named(name, device="cpu", threads=threads)
@@ -206,23 +213,10 @@ class _Search:
 
     def _try(self, candidate: Candidate) -> float:
         params = self._params(candidate)
-        refined = []
-        for example in self._examples:
-            info = example.info
-            crf = params.resolve(info.spacing, unit=info.unit, channels=info.channels)
-            crf.check_classes(len(example.prob_KS))
-            refined.append(
-                refine(
-                    example.prob_KS,
-                    block=example.block,
-                    origin=(0,) * info.ndim,
-                    params=crf,
-                    engine=self._engine,
-                )
-            )
-        return self._mean_iou(refined)
+        images = (example.unrefined(params) for example in self._examples)
+        return self._mean_iou(refine_each(images, engine=self._engine))
 
-    def _mean_iou(self, probs: list[NDArray[np.float32]]) -> float:
+    def _mean_iou(self, probs: Iterable[NDArray[np.float32]]) -> float:
         legend = self._legend
         confusion, values = Confusion(legend.values), np.array(legend.values, legend.dtype)
         for prob_KS, example in zip(probs, self._examples, strict=True):

@@ -9,10 +9,13 @@ x, y(, z), bands, since the order of the axes is part of the lattice's rounding.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.crf.engine import Engine, Pairwise
+from pipeline.crf.engine import Engine, Pairwise, Problem
 from pipeline.crf.params import GUIDE_MAX, ResolvedCrf, ResolvedKernel
 from pipeline.errors import CrfError
 from pipeline.ports import Block
@@ -45,20 +48,68 @@ def refine(
     Raises:
         CrfError: a valid pixel is not finite, or lies beyond the engine's key range.
     """
-    valid_S = block.valid_S
-    assert prob_KS.shape[1:] == block.image_CS.shape[1:] == valid_S.shape
-    assert len(origin) == valid_S.ndim
-    assert min(origin) >= 0
-    refined_KS = prob_KS.astype(np.float32, order="C")
-    params.check_classes(len(prob_KS))
-    if not valid_S.any():
-        return refined_KS
-    energy_KN, kernels = to_engine(refined_KS, block=block, origin=origin, params=params)
-    found_KN = engine.mean_field(energy_KN, kernels, iterations=params.iterations)
-    if valid_S.all():  # a boolean index takes as long as an iteration
-        return found_KN.reshape(refined_KS.shape)
-    refined_KS[:, valid_S] = found_KN
-    return refined_KS
+    image = Unrefined(prob_KS=prob_KS, block=block, origin=origin, params=params)
+    return next(refine_each([image], engine=engine))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Unrefined:
+    """An image, or a part of it, that is to be refined: see ``refine``."""
+
+    prob_KS: NDArray[np.floating]
+    block: Block
+    origin: tuple[int, ...]
+    params: ResolvedCrf
+
+    def __post_init__(self) -> None:
+        assert self.prob_KS.shape[1:] == self.block.image_CS.shape[1:] == self.block.valid_S.shape
+        assert len(self.origin) == self.block.valid_S.ndim
+        assert min(self.origin) >= 0
+        self.params.check_classes(len(self.prob_KS))
+
+
+def refine_each(images: Iterable[Unrefined], *, engine: Engine) -> Iterator[NDArray[np.float32]]:
+    """What ``refine`` returns for each, in their order; small ones together where that pays.
+
+    All by one CRF: on images of different spacing its ``params`` differ in their deviations.
+
+    Raises CrfError: as ``refine`` does.
+    """
+    for together in _groups(images, most_pixels=engine.most_together):
+        yield from _refined(together, engine)
+
+
+def _groups(images: Iterable[Unrefined], *, most_pixels: int) -> Iterator[list[Unrefined]]:
+    """One after the other, as many together as have so many pixels and the same axes."""
+    group: list[Unrefined] = []
+    for image in images:
+        pixels = sum(one.block.valid_S.size for one in [*group, image])
+        if group and (pixels > most_pixels or len(image.origin) != len(group[0].origin)):
+            yield group
+            group = []
+        group.append(image)
+    if group:
+        yield group
+
+
+def _refined(images: Sequence[Unrefined], engine: Engine) -> Iterator[NDArray[np.float32]]:
+    """In one call of the engine."""
+    probs = [image.prob_KS.astype(np.float32, order="C") for image in images]
+    problems = [
+        to_engine(prob_KS, block=image.block, origin=image.origin, params=image.params)
+        for image, prob_KS in zip(images, probs, strict=True)
+        if image.block.valid_S.any()
+    ]
+    iterations = images[0].params.iterations
+    found = iter(engine.mean_fields(problems, iterations=iterations) if problems else ())
+    for image, prob_KS in zip(images, probs, strict=True):
+        valid_S = image.block.valid_S
+        if valid_S.all():  # a boolean index takes as long as an iteration
+            yield next(found).reshape(prob_KS.shape)
+            continue
+        if valid_S.any():
+            prob_KS[:, valid_S] = next(found)
+        yield prob_KS
 
 
 def to_engine(
@@ -67,8 +118,8 @@ def to_engine(
     block: Block,
     origin: tuple[int, ...],
     params: ResolvedCrf,
-) -> tuple[NDArray[np.float32], list[Pairwise]]:
-    """What an engine takes of these pixels: energies (K, N), and kernels over the valid ones.
+) -> Problem:
+    """What an engine takes of these pixels: those that are valid, of which there is one.
 
     Raises CrfError: a valid pixel is not finite, or lies beyond the engine's key range.
     """
@@ -85,7 +136,7 @@ def to_engine(
         )
         for kernel, features_DN in zip(params.kernels, features, strict=True)
     ]
-    return _checked(energy_KN, what="probability"), kernels
+    return Problem(energy_KN=_checked(energy_KN, what="probability"), kernels=kernels)
 
 
 def features_of(

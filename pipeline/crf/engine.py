@@ -63,8 +63,22 @@ class Pairwise:
     """
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Problem:
+    """What a mean field is computed of: the valid pixels of an image."""
+
+    energy_KN: NDArray[np.float32]
+    """Unary energies, C-ordered, finite; N >= 1."""
+
+    kernels: Sequence[Pairwise]
+    """At least one, each over the same N pixels in the same order."""
+
+
 class Engine(Protocol):
     """Mean field by a permutohedral lattice. Safe to call from several threads."""
+
+    most_together: int = 0
+    """Pixels of small images that take less time in one call than one by one; 0: none do."""
 
     def mean_field(
         self, energy_KN: NDArray[np.float32], kernels: Sequence[Pairwise], *, iterations: int
@@ -81,6 +95,19 @@ class Engine(Protocol):
         Raises:
             CrfError: the features span more than the engine's lattice can address.
         """
+
+    def mean_fields(
+        self, problems: Sequence[Problem], *, iterations: int
+    ) -> list[NDArray[np.float32]]:
+        """What ``mean_field`` returns for each, to the bit.
+
+        All have the same number of classes, and kernels that differ in their features alone, of
+        which each has as many. Raises CrfError as it does.
+        """
+        return [
+            self.mean_field(problem.energy_KN, problem.kernels, iterations=iterations)
+            for problem in problems
+        ]
 
 
 def installed(name: EngineName) -> bool:

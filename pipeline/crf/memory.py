@@ -52,6 +52,8 @@ class _Load:
 def crf_memory(shape: Shape, crf: ResolvedCrf, density: Density, *, classes: int) -> CrfMemory:
     """Of a mean field over so many pixels by ``crf.engine``, which is one by name.
 
+    Small images in one call take as much as one of as many pixels.
+
     ``density``: of the kernels of ``crf`` over the image.
     """
     pixels = math.prod(shape)
@@ -114,7 +116,7 @@ def _torch(loads: Sequence[_Load], *, classes: int, matrix: bool) -> float:
     vertices = sum(load.vertices for load in loads)
     joined = held + 24 * corners
     pixels = loads[0].pixels
-    loop = held + 12 * corners + 4 * others * (2 * vertices + (6 + matrix) * pixels)
+    loop = held + 12 * corners + 4 * others * ((2 + 2 * matrix) * vertices + (6 + matrix) * pixels)
     return max(most, joined, loop + min(most / 2, _FREED_BYTES))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.crf.engine import Pairwise
+from pipeline.crf.engine import Engine, Pairwise
 from pipeline.errors import CrfError
 
 MOST_CLASSES = 257
@@ -26,7 +26,7 @@ MOST_KEPT_BYTES = 64 << 20
 """Of plans that are kept for recurring features: of one image of 1,300 px a side, or of several."""
 
 
-class NativeEngine:
+class NativeEngine(Engine):
     """Mean field on ``threads`` threads; Python's lock is not held."""
 
     def __init__(self, threads: int) -> None:

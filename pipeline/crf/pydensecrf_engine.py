@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.crf.engine import Pairwise
+from pipeline.crf.engine import Engine, Pairwise
 
 
-class PydensecrfEngine:
+class PydensecrfEngine(Engine):
     """Mean field through pydensecrf's n-D path."""
 
     def mean_field(

@@ -156,7 +156,7 @@ class SceneCrf:
         valid_S = found.block.valid_S
         if not valid_S.any():
             return self.nothing(found.number)
-        energy_KN, kernels = to_engine(
+        pixels = to_engine(
             found.prob_KS,
             block=found.block,
             origin=self.grid.core(found.number).start,
@@ -166,11 +166,11 @@ class SceneCrf:
         try:
             native = module_for_this_processor().place_tile(
                 room.team,
-                energy_KN,
-                [kernel.features_DN for kernel in kernels],
+                pixels.energy_KN,
+                [kernel.features_DN for kernel in pixels.kernels],
                 [[0.0] * len(top) for top in tops],
                 tops,
-                penalties(kernels, classes=len(energy_KN)),
+                penalties(pixels.kernels, classes=len(pixels.energy_KN)),
             )
         except (OverflowError, ValueError) as error:
             raise CrfError(f"crf: native engine: {error}") from error

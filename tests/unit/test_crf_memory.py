@@ -11,12 +11,12 @@ import pytest
 
 from pipeline.crf.engine import installed
 
-MEASURE = """
+BEFORE = """
 import ctypes, json, sys
 from dataclasses import replace
 import numpy as np
 from adapters.memory import MemorySource
-from pipeline.crf.dense import refine
+from pipeline.crf.dense import Unrefined, refine, refine_each
 from pipeline.crf.engine import engine_named
 from pipeline.crf.memory import crf_memory
 from pipeline.crf.native_engine import MOST_KEPT_BYTES
@@ -37,6 +37,9 @@ appearance = {"weight": 4, "position": 67, "value": 3, "bands": ["1", "2", "3"],
 mapping = {"iterations": 1, "smoothness": {"weight": 3, "position": 3}, "appearance": appearance}
 params = CrfParams.from_mapping(mapping).resolve((1, 1), unit="px", channels=("1", "2", "3"))
 name, found = sys.argv[1], []
+"""
+
+ALONE = """
 for guide, classes in ((image, 2), (image, 12), (noise, 12)):
     crf = replace(params, engine=name)
     density = density_of(MemorySource(guide), crf, tile=(side, side))
@@ -59,13 +62,49 @@ print(json.dumps(found))
 """
 
 
+TOGETHER = """
+def crops(guide, side):
+    for row in range(0, 512, side):
+        for column in range(0, 512, side):
+            window = slice(row, row + side), slice(column, column + side)
+            block = Block(guide[:, *window], np.ones((side, side), np.bool_))
+            prob = np.full((6, side, side), 1 / 6, np.float32)
+            yield Unrefined(prob_KS=prob, block=block, origin=(0, 0), params=crf)
+
+crf, engine = replace(params, engine=name), engine_named(name, device="cpu", threads=1)
+for guide, side in ((image, 64), (noise, 64), (image, 16)):
+    density = density_of(MemorySource(guide), crf, tile=(side, side))
+    said = crf_memory((engine.most_together // side, side), crf, density, classes=6)
+    next(refine_each([next(crops(guide, side))], engine=engine))
+    ctypes.CDLL(None).malloc_trim(0)
+    open("/proc/self/clear_refs", "w").write("5")
+    before = status("VmRSS")
+    count = sum(1 for _ in refine_each(crops(guide, side), engine=engine))
+    assert count == (512 // side) ** 2
+    found.append([status("VmHWM") - before, said.host + said.engine])
+print(json.dumps(found))
+"""
+
+
+def measured_by(script: str, name: str, *, cwd: Path) -> list[list[int]]:
+    """In a process of its own."""
+    call = [sys.executable, "-c", BEFORE + script, name]
+    out = subprocess.run(call, check=True, capture_output=True, text=True, cwd=cwd).stdout
+    found: list[list[int]] = json.loads(out)
+    return found
+
+
 @pytest.mark.parametrize("name", ["native", "torch", "pydensecrf"])
 def test_an_engine_takes_no_more_than_was_said_and_not_much_less(name, tmp_path: Path) -> None:
     """A node sized by the plan would be killed; or, by the memory of noise, be paid twice."""
     if not installed(name):
         pytest.skip(f"the CRF engine {name} is not installed here")
-    call = [sys.executable, "-c", MEASURE, name]
-    out = subprocess.run(call, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
-    cases = json.loads(out)
+    cases = measured_by(ALONE, name, cwd=tmp_path)
     assert [measured <= said for measured, said, _ in cases] == [True] * len(cases), cases
     assert max(close / measured for measured, _, close in cases[:2]) < 1.6, cases
+
+
+def test_crops_that_share_calls_take_no_more_than_one_image_of_as_many_pixels(tmp_path: Path):
+    """A list of a thousand crops would take the memory of all of them at once."""
+    cases = measured_by(TOGETHER, "torch", cwd=tmp_path)
+    assert [measured <= said for measured, said in cases] == [True] * len(cases), cases

@@ -151,8 +151,8 @@ def test_the_lattice_of_places_is_built_once_for_images_of_a_shape(monkeypatch):
         for place in places
     ]
     built: list[int] = []
-    simplices = torch_engine._simplices
-    monkeypatch.setattr(torch_engine, "_simplices", lambda f: built.append(len(f)) or simplices(f))
+    simplices = torch_engine.simplices
+    monkeypatch.setattr(torch_engine, "simplices", lambda f: built.append(len(f)) or simplices(f))
     engine = TorchEngine(device="cpu", threads=1)
     for turn in (0, 0, 1, 1, 0):
         again = replace(places[turn], features_DN=places[turn].features_DN.copy())

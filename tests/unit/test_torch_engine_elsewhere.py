@@ -9,7 +9,7 @@ import pytest
 import torch
 from elsewhere import played
 
-from pipeline.crf.engine import Pairwise
+from pipeline.crf.engine import Pairwise, Problem
 from pipeline.crf.torch_engine import TorchEngine
 
 RNG = np.random.default_rng(2)
@@ -19,7 +19,7 @@ PENALTY_KK = np.float32([[0, 1, 3, 3], [1, 0, 3, 2], [3, 3, 0, 3], [3, 2, 3, 0]]
 
 
 def mean_field(device: Any, *, weight: float | np.ndarray, scale: float) -> np.ndarray:
-    """Twice with one engine: the second time it has kept what recurs."""
+    """Of one image and two, by one engine: the second time it has kept what recurs."""
     odds_KN = np.random.default_rng(0).dirichlet(np.ones(4), 500).T
     energy_KN = np.ascontiguousarray(-scale * np.log(odds_KN), np.float32)
     kernels = [
@@ -27,8 +27,10 @@ def mean_field(device: Any, *, weight: float | np.ndarray, scale: float) -> np.n
         Pairwise(features_DN=LIKE_DN, compatibility=weight),
     ]
     engine = TorchEngine(device=device, threads=1)
+    problem = Problem(energy_KN=energy_KN, kernels=kernels)
+    both = engine.mean_fields([problem, problem], iterations=1)
     engine.mean_field(energy_KN, kernels, iterations=1)
-    return engine.mean_field(energy_KN, kernels, iterations=3)
+    return np.stack([*both, engine.mean_field(energy_KN, kernels, iterations=3)])
 
 
 @pytest.mark.parametrize("weight", [4.0, PENALTY_KK], ids=["potts", "matrix"])
