@@ -33,6 +33,10 @@ from pipeline.ports import Block
 CACHE_BYTES = 64 * 2**20
 """Decoded blocks that GDAL keeps, per process; by itself it would keep 5 % of the machine."""
 
+LEAST_CACHE_BYTES = 16 * 2**20
+"""Those of a reader that comes back to none: bands and masks that lie in one block are read apart.
+"""
+
 _GDAL_FAILURES = (RasterioError, CPLE_BaseError, OSError)  # some of GDAL's come unwrapped
 _TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _WHOLE_FILE_BYTES = 2 * 2**30
@@ -69,7 +73,7 @@ class GeoTiffSource:
 
     def remembering(self, cache_bytes: int) -> GeoTiffSource:
         """The same file, for a reader that comes back to decoded blocks of that many bytes."""
-        return GeoTiffSource(self._path, max(cache_bytes, CACHE_BYTES))
+        return GeoTiffSource(self._path, max(cache_bytes, LEAST_CACHE_BYTES))
 
     @cached_property
     def info(self) -> ImageInfo:

@@ -41,9 +41,8 @@ class ContextTiles:
     guard: Guard
 
     def read(self, tile: Tile) -> Block:
-        """The bands of the network over the tile and its halo; fresh arrays."""
-        block = read_padded(self.source, tile.read)
-        return Block(block.image_CS[list(self.channels)], block.valid_S)
+        """The bands of the network over the tile and its halo."""
+        return read_padded(self.source, tile.read).bands(self.channels)
 
     def compute(self, model: Logits, tile: Tile, data: Block) -> NDArray[np.float64]:
         """(C + 1, *blocks) sums of the core's features, and how many count.

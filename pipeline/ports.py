@@ -27,6 +27,12 @@ class Block:
     valid_S: NDArray[np.bool_]
     """(*S); False where the pixel is nodata, NaN, masked or transparent in any channel."""
 
+    def bands(self, channels: Sequence[int]) -> Block:
+        """Those at these places, in this order; the block itself where that is all it has."""
+        if tuple(channels) == tuple(range(len(self.image_CS))):  # picked, all would be copied
+            return self
+        return Block(self.image_CS[list(channels)], self.valid_S)
+
 
 class Source(Protocol):
     """A readable image."""

@@ -23,7 +23,7 @@ from pipeline.inference.normalise import normalise
 from pipeline.inference.padding import read_padded
 from pipeline.models.frame import Frame
 from pipeline.models.input_spec import Scaling
-from pipeline.ports import Block, Source
+from pipeline.ports import Source
 from pipeline.stitching.bound import upper_bound
 from pipeline.stitching.keep_core import keep_core
 
@@ -100,8 +100,7 @@ class Sampler:
         seen = sweep.reach.read(window.align(sweep.grid.stride).clip(shape), shape=shape)
         read = seen & replace(sweep, reach=reach).tile(corner.number).read
         block = read_padded(self.source, read)
-        bands = Block(block.image_CS[list(self.channels)], block.valid_S)
-        image_CS = normalise(bands, self.scaling)
+        image_CS = normalise(block.bands(self.channels), self.scaling)
         frame = Frame.of(read, shape=shape)
         logits_KS = self.predictor.logits(image_CS, frame, scored=window)
         valid_S = keep_core(block.valid_S, core=window, within=read)

@@ -67,7 +67,8 @@ class Predictor:
         self._device, self._dtype = torch.device(device), precision.dtype
         self._format = _FORMAT[self._dims] if precision.channels_last else torch.contiguous_format
         self._threads = threads
-        network = bundle.network(self._moved)
+        # Without gradients: a part of a weight would keep all of it for them.
+        network = bundle.network(self._moved).requires_grad_(False)
         self._stride, self._scale = network.stride, Scale.of(network.upsample)
         if context == "tile":
             network.pool_over(None)

@@ -362,3 +362,18 @@ def test_a_source_comes_back_to_as_many_decoded_blocks_as_it_is_told(
     assert first > 4_000_000
     assert (second > 4_000_000) is again
     assert again or second < 10_000
+
+
+@pytest.mark.parametrize(("remembered", "again"), [(0, True), (32 * 2**20, False)])
+def test_a_reader_that_comes_back_to_nothing_keeps_little_of_what_it_decoded(
+    tmp_path: Path, remembered: int, again: bool
+) -> None:
+    """Each worker would hold blocks that nobody reads twice, beside the tile made of them."""
+    noise_CYX = np.random.default_rng(0).integers(0, 256, (6, 2048, 2048), dtype=np.uint8)
+    blocks = {"tiled": True, "blockxsize": 512, "blockysize": 512, "compress": "lzw"}
+    path = write(tmp_path / "scene.tif", noise_CYX, **blocks)
+    source = GeoTiffSource(path).remembering(remembered)
+    whole = Region.whole(source.info.shape)
+    source.read(whole)
+    top = Region((0, 0), (512, 2048))
+    assert (taken_from_files(lambda: source.read(top)) > 4_000_000) is again
