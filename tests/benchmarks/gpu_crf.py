@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from benchmarks.crf import DEVIATIONS, ITERATIONS, energies, images, kernels
 from numpy.typing import NDArray
-from pipeline.crf.torch_lattice import number_vertices, simplices
 
 from pipeline.crf.engine import Engine, Pairwise, engine_named
+from pipeline.crf.torch_lattice import number_vertices, simplices
 
 CLASSES = (6, 21)
 
