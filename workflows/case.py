@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapters.uri import open_source
-from pipeline.errors import SourceError
+from pipeline.domain import Region
+from pipeline.errors import SourceError, SourceReadError
 from pipeline.ports import Area, Source
 from workflows.aoi import Aoi, open_aoi
 from workflows.config import RunOptions
@@ -42,6 +43,22 @@ class Case:
     def area(self) -> Area | None:
         """That part; None for all of it."""
         return None if self.aoi is None else self.aoi.area
+
+    def labelled(self, region: Region) -> bool:
+        """Whether a pixel of ``region`` gets a label; of a place that cannot be read none does.
+
+        A scan is taken to have voxels everywhere: before it is unpacked, looking is dear.
+        """
+        if self.area is not None and not self.area.touches(region):
+            return False
+        if self.source.info.ndim == 3:
+            return True
+        try:
+            valid_S = self.source.read(region).valid_S
+        except SourceReadError:
+            return False
+        inside_S = True if self.area is None else self.area.inside(region)
+        return bool((valid_S & inside_S).any())
 
     def within(self, aoi: Path | None, *, scratch: Path | None) -> Case:
         """The same case, of which that part alone gets labels.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.crf.density import density_of
-from pipeline.domain import Pass, TilePlan
+from pipeline.domain import Pass, SamplePass, TilePlan
 from pipeline.errors import PlanError, SourceError
 from pipeline.inference.predictor import WINDOW
 from pipeline.models.bundle import Bundle
@@ -189,10 +189,11 @@ def _tile_plan(
         sizer.costs(sweep, resolved.precision), workers=count, device=resolved.device
     )
     rounds = () if scene is None else scene.rounds
+    samples = SamplePass.of(sweep, reach=sizer.whole, seed=fingerprint, wanted=case.labelled)
     if scene is not None:
         peak += count * scene.tile_bytes
     return TilePlan(
-        passes=(*sweep.with_context(), *rounds, sizer.samples(sweep, seed=fingerprint)),
+        passes=(*sweep.with_context(), *rounds, samples),
         fingerprint=fingerprint,
         peak_bytes=peak,
         store_bytes=store_bytes(bundle, sweep, scores=options.scores),

@@ -324,7 +324,7 @@ def _tile_plan(wish: Wish, sweep: Pass, content: Mapping[str, Any]) -> TilePlan:
     ``content`` is all that decides the bytes.
     """
     fingerprint = canonical_digest({**content, "sweep": asdict(sweep)})
-    samples = SamplePass.of(sweep, reach=sweep.reach, seed=fingerprint)
+    samples = SamplePass.of(sweep, reach=sweep.reach, seed=fingerprint, wanted=wish.case.labelled)
     if wish.crf.scope == "scene":  # more context than all of the scene there is none
         samples = replace(samples, samples=())
     mask_bytes = np.dtype(wish.legend.dtype).itemsize

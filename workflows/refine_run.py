@@ -16,7 +16,7 @@ from pipeline.ports import Guard, Record, RowStore, Work
 from pipeline.refine_scene import RefineScene
 from pipeline.refine_tile import CrfModel, RefineSamples, RefineTiles
 from pipeline.segment_image import ImageTiles
-from pipeline.stitching.certificate import Disagreement
+from pipeline.stitching.certificate import NO_PLACE, Disagreement
 from workflows.config import RefineOptions
 from workflows.finish import claim_output, lost_chunks
 from workflows.lattice_rows import LatticeRows
@@ -101,10 +101,17 @@ class RefineRun:
             **values["seam"],
             "interior": values["interior"],
             "exact": self.plan.one_piece,
-            "reason": "one lattice under all tiles leaves no seam" if self.rows else None,
+            "reason": self._why_unmeasured(),
         }
         write_json(self.run.certificate, seam)
         return seam
+
+    def _why_unmeasured(self) -> str | None:
+        if self.rows is not None:
+            return "one lattice under all tiles leaves no seam"
+        if len(self.plan.sweep) == 1:
+            return "the scene is one tile: there is no seam"
+        return None if self.plan.samples.samples else NO_PLACE
 
     def _disagreement(self, kind: str) -> Disagreement:
         differ = pixels = 0

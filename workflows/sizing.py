@@ -136,15 +136,15 @@ class Sizer:
             crf_halo=self.crf.halo_px if self.crf else Halo.uniform(0, ndim=self.info.ndim),
         )
 
-    def samples(self, sweep: Pass, *, seed: str) -> SamplePass:
-        """The pass that computes samples again; ``seed`` decides where they lie."""
+    def samples(self, sweep: Pass) -> SamplePass:
+        """As many and as large as those that will be computed again, wherever those will lie."""
         wanted = None if self.area is None else self.area.touches
-        return SamplePass.of(sweep, reach=self.whole, seed=seed, wanted=wanted)
+        return SamplePass.of(sweep, reach=self.whole, seed="", wanted=wanted)
 
     def costs(self, sweep: Pass, precision: Precision) -> Costs:
         """What all passes take in these floats."""
         model = self._model(sweep, precision)
-        samples = list(self.samples(sweep, seed="").tiles())
+        samples = list(self.samples(sweep).tiles())
         *before, last = sweep.with_context()
         if isinstance(model, WholeCostModel) or not before:
             return Costs.of(last, model).with_samples(samples, model)

@@ -1,6 +1,7 @@
 """Small places of a scene that are computed twice, so that the seams are measured.
 
-They follow from the grid and a seed alone: no clock, no pixel and no other run decides them.
+They follow from the grid, a seed, and where the image has pixels: no clock, no number of workers
+and no other run decides them.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ SIDE = {2: 64, 3: 24}
 
 MOST_PAIRS = 8
 
-TRIES = 64
-"""Places that are looked at for a sample where not all tiles run."""
+TRIES = 256
+"""Places that are looked at for a sample where not all of the scene gets labels."""
 
 SHARE = 0.05
 """What the samples may read, over the scene; the first pair is taken in any case."""
@@ -70,18 +71,20 @@ class SamplePass:
     ) -> SamplePass:
         """Pairs over the tiles of ``sweep``: one, and more while they read little.
 
-        Where not all tiles run, ``wanted`` says whether a place holds a pixel that gets a label.
+        Args:
+            sweep: the pass that writes the mask.
+            reach: of the network's layers.
+            seed: where the pairs lie, apart from the first.
+            wanted: whether a place holds a pixel that gets a label; None where all places do.
         """
         budget = SHARE * sweep.covered_pixels
         chosen = cls(
             case=sweep.case, grid=sweep.grid, reach=reach, crf_halo=sweep.crf_halo, samples=()
         )
         for number in range(MOST_PAIRS if len(sweep) > 1 else 0):
-            pair = (
-                _pair(sweep.grid, number, seed=seed)
-                if wanted is None
-                else _pair_among(sweep, number, seed=seed, wanted=wanted)
-            )
+            pair = _pair(sweep, number, seed=seed, wanted=wanted)
+            if pair is None and not chosen.samples and number >= len(sweep.grid.shape):
+                break  # no border along any axis has pixels on both sides
             if pair is None:
                 continue
             more = replace(chosen, samples=(*chosen.samples, *pair))
@@ -130,8 +133,27 @@ class SamplePass:
         return sum(tile.read.size for tile in self.tiles())
 
 
-def _pair(grid: Grid, number: int, *, seed: str) -> tuple[Sample, Sample]:
-    """Pair ``number``: across all axes, then across each alone, and so on; the first is central."""
+def _pair(
+    sweep: Pass, number: int, *, seed: str, wanted: Callable[[Region], bool] | None
+) -> tuple[Sample, Sample] | None:
+    """Pair ``number``: across all axes, then across each alone, and so on; the first is central.
+
+    At another place where tiles do not run there or nothing is wanted; None if none is found.
+    """
+    if sweep.chosen is None:
+        pair = _planned_pair(sweep.grid, number, seed=seed)
+        if wanted is None or all(_held(sweep.grid, sample, wanted) for sample in pair):
+            return pair
+    return None if wanted is None else _pair_among(sweep, number, seed=seed, wanted=wanted)
+
+
+def _held(grid: Grid, sample: Sample, wanted: Callable[[Region], bool]) -> bool:
+    """Whether each tile that a sample meets has pixels there that are wanted."""
+    return all(wanted(part) for part in grid.parts(sample.region))
+
+
+def _planned_pair(grid: Grid, number: int, *, seed: str) -> tuple[Sample, Sample]:
+    """Pair ``number`` where all places are alike."""
     at = [_fraction(seed, number, axis) for axis in range(len(grid.shape))]
     # The last tile may be short.
     home = [int(place * max(count - 1, 1)) for place, count in zip(at, grid.counts, strict=True)]
@@ -155,7 +177,9 @@ def _pair_among(
         for sample in _pair_at(grid, home, at, along=core, crossed=crossed):
             met = {*grid.meeting(sample.region)}
             full = len(met) == (2 ** len(crossed) if sample.kind == "seam" else 1)
-            if sample.kind not in found and full and met <= running and wanted(sample.region):
+            here = sample.kind not in found and full and met <= running
+            # Past the last tile there is no place.
+            if here and sample.region.size and _held(grid, sample, wanted):
                 found[sample.kind] = sample
         if len(found) == 2:
             return found["seam"], found["interior"]

@@ -26,6 +26,11 @@ layer, 1.2e-2: what a halo one stride short changes (9e-3) is hidden there.
 CRF_SHARE = 0.02
 """Labels after the CRF that may differ within tiles, where a sample's own context ends as well."""
 
+NO_PLACE = (
+    "no place was found where tiles that ran meet and all have pixels that get a label: nothing"
+    " was measured"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Measured:
@@ -243,7 +248,7 @@ def certify(measured: Sequence[Measured], claim: Claim) -> Certificate:
     if claim.one_tile:
         reason = "the scene is one tile: there is no seam"
     elif not claim.samples:
-        reason = "no place was found in the area where tiles that ran meet: nothing was measured"
+        reason = NO_PLACE
     elif not close and claim.network_exact:
         passed, reason = False, _fault(both, tolerance=tolerance, crf=crf)
         if crf and not masked:

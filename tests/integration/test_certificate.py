@@ -287,3 +287,22 @@ def test_a_resumed_run_has_the_samples_of_the_tiles_it_did_not_do_again(
     new = list(LedgerFile(folder / "ledger", owner="t").history())[len(before) :]
     assert [record.status for record in new] == ["failed", "done"]
     assert new[0].key == new[1].key
+
+
+@pytest.mark.parametrize("filled", [True, False])
+def test_a_scene_that_is_mostly_nodata_gets_a_verdict_or_the_reason_why_not(
+    slim: Path, tmp_path: Path, filled: bool
+) -> None:
+    """Its middle is empty: whether its seams show would never be known."""
+    image_CYX = np.zeros((3, 700, 900))
+    if filled:
+        image_CYX[:, 40:330, 20:200] = texture((290, 180), seed=1)
+    source, options = write_raster(tmp_path / "s.tif", image_CYX), {"backend": "serial"}
+    asked = SegmentOptions(tracking_uri="none", precision="fp32", tile=128, **options)
+    seam = segment(source, tmp_path / "o.tif", model=slim, options=asked)["seam"]
+    if filled:
+        assert (seam["passed"], seam["exact"], seam["reason"]) == (True, True, "")
+        assert seam["pixels"] > 0
+    else:
+        assert (seam["passed"], seam["exact"], seam["windows"]) == (None, None, 0)
+        assert "all have pixels that get a label" in seam["reason"]

@@ -135,3 +135,26 @@ def test_where_no_two_tiles_with_labels_meet_nothing_is_measured(
 ) -> None:
     """A certificate would rest on places that are no seam."""
     assert among(chosen, wanted) == ()
+
+
+def test_where_pixels_are_few_samples_lie_where_both_tiles_have_some() -> None:
+    """A scene that is mostly nodata would get no verdict, or one on a seam with one side."""
+    grid, looks = GRIDS["many tiles"], []
+    sweep = Pass(case="c", name="segment", grid=grid, reach=REACH, crf_halo=Halo.uniform(0, ndim=2))
+    swath = Region((500, 5900), (2100, 6700))
+
+    def found(valid: Region) -> SamplePass:
+        def wanted(region: Region) -> bool:
+            looks.append(region)
+            return bool((region & valid).size)
+
+        return SamplePass.of(sweep, reach=REACH, seed="a", wanted=wanted)
+
+    few = found(swath).samples
+    assert {sample.kind for sample in few} == {"seam", "interior"}
+    for sample in few:
+        assert all((part & swath).size for part in grid.parts(sample.region))
+    assert found(Region.whole(grid.shape)) == samples_of(grid), "where all is valid as ever"
+    looks.clear()
+    assert not found(Region((0, 0), (0, 0))).samples
+    assert len(looks) < 2000, "an empty scene would be looked through for ever"

@@ -274,7 +274,7 @@ def test_a_sample_may_be_the_most_that_a_crf_sees(slim: Path) -> None:
         driver_bytes=DRIVER_BYTES,
     )
     sweep = sizer.sweep((512, 512), case="")
-    samples = [tile.scored.size for tile in sizer.samples(sweep, seed="").tiles()]
+    samples = [tile.scored.size for tile in sizer.samples(sweep).tiles()]
     assert max(samples) > max(tile.scored.size for tile, _ in sweep.kinds())
     assert math.prod(sizer.costs(sweep, FP32).scored) == max(samples)
 
