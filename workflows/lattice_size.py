@@ -17,6 +17,10 @@ ROOM_BYTES = 2 * 2**30
 """The most that a worker keeps of placed tiles where no budget is given, some 25 million pixels of
 them: a constant, so that memory does not grow with the scene."""
 
+LEAST_KEPT = 0.1
+"""Share of the tiles for which there must be room where no budget is given: so much less time a run
+takes for the memory of them, and with less it would be spent for nothing that anyone sees."""
+
 _KEY_BYTES, _SUM_BYTES = 16, 8
 
 _TABLE_BYTES = 288
@@ -48,13 +52,23 @@ class LatticeSize:
     def with_room(self, options: RunOptions, *, peak_bytes: int, workers: int) -> LatticeSize:
         """The same with what each worker may keep, beside a peak of all that is taken else.
 
-        All that is left of a budget that was asked for. Raises ExecutionError.
+        All that is left of a budget that was asked for; else nothing where it is but for a few
+        tiles. Raises ExecutionError.
         """
         asked = options.memory_budget
         left = (asked or int(SHARE * workplace(options).memory_bytes)) - peak_bytes
         room = left // workers if asked else min(left // workers, ROOM_BYTES)
         share = min(self.placed_bytes, 3 * self.placed_bytes // (2 * workers))  # not all alike
+        if not asked and workers * room < LEAST_KEPT * self.placed_bytes:
+            room = 0
         return replace(self, room_bytes=max(0, min(room, share)))
+
+    @property
+    def visits(self) -> str:
+        """How tiles are met again, for people."""
+        if self.room_bytes:
+            return f"kept between visits within {self.room_bytes / 1e9:.1f} GB a worker"
+        return "read and placed anew at each visit"
 
 
 def expected_lattice(density: Density, sweep: Pass, crf: SceneCrf, *, classes: int) -> LatticeSize:

@@ -152,8 +152,9 @@ class RefinePlan:
         tiles = f"{len(self.sweep)} tiles of {side} px, {len(self.legend.classes)} classes, CRF by"
         if self.lattice is not None:
             return (
-                f"{tiles} one lattice under all of them; each is visited {len(self.rounds)} times;"
-                f" expected: {self.lattice.vertices / 1e6:.1f} million vertices,"
+                f"{tiles} one lattice under all of them; each is visited {len(self.rounds)} times,"
+                f" {self.lattice.visits}; expected:"
+                f" {self.lattice.vertices / 1e6:.1f} million vertices,"
                 f" {self.lattice.sent_bytes / 1e9:.2f} GB from tile to tile,"
                 f" {self.lattice.kept_bytes / 1e9:.2f} GB in the run directory,"
                 f" {self.tiles.peak_bytes / 1e9:.1f} GB of memory"

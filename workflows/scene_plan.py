@@ -61,8 +61,8 @@ class ScenePlan:
     def summary(self) -> str:
         """What is added to the line for people."""
         return (
-            f"CRF by one lattice under all tiles in {len(self.rounds)} rounds, expected:"
-            f" {self.lattice.vertices / 1e6:.1f} million vertices,"
+            f"CRF by one lattice under all tiles in {len(self.rounds)} rounds, tiles"
+            f" {self.lattice.visits}, expected: {self.lattice.vertices / 1e6:.1f} million vertices,"
             f" {self.lattice.sent_bytes / 1e9:.2f} GB from tile to tile,"
             f" {self.kept_bytes / 1e9:.2f} GB of scores and sums until it is done"
         )

@@ -18,8 +18,8 @@ from pipeline.domain import Shape
 _PART = 32768
 """Pixels that the native engine numbers together: PART in lattice.hpp."""
 
-_SLOTS = 4
-"""For each vertex of the native engine's tables, which have two to eight."""
+_HUGE_PAGE_BYTES = 2**21
+"""To which the native engine's arrays are rounded up."""
 
 _FREED_BYTES = 256 * 2**20
 """Of torch's blocks below 32 MiB that were freed, and stay with the process."""
@@ -84,8 +84,8 @@ def _native(loads: Sequence[_Load], *, classes: int, matrix: bool) -> float:
     width, held, most = _width(classes - 1), 0.0, 0.0
     for load in loads:
         key = 8 if load.corners <= 6 else 16
-        # The table of all is there twice while it grows to four times its size.
-        slots = _SLOTS * (load.touched + 1.25 * load.vertices)
+        # The table begins with one to two slots a touch, and grows to two to four a vertex.
+        slots = max(2 * load.touched, 4 * load.vertices)
         names = 2 * key * load.vertices + (2 * key + 4) * load.touched
         plan = 8 * load.corners * load.pixels + 16 * (load.touched - load.vertices)
         most = max(most, held + plan + 2 * key * slots + names)
@@ -94,7 +94,8 @@ def _native(loads: Sequence[_Load], *, classes: int, matrix: bool) -> float:
         held += (2 * key + 4) * load.touched
         most = max(most, held + 8 * load.touched + 8 * load.pixels)
     rows = sum(8 * width * load.touched for load in loads)
-    return max(most, held + rows + 4 * width * loads[0].pixels)
+    arrays = 5 * len(loads) + 1
+    return max(most, held + rows + 4 * width * loads[0].pixels) + arrays * _HUGE_PAGE_BYTES
 
 
 def _width(values: int) -> int:

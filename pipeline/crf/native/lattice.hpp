@@ -136,6 +136,7 @@ public:
     size_t size() const { return keys_.size(); }
     size_t bytes() const { return held(keys_) + held(slots_); }
     const std::vector<Key> &keys() const { return keys_; }
+    std::vector<Key> only_keys() && { return std::move(keys_); }
     void prefetch(Key key) const { __builtin_prefetch(&slots_[home(key)]); }
 
     int32_t find(Key key) const {
@@ -159,7 +160,7 @@ public:
             slot.number = int32_t(keys_.size());
             keys_.push_back(key);
             const int32_t given = slot.number;
-            if (keys_.size() * 2 > slots_.size()) resize(keys_.size() * 2);
+            if (keys_.size() * 2 > slots_.size()) resize(keys_.size());
             return given;
         }
     }
@@ -181,6 +182,7 @@ private:
         while ((size_t(1) << log) < 2 * expected) ++log;
         mask_ = (size_t(1) << log) - 1;
         down_ = 64 - log;
+        Large<Slot>().swap(slots_);  // all is in keys_: one table at a time
         slots_.assign(mask_ + 1, Slot{Key(0), -1});
         for (size_t i = 0; i < keys_.size(); ++i) {
             size_t at = home(keys_[i]);

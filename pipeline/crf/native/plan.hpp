@@ -44,7 +44,7 @@ struct Plan {
 
 private:
     template <int D, class Key>
-    Numbering<Key> touch(const float *features, const Packing &packing, int64_t part);
+    std::vector<Key> touch(const float *features, const Packing &packing, int64_t part);
 };
 
 inline Plan Plan::of(const float *features, int d, int64_t pixels, Team &team) {
@@ -85,7 +85,7 @@ Numbering<Key> Plan::place(const float *features, const Packing &packing, Team &
     const int64_t count = parts();
     row.resize(pixels * (d + 1));
     weight.resize(pixels * (d + 1));
-    std::vector<Numbering<Key>> touched(count);
+    std::vector<std::vector<Key>> touched(count);
     team.each(count, [&](int64_t p) {
         switch (d) {
             case 2: touched[p] = touch<2, Key>(features, packing, p); break;
@@ -95,13 +95,13 @@ Numbering<Key> Plan::place(const float *features, const Packing &packing, Team &
         }
     });
 
-    size_t most = 0;
-    for (const auto &numbering : touched) most = std::max(most, numbering.size());
-    Numbering<Key> all(most * 2);
+    size_t total = 0;
+    for (const auto &keys : touched) total += keys.size();
+    Numbering<Key> all(total / 2);  // as if each were touched by two parts
     std::vector<std::vector<int32_t>> row_of(count);  // of a part's own numbers; mirrors from -1 down
     std::vector<int64_t> first_row(count + 1);
     for (int64_t p = 0; p < count; ++p) {
-        const auto &keys = touched[p].keys();
+        const auto &keys = touched[p];
         first_row[p] = 1 + int64_t(all.size());
         row_of[p].resize(keys.size());
         for (size_t i = 0; i < keys.size(); ++i) {
@@ -135,9 +135,10 @@ Numbering<Key> Plan::place(const float *features, const Packing &packing, Team &
     return all;
 }
 
-// Simplices of one part: weights, and in `row` the part's own numbers of the vertices.
+// Simplices of one part: weights, and in `row` the part's own numbers of the vertices, whose keys
+// are returned in their order.
 template <int D, class Key>
-Numbering<Key> Plan::touch(const float *features, const Packing &packing, int64_t part) {
+std::vector<Key> Plan::touch(const float *features, const Packing &packing, int64_t part) {
     const int d = D ? D : this->d;
     Numbering<Key> numbering;
     const auto scale = scales(d);
@@ -167,7 +168,7 @@ Numbering<Key> Plan::touch(const float *features, const Packing &packing, int64_
                 for (int r = 0; r <= d; ++r) row[place + r] = numbering.number(key[l][r]);
         }
     }
-    return numbering;
+    return std::move(numbering).only_keys();
 }
 
 template <class Key>
