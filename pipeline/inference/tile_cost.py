@@ -193,7 +193,7 @@ def read_bytes(tile: Tile, *, pixel_bytes: int, guided: bool) -> int:
     """Bytes of what is read, in the host's memory.
 
     Of three tiles: on the device, being refined, of which the pixels are kept only to guide a CRF,
-    and being read, of which the bands are picked in a copy.
+    and being read, of which the bands are picked in a copy where not all are wanted.
     """
     return tile.read.size * (3 * (pixel_bytes + 1) + guided * pixel_bytes + 1)
 

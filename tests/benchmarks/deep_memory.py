@@ -19,7 +19,7 @@ from scenes import fresh
 from pipeline.domain import Region
 
 LIMIT_BYTES = 8 * 10**9
-"""Promised of an interior tile of 4096 px of ResNet-50, driver and actor together."""
+"""Promised of an interior tile of 4096 px of ResNet-50, by all processes together."""
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
         measured = measure(command, env=os.environ | {"HOME": name})
         print(
             f"{asked.network}, an interior tile of {side} px, fp32:"
-            f" peak {measured.peak_bytes / 1e9:.2f} GB (PSS, driver and actor;"
+            f" peak {measured.peak_bytes / 1e9:.2f} GB (PSS of all processes;"
             f" the plan said {predicted(mask) / 1e9:.2f}), {measured.seconds:.0f} s"
         )
     sys.exit(measured.peak_bytes > LIMIT_BYTES)

@@ -81,7 +81,7 @@ def main() -> None:
             measured = run(folder, side)
             peaks[side] = measured.peak_bytes
             print(
-                f"{side} px: peak {measured.peak_bytes / 2**20:.0f} MiB (PSS, driver and actors;"
+                f"{side} px: peak {measured.peak_bytes / 2**20:.0f} MiB (PSS of all processes;"
                 f" the plan said {predicted(folder / f'mask-{side}.tif') / 2**20:.0f}),"
                 f" {measured.seconds:.0f} s, {side * side / 1e6 / measured.seconds:.2f} Mpx/s",
                 flush=True,

@@ -1,4 +1,4 @@
-"""Peak memory of a command and of the Ray actors it starts: PSS, summed, sampled from outside."""
+"""Peak memory of a command and of all that it starts: PSS, summed, sampled from outside."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Measured:
 
     seconds: float
     peak_bytes: int
-    """Most that driver and actors held at one moment (proportional set size, summed)."""
+    """Most that all processes held at one moment (proportional set size, summed)."""
 
 
 def measure(command: Sequence[str], *, env: dict[str, str]) -> Measured:
@@ -39,22 +39,12 @@ def measure(command: Sequence[str], *, env: dict[str, str]) -> Measured:
 
 
 def _held(pid: int) -> int:
-    """Driver, who plans for it, and actors; Ray's daemons that do not call themselves ray:: are
-    left out: they do not depend on the scene."""
+    """The command, who plans for it, its actors, and Ray's daemons."""
     try:
-        children = psutil.Process(pid).children(recursive=True)
-        actors = [child.pid for child in children if _is_ours(child)]
+        started = psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return 0
-    return sum(_pss(each) for each in (pid, *actors))
-
-
-def _is_ours(process: psutil.Process) -> bool:
-    try:
-        words = process.cmdline()
-    except psutil.NoSuchProcess:
-        return False
-    return "workflows.plan_process" in words or any(w.startswith("ray::") for w in words[:1])
+    return sum(_pss(each) for each in (pid, *(process.pid for process in started)))
 
 
 def _pss(pid: int) -> int:

@@ -87,6 +87,12 @@ def test_what_is_remembered_does_not_grow_with_the_scene() -> None:
     assert walk((3000, 700)).remembered_pixels == 3000 * 700
 
 
+def test_a_tile_alone_comes_back_to_nothing() -> None:
+    """All that was decoded of a scene of one tile would be held beside it: 128 MiB at 4096 px."""
+    assert walk((2000, 700)).remembered_pixels == 0
+    assert some(walk((5120, 5120), tile=512), [17]).remembered_pixels == 0
+
+
 @pytest.mark.parametrize(
     ("tile", "halo", "half"),
     [
