@@ -77,12 +77,14 @@ def _connect(address: str, **options: Any) -> None:
             f"Ray client address {address} is not supported: actors must share storage with the"
             " driver; run the command on a node of the cluster"
         )
-    host, _, port = address.rpartition(":")
     try:
+        # "auto" may be the address of a cluster that was killed, and says so nowhere.
+        found = ray._private.services.canonicalize_bootstrap_address(address) or address
+        host, _, port = found.rpartition(":")
         if port.isdecimal():
             # Ray would try for minutes.
             socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (OSError, ValueError, rex.AuthenticationError) as error:
         raise ExecutionError(
             f"Ray cluster {address} asked for: {str(error).splitlines()[0]}"

@@ -377,6 +377,19 @@ def test_a_cluster_that_cannot_be_joined_is_refused_at_once(address: str) -> Non
         _connect(address)
 
 
+def test_a_cluster_that_was_killed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its address stays in Ray's folder, where ``auto`` finds it: a tick would hang for minutes."""
+    from ray._private import services
+
+    from pipeline.execution.ray_cluster import _connect
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(services, "find_gcs_addresses", frozenset)
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda _: "127.0.0.1:1")
+    with pytest.raises(ExecutionError, match=r"cluster auto asked for: .*refused"):
+        _connect("auto")
+
+
 def test_the_serial_backend_treats_a_bad_tile_as_the_pool_does() -> None:
     """The oracle must agree with the pool on failures, too."""
     feed = feed_of(scene=FakeWork(broken=frozenset({7})))
