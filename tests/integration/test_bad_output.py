@@ -140,7 +140,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             if self.run_id is not None:
                 words.append(status)
 
-    for module in ("segment", "refine"):
+    for module in ("segmenting", "refining"):
         monkeypatch.setattr(f"workflows.{module}.open_tracker", lambda *_, **__: Told())
     return words
 
