@@ -124,6 +124,7 @@ class GeoTiffSource:
         # that adds statistics to them must not make this another source.
         info = self.info
         facts = repr((info.shape, info.channels, info.dtype, info.nodata, info.crs, info.affine))
+        facts += _other_places(self._dataset())
         try:
             content = _content_digest(self._path, known={})
         except OSError as error:
@@ -275,6 +276,15 @@ def _describe(dataset: Any, bands: _Bands, *, path: Path) -> ImageInfo:
     )
 
 
+def _other_places(dataset: Any) -> str:
+    """What places its pixels beside an affine: ground control points and RPCs; empty for none."""
+    points, crs = dataset.gcps
+    if not points and dataset.rpcs is None:
+        return ""
+    found = [(p.row, p.col, p.x, p.y, p.z) for p in points]
+    return repr((found, crs.to_wkt() if crs else None, dataset.rpcs))
+
+
 def _channel_names(dataset: Any, bands: _Bands) -> tuple[str, ...]:
     described = [dataset.descriptions[band - 1] for band in bands.channels]
     if not any(described):
@@ -296,8 +306,10 @@ def _notes(dataset: Any, bands: _Bands) -> tuple[str, ...]:
     stated = {(dataset.scales[band - 1], dataset.offsets[band - 1]) for band in bands.channels}
     if stated != {(1.0, 0.0)}:
         notes.append("the file's scale and offset of bands are not applied: values are as stored")
-    if dataset.gcps[0] or dataset.rpcs:
-        notes.append("ground control points or RPCs are not used")
+    if dataset.gcps[0] and not dataset.transform.is_identity:
+        notes.append("ground control points beside an affine are left out")
+    elif dataset.gcps[0] or dataset.rpcs:
+        notes.append("ground control points or RPCs are carried to the mask, and not used")
     if dataset.driver == "GTiff" and dataset.subdatasets:
         notes.append(f"the file holds {len(dataset.subdatasets)} images; the first is used")
     return tuple(notes)
