@@ -25,7 +25,7 @@ from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
-from adapters.raster_pixel import area_notes, pixel_size
+from adapters.raster_pixel import area_notes, graticule, pixel_size
 from pipeline.domain import ImageInfo, Region
 from pipeline.errors import RegionError, SourceError, SourceReadError
 from pipeline.ports import Block
@@ -270,6 +270,7 @@ def _describe(dataset: Any, bands: _Bands, *, path: Path) -> ImageInfo:
         spacing=spacing,
         unit=unit,
         fullness=fullness,
+        graticule=graticule(dataset),
         crs=dataset.crs.to_wkt(version="WKT2_2019") if dataset.crs else None,
         affine=affine,
         notes=_notes(dataset, bands),
