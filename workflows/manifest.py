@@ -108,16 +108,15 @@ def classes(
         row: dict[str, Any] = {"id": look.id, "name": look.name, "color": look.color}
         row["pixels"] = total.get(look.id, 0)
         if size_key:
-            row[size_key] = round(_size(outcome, look.id, info, grid), 6)
+            size = row["pixels"] * info.voxel_size
+            if info.graticule is not None:
+                size = math.fsum(
+                    record.counts.get(look.id, 0) * info.mean_size(grid.core(key.number))
+                    for key, record in outcome.records.items()
+                )
+            row[size_key] = round(size, 6)
         rows.append(row)
     return rows
-
-
-def _size(outcome: Outcome, value: int, info: ImageInfo, grid: Grid) -> float:
-    if info.graticule is None:
-        return counts(outcome).get(value, 0) * info.voxel_size
-    tiles = outcome.records.items()
-    return math.fsum(r.counts.get(value, 0) * info.mean_size(grid.core(k.number)) for k, r in tiles)
 
 
 def tile_counts(outcome: Outcome, *, outside: int = 0) -> dict[str, int]:
