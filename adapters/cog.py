@@ -20,7 +20,10 @@ import numpy as np
 import rasterio
 import rasterio.shutil
 from rasterio._err import CPLE_BaseError
+from rasterio.control import GroundControlPoint
+from rasterio.crs import CRS
 from rasterio.errors import RasterioError
+from rasterio.rpc import RPC
 from rasterio.windows import Window
 
 from pipeline.domain import Grid, Region
@@ -155,11 +158,12 @@ def verify_cog(path: Path, *, store: ArrayStore, spec: CogSpec) -> None:
     }
     try:
         with rasterio.Env(**_GDAL_ENV), rasterio.open(path, driver="GTiff", sharing=False) as file:
+            found = _places(file) | {"shape": file.shape, "dtypes": file.dtypes}
+            found |= {"nodata": file.nodata}
             for name, value in wanted.items():
-                found = getattr(file, name)
-                if found != value:
+                if _comparable(found[name]) != _comparable(value):
                     raise FinishError(
-                        f"{path}: {name} is {found!r}, the source and the plan say {value!r}"
+                        f"{path}: {name} is {found[name]!r}, the source and the plan say {value!r}"
                     )
             for core in spec.grid.cores():
                 _compare(
@@ -182,6 +186,8 @@ def _compare(path: Path, core: Region, *, mask: Any, truth: Any) -> None:
 
 def _write_tiled(path: Path, *, store: ArrayStore, spec: CogSpec) -> None:
     height, width = spec.grid.shape
+    places = _geometry(spec)
+    points, points_crs = places["gcps"]
     with rasterio.open(
         path,
         "w",
@@ -191,7 +197,8 @@ def _write_tiled(path: Path, *, store: ArrayStore, spec: CogSpec) -> None:
         count=1,
         dtype=spec.dtype,
         nodata=spec.nodata,
-        **_geometry(spec),
+        crs=places["crs"],
+        transform=None if points else places["transform"],
         tiled=True,
         blockxsize=_BLOCK_PX,
         blockysize=_BLOCK_PX,
@@ -200,6 +207,10 @@ def _write_tiled(path: Path, *, store: ArrayStore, spec: CogSpec) -> None:
         bigtiff="IF_SAFER",
         sparse_ok=True,  # here alone: not every reader of the product would know a hole as nodata
     ) as file:
+        if points:
+            file.gcps = [GroundControlPoint(*point) for point in points], points_crs or CRS()
+        if places["rpcs"] is not None:
+            file.rpcs = places["rpcs"]
         file.write_colormap(1, {look.id: _rgb(look.color) for look in spec.classes})
         file.update_tags(**spec.tags, TERRAVOX_CLASSES=_class_json(spec), AREA_OR_POINT="Area")
         for core in spec.grid.cores():
@@ -207,7 +218,7 @@ def _write_tiled(path: Path, *, store: ArrayStore, spec: CogSpec) -> None:
 
 
 def _geometry(spec: CogSpec) -> dict[str, Any]:
-    """CRS and affine of the source; ground control points are not carried."""
+    """Where the pixels of the source lie, as a GeoTIFF can say it: by an affine or by points."""
     path = spec.source_path
     try:
         with path.open("rb") as file:
@@ -218,9 +229,29 @@ def _geometry(spec: CogSpec) -> dict[str, Any]:
                     f"{path} is {source.shape} px, the mask {spec.grid.shape} px;"
                     " was the source replaced during the run?"
                 )
-            return {"crs": source.crs, "transform": source.transform}
+            places = _places(source)
+            return places if source.transform.is_identity else places | {"gcps": ([], None)}
     except _GDAL_FAILURES as error:
         raise SourceError(f"{path} could not be opened: {_line(error)}") from error
+
+
+def _places(dataset: Any) -> dict[str, Any]:
+    """How a raster says where its pixels lie, as values that can be compared."""
+    points, crs = dataset.gcps
+    return {
+        "crs": dataset.crs,
+        "transform": dataset.transform,
+        "gcps": ([(p.row, p.col, p.x, p.y, p.z) for p in points], crs or None),
+        "rpcs": dataset.rpcs,
+    }
+
+
+def _comparable(value: Any) -> Any:
+    """RPCs as a GeoTIFF holds them: an unknown error is -1, and GDAL reads 15 digits."""
+    if not isinstance(value, RPC):
+        return value
+    facts = {name: -1.0 if fact is None else fact for name, fact in value.to_dict().items()}
+    return {name: [f"{n:.13e}" for n in np.atleast_1d(fact)] for name, fact in facts.items()}
 
 
 def _window(region: Region) -> Window:

@@ -25,7 +25,7 @@ from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
-from adapters.raster_pixel import area_notes, pixel_size
+from adapters.raster_pixel import area_notes, graticule, pixel_size
 from pipeline.domain import ImageInfo, Region
 from pipeline.errors import RegionError, SourceError, SourceReadError
 from pipeline.ports import Block
@@ -128,6 +128,7 @@ class GeoTiffSource:
         # that adds statistics to them must not make this another source.
         info = self.info
         facts = repr((info.shape, info.channels, info.dtype, info.nodata, info.crs, info.affine))
+        facts += _other_places(self._dataset())
         try:
             content = _content_digest(self._path, known={})
         except OSError as error:
@@ -273,10 +274,20 @@ def _describe(dataset: Any, bands: _Bands, *, path: Path) -> ImageInfo:
         spacing=spacing,
         unit=unit,
         fullness=fullness,
+        graticule=graticule(dataset),
         crs=dataset.crs.to_wkt(version="WKT2_2019") if dataset.crs else None,
         affine=affine,
         notes=_notes(dataset, bands),
     )
+
+
+def _other_places(dataset: Any) -> str:
+    """What places its pixels beside an affine: ground control points and RPCs; empty for none."""
+    points, crs = dataset.gcps
+    if not points and dataset.rpcs is None:
+        return ""
+    found = [(p.row, p.col, p.x, p.y, p.z) for p in points]
+    return repr((found, crs.to_wkt() if crs else None, dataset.rpcs))
 
 
 def _channel_names(dataset: Any, bands: _Bands) -> tuple[str, ...]:
@@ -300,8 +311,10 @@ def _notes(dataset: Any, bands: _Bands) -> tuple[str, ...]:
     stated = {(dataset.scales[band - 1], dataset.offsets[band - 1]) for band in bands.channels}
     if stated != {(1.0, 0.0)}:
         notes.append("the file's scale and offset of bands are not applied: values are as stored")
-    if dataset.gcps[0] or dataset.rpcs:
-        notes.append("ground control points or RPCs are not used")
+    if dataset.gcps[0] and not dataset.transform.is_identity:
+        notes.append("ground control points beside an affine are left out")
+    elif dataset.gcps[0] or dataset.rpcs:
+        notes.append("ground control points or RPCs are carried to the mask, and not used")
     if dataset.driver == "GTiff" and dataset.subdatasets:
         notes.append(f"the file holds {len(dataset.subdatasets)} images; the first is used")
     return tuple(notes)

@@ -9,14 +9,12 @@ from typing import Any, Literal
 
 from rasterio.errors import CRSError
 
+from pipeline.domain import Graticule
+from pipeline.domain.graticule import AXIS_M, SQUARED_ECCENTRICITY
 from pipeline.errors import SourceError
 
 AREA_SPREAD = 0.01
 """Share by which areas of pixels of one scene may differ before it is said."""
-
-# WGS84: half-axis in metres and squared eccentricity.
-_EARTH_AXIS_M = 6378137.0
-_EARTH_E2 = 0.00669437999014
 
 
 def pixel_size(
@@ -42,9 +40,19 @@ def pixel_size(
     return (height, width), "m", area / (height * width)
 
 
+def graticule(dataset: Any) -> Graticule | None:
+    """How large the pixels of each row are; None but for rows along parallels, in degrees."""
+    affine = dataset.transform
+    if not dataset.crs or not dataset.crs.is_geographic or affine.b or affine.d:
+        return None
+    per = dataset.crs.units_factor[1]
+    return Graticule(first=affine.f * per, step=affine.e * per, width=abs(affine.a) * per)
+
+
 def area_notes(dataset: Any) -> tuple[str, ...]:
-    """What to say of areas: in degrees, pixels of one scene differ."""
-    if not dataset.crs or not dataset.crs.is_geographic:
+    """What to say of areas: in degrees, pixels of one scene differ, and rows of a turned one."""
+    turned = dataset.transform.b or dataset.transform.d
+    if not dataset.crs or not dataset.crs.is_geographic or not turned:
         return ()
     spread = _area_spread(dataset)
     if spread <= AREA_SPREAD:
@@ -72,9 +80,9 @@ def _latitude(dataset: Any, *, down: float, across: float) -> float:
 
 def _metres_per_radian(latitude: float) -> tuple[float, float]:
     """Of longitude and of latitude."""
-    squash = 1.0 - _EARTH_E2 * math.sin(latitude) ** 2
-    east = _EARTH_AXIS_M / math.sqrt(squash) * math.cos(latitude)
-    return east, _EARTH_AXIS_M * (1.0 - _EARTH_E2) / squash**1.5
+    squash = 1.0 - SQUARED_ECCENTRICITY * math.sin(latitude) ** 2
+    east = AXIS_M / math.sqrt(squash) * math.cos(latitude)
+    return east, AXIS_M * (1.0 - SQUARED_ECCENTRICITY) / squash**1.5
 
 
 def _area_spread(dataset: Any) -> float:

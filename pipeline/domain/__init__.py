@@ -14,11 +14,13 @@ TileCost        what one tile takes in one worker: work and bytes
 TilePlan        all passes, with bytes and the fingerprint that names the run
 TileKey         (case, pass, tile number): the key of the ledger
 CaseRecord      what became of one scene or scan of a batch: a line of the batch's ledger
+Graticule       how large the pixels of a raster in degrees are, row by row
 ImageInfo       shape, channels, dtype, nodata, CRS or affine, spacing
 ==============  ================================================================================
 """
 
 from pipeline.domain.case import CaseRecord, CaseState, check_case_id
+from pipeline.domain.graticule import Graticule
 from pipeline.domain.grid import Grid
 from pipeline.domain.image_info import ImageInfo
 from pipeline.domain.plan import Pass, Sweep, Tile, TileKey, TilePlan
@@ -32,6 +34,7 @@ __all__ = [
     "CaseRecord",
     "CaseState",
     "ContextWindow",
+    "Graticule",
     "Grid",
     "Halo",
     "ImageInfo",

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.domain.region import Shape
+from pipeline.domain.graticule import Graticule
+from pipeline.domain.region import Region, Shape
 from pipeline.errors import SourceError
 
 
@@ -37,6 +38,9 @@ class ImageInfo:
 
     fullness: float = 1.0
     """A pixel's size over that of a box with sides ``spacing``: below 1 where axes are oblique."""
+
+    graticule: Graticule | None = None
+    """Rasters in degrees: how large pixels are at each latitude; None where all are alike."""
 
     crs: str | None = None
     """Coordinate reference system as WKT2, for rasters that have one."""
@@ -73,3 +77,9 @@ class ImageInfo:
         """Area of a pixel in m2, or volume of a voxel in ml; 1.0 where the unit is pixels."""
         size = math.prod(self.spacing) * self.fullness
         return size / 1000.0 if self.unit == "mm" else size
+
+    def mean_size(self, region: Region) -> float:
+        """As ``voxel_size``, the mean over a region of an image whose pixels may differ."""
+        if self.graticule is None:
+            return self.voxel_size
+        return self.graticule.pixel_m2(region.start[0], region.stop[0])

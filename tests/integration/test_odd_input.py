@@ -183,6 +183,30 @@ def test_a_pixel_size_unlike_the_bundles_is_refused_unless_accepted_by_name(
     assert any("10 x 10 m" in note for note in accepted.manifest["notes"])
 
 
+def test_areas_in_degrees_are_those_of_where_the_pixels_lie(
+    command: Command, tmp_path: Path
+) -> None:
+    """Half of the pixels of a country in its south are more than half of its hectares."""
+    image_CYX = IMAGE_CYX.copy()
+    image_CYX[:, :64] = 0  # nodata
+    rows = image_CYX.shape[1]
+    side = 40 / rows
+    source = write_raster(
+        tmp_path / "degrees.tif", image_CYX, crs="EPSG:4326",
+        transform=from_origin(10, 70, side, side),
+    )  # fmt: skip
+    answer = command.segment(
+        source, tmp_path / "o.tif", "--tile", 32, "--crf", "off", "--any-resolution"
+    )
+    found = sum(row["area_m2"] for row in answer.manifest["classes"])
+    latitude = np.radians(70 - side * (64 + (np.arange(1e5) + 0.5) / 1e5 * (rows - 64)))
+    radii = (
+        6378137**2 * (1 - 0.00669437999014) / (1 - 0.00669437999014 * np.sin(latitude) ** 2) ** 2
+    )
+    cell_m2 = (radii * np.cos(latitude)).mean() * np.radians(side) ** 2
+    assert found == pytest.approx(cell_m2 * (rows - 64) * image_CYX.shape[2], rel=1e-6)
+
+
 def test_a_scan_of_several_volumes_needs_one_chosen(
     command: Command, slim3d: Path, tmp_path: Path
 ) -> None:

@@ -13,11 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 from PIL import Image
+from rasterio.control import GroundControlPoint
+from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
+from rasterio.rpc import RPC
 from rio_cogeo.cogeo import cog_validate
 
 from adapters.cog import CogSpec, encode_cog, verify_cog, write_cog
+from adapters.geotiff import GeoTiffSource
 from adapters.memory import MemoryStore
 from pipeline.domain import Grid, Region
 from pipeline.errors import FinishError, SourceError, StoreError
@@ -25,6 +30,10 @@ from pipeline.errors import FinishError, SourceError, StoreError
 DEFAULT_DATA = Path(__file__).parents[2] / "../shared/data"
 GEO = Path(os.environ.get("TERRAVOX_DATA", DEFAULT_DATA)) / "geo"
 real_data = pytest.mark.skipif(not GEO.is_dir(), reason=f"needs {GEO}; set TERRAVOX_DATA")
+
+
+TIE_POINTS, RATIONAL_COEFFICIENTS = 33922, 50844
+"""Tags of a TIFF."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +60,25 @@ def write_source(path: Path, *, shape: tuple[int, int] = SHAPE, **grid: Any) -> 
         path, "w", driver="GTiff", width=width, height=height, count=1, dtype="uint8", **grid
     ):
         return path
+
+
+def sensed(path: Path, *, crs: str = "EPSG:4326", shift: float = 0.0, twist: float = 0.0) -> Path:
+    """A raster as it comes from a sensor: points and polynomials say where it lies, no affine."""
+    write_source(path, crs=None, transform=None)
+    places = [(0, 0), (0, 899.5), (700, 0), (699.25, 900), (351, 450)]
+    points = [
+        GroundControlPoint(row=r, col=c, x=8 + c / 3e3 + shift, y=46 - r / 7e3, z=r / 3)
+        for r, c in places
+    ]
+    terms = [1 / 3 + twist, *(n / 7e5 for n in range(19))]
+    rpcs = RPC(
+        height_off=500.0, height_scale=500.0, lat_off=46.1, lat_scale=0.1, long_off=8.2,
+        long_scale=0.1, line_off=350.0, line_scale=350.0, samp_off=450.0, samp_scale=450.0,
+        line_num_coeff=terms, line_den_coeff=terms, samp_num_coeff=terms, samp_den_coeff=terms,
+    )  # fmt: skip
+    with rasterio.open(path, "r+") as file:
+        file.gcps, file.rpcs = (points, CRS.from_string(crs) if crs else CRS()), rpcs
+    return path
 
 
 def mask_store(shape: tuple[int, int], *, dtype: str = "uint8") -> MemoryStore:
@@ -173,6 +201,44 @@ def test_real_rasters_give_a_mask_on_their_own_grid(tmp_path: Path, name: str) -
     assert cog_validate(target, strict=True, quiet=True)[0]
     with rasterio.open(target) as file:
         assert (file.shape, file.crs, file.transform) == (shape, crs, transform)
+
+
+@pytest.mark.parametrize("crs", ["EPSG:4326", ""], ids=["degrees", "no CRS"])
+def test_control_points_and_rpcs_are_the_sources(tmp_path: Path, crs: str) -> None:
+    """A radar scene has no affine: its mask would lie nowhere."""
+    spec, store = spec_for(sensed(tmp_path / "source.tif", crs=crs)), mask_store(SHAPE)
+    write_cog(tmp_path / "mask.tif", store=store, spec=spec, scratch=tmp_path)
+    with rasterio.open(spec.source_path) as source, rasterio.open(tmp_path / "mask.tif") as mask:
+        assert (mask.crs, mask.transform) == (source.crs, source.transform)
+        assert mask.gcps[1] == source.gcps[1] == (crs or None)
+        assert [p.asdict() for p in mask.gcps[0]] == [p.asdict() for p in source.gcps[0]]
+        assert mask.rpcs == source.rpcs
+    valid, errors, _ = cog_validate(tmp_path / "mask.tif")
+    assert valid, errors
+    seen = [Image.open(path) for path in (spec.source_path, tmp_path / "mask.tif")]
+    for tag in (TIE_POINTS, RATIONAL_COEFFICIENTS):  # as a reader without GDAL finds them
+        wanted, found = (image.tag_v2[tag] for image in seen)
+        np.testing.assert_allclose(found, wanted, rtol=1e-13)
+    for name, change in (("gcps", {"shift": 1e-9}), ("rpcs", {"twist": 1e-9})):
+        other = spec_for(sensed(tmp_path / f"{name}.tif", crs=crs, **change))
+        with pytest.raises(FinishError, match=f"{name} is"):
+            verify_cog(tmp_path / "mask.tif", store=store, spec=other)
+
+
+def test_an_affine_comes_before_control_points(tmp_path: Path) -> None:
+    """A GeoTIFF holds the one or the others; a VRT may have both."""
+    source = tmp_path / "both.vrt"
+    rasterio.shutil.copy(sensed(tmp_path / "source.tif"), source, driver="VRT")
+    words = "<GeoTransform>500000, 10, 0, 5000000, 0, -10</GeoTransform>"
+    source.write_text(source.read_text().replace("<GCPList", f"{words}<GCPList"))
+    with rasterio.open(source) as file:
+        assert (file.transform, len(file.gcps[0])) == (NORTH_UP, 5)
+    spec = spec_for(source)
+    write_cog(tmp_path / "mask.tif", store=mask_store(SHAPE), spec=spec, scratch=tmp_path)
+    with rasterio.open(tmp_path / "mask.tif") as mask:
+        assert (mask.transform, mask.gcps[0]) == (NORTH_UP, [])
+    (note,) = (n for n in GeoTiffSource(source).info.notes if "control points" in n)
+    assert "left out" in note
 
 
 def test_a_pixel_that_differs_is_named(tmp_path: Path) -> None:

@@ -181,13 +181,30 @@ def test_degrees_become_metres_at_the_middle_of_the_scene(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("side", "said"), [(0.1, None), (10.0, "differs by 15.4%")])
 def test_pixels_of_unlike_areas_are_said(tmp_path: Path, side: float, said: str | None) -> None:
     """Broken: hectares of a country in degrees are off by a tenth, and nobody knows."""
-    grid = rasterio.Affine(side / 100, 0, 10, 0, -side / 100, 60 + side / 2)
+    grid = rasterio.Affine(side / 100, 1e-9, 10, 1e-9, -side / 100, 60 + side / 2)  # turned
     path = write(
         tmp_path / "a.tif", np.zeros((1, 100, 100), np.uint8), crs="EPSG:4326", transform=grid
     )
     notes = [note for note in GeoTiffSource(path).info.notes if "areas" in note]
     assert len(notes) == bool(said)
     assert not said or notes[0].endswith(said)
+
+
+def test_rows_along_parallels_have_pixels_of_their_own_size(tmp_path: Path) -> None:
+    """Broken: a pixel of Sicily counts as much as one of Lapland."""
+    place = rasterio.Affine(0.5, 0, -180, 0, -0.5, 90)
+    image = np.zeros((1, 360, 720), np.uint8)
+    info = GeoTiffSource(write(tmp_path / "a.tif", image, crs="EPSG:4326", transform=place)).info
+    earth_m2 = 510.0656217e12  # of WGS84's ellipsoid, as tables have it
+    assert info.mean_size(Region.whole(info.shape)) * 360 * 720 == pytest.approx(earth_m2, rel=1e-9)
+    # A cell of one degree at the equator, and one at 60 to 61 N, from tables of such cells.
+    assert info.mean_size(Region((178, 0), (180, 2))) * 4 == pytest.approx(12308.46e6, rel=1e-6)
+    north_up = info.mean_size(Region((58, 0), (60, 2)))
+    middle = math.radians(60.5)  # radii of curvature of the ellipsoid there
+    radii = 6378137**2 * (1 - 0.00669438) / (1 - 0.00669438 * math.sin(middle) ** 2) ** 2
+    wanted = radii * math.cos(middle) * math.radians(0.5) ** 2
+    assert north_up == pytest.approx(wanted, rel=1e-4)
+    assert not [note for note in info.notes if "areas" in note]
 
 
 def test_colours_name_channels_only_where_the_file_states_them(tmp_path: Path) -> None:
