@@ -25,7 +25,7 @@ from workflows.crf_tune import TuneOptions, tune
 
 CLASSES = 6
 GRID = SearchGrid(weight=(4.0,), position=(40.0, 80.0), value=(3.0, 13.0))
-"""Eight trials: four of the grid, and those half a step around the best."""
+"""Up to twelve trials: four of the grid, and those half a step around the best."""
 
 SIDE = 512
 
