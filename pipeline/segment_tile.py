@@ -178,12 +178,8 @@ class SegmentTiles:
         """The bands of the network over the tile and its halo."""
         return read_padded(self.source, tile.read).bands(self.channels)
 
-    def compute(self, model: Logits, tile: Tile, data: Block) -> TileLogits | TileResult:
-        """Logits on the host; the network is not asked where no pixel of the core is wanted.
-
-        On a CPU labels, where that is all: logits that wait would lie beside the next tile's maps.
-        A GPU would wait meanwhile.
-        """
+    def compute(self, model: Logits, tile: Tile, data: Block) -> TileLogits:
+        """Logits on the host; the network is not asked where no pixel of the core is wanted."""
         wanted_S = wanted(tile, data, area=self.area)
         if not wanted_S.any():
             return TileLogits.of(tile, data, None, wanted_S=wanted_S, guided=False)
@@ -195,16 +191,12 @@ class SegmentTiles:
             scored=tile.scored,
             pooling=pooling,
         )
-        logits = TileLogits.of(
+        return TileLogits.of(
             tile, data, logit_KS.cpu().numpy(), wanted_S=wanted_S, guided=self.crf is not None
         )
-        labels_alone = self.crf is None and self.scores is None
-        return self.refine(tile, logits) if labels_alone and logit_KS.is_cpu else logits
 
-    def refine(self, tile: Tile, data: TileLogits | TileResult) -> TileResult:
+    def refine(self, tile: Tile, data: TileLogits) -> TileResult:
         """Labels of the core, after the CRF where there is one."""
-        if isinstance(data, TileResult):
-            return data
         bundle, score_KS, wanted_S = self.model.bundle, data.logit_KS, data.wanted_S
         values = np.array(bundle.class_values, dtype=bundle.mask_dtype)
         if score_KS is None:

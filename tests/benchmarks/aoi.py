@@ -36,8 +36,8 @@ def run(folder: Path, name: str, side: int, *more: str) -> Measured:
     tiles = json.loads(Path(f"{output}.run", "manifest.json").read_text())["tiles"]
     print(
         f"{side} px, {name}: {tiles['total'] - tiles['skipped']} of {tiles['total']} tiles,"
-        f" {measured.seconds:.1f} s, peak {measured.peak_bytes / 2**20:.0f} MiB (PSS, driver and"
-        f" actors; the plan said {predicted(output) / 2**20:.0f})",
+        f" {measured.seconds:.1f} s, peak {measured.peak_bytes / 2**20:.0f} MiB (PSS of all"
+        f" processes; the plan said {predicted(output) / 2**20:.0f})",
         flush=True,
     )
     return measured

@@ -22,9 +22,8 @@ from pipeline.inference.precision import Precision
 from pipeline.models.bundle import Bundle, load_bundle
 from pipeline.models.receptive_field import reach_of
 from pipeline.ports import Block, Job
-from pipeline.segment_tile import SegmentModel, SegmentTiles, TileLogits, TileResult
+from pipeline.segment_tile import SegmentModel, SegmentTiles, TileLogits
 from pipeline.stitching.samples import SampleSink
-from pipeline.stitching.scores import ScoreSink
 
 FP32 = Precision(name="fp32", channels_last=True, why="")
 
@@ -127,21 +126,6 @@ def test_a_tile_keeps_its_logits_where_a_sample_meets_its_core(
     assert first is not None
     values = np.array(model.bundle.class_values)
     assert np.array_equal(values[first.argmax(axis=0)], mask.array[24:32, 24:32])
-
-
-def test_logits_that_nobody_wants_any_more_do_not_wait_for_the_writer(model: SegmentModel) -> None:
-    """They would lie beside the maps of the next tile: 403 MB of 4096 px and six classes."""
-    work, sweep, _ = case_of(model)
-    tile, network = sweep.tile(0), model.load()
-    labels = work.compute(network, tile, work.read(tile))
-    assert isinstance(labels, TileResult)
-    assert labels.score_KS is None
-    asked = replace(
-        work, scores=ScoreSink(MemoryStore((4, 40, 56), dtype="float16", fill=0), "float16")
-    )
-    logits = asked.compute(network, tile, asked.read(tile))
-    assert isinstance(logits, TileLogits)
-    assert np.array_equal(asked.refine(tile, logits).labels_S, labels.labels_S)
 
 
 def test_bands_that_are_all_wanted_are_not_copied() -> None:
