@@ -76,6 +76,8 @@ def batch(
     Raises:
         PipelineError: what concerns all cases; what concerns one of them is in its row.
     """
+    if isinstance(sources, str) or isinstance(models, str | Path):
+        raise PlanError("sources and models are lists of paths: put a single one in brackets")
     asked = _anchored(options or SegmentOptions())
     layout = Layout.of(str(output), run_dir=asked.run_dir)
     lists = [os.path.realpath(source) for source in sources]
@@ -126,6 +128,8 @@ def _known(layout: Layout, *, fresh: bool) -> dict[str, CaseRecord]:
 
 def _by_axes(bundles: Sequence[Bundle]) -> Mapping[int, Bundle]:
     found: dict[int, Bundle] = {}
+    if not bundles:
+        raise PlanError("no model is given: a bundle for rasters, one for volumes, or both")
     for bundle in bundles:
         first = found.setdefault(bundle.architecture.dims, bundle)
         if first is not bundle:

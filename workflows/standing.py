@@ -13,11 +13,11 @@ from pipeline.errors import PlanError
 from workflows.run_dir import RunDir, read_json, read_plan
 
 
-def status(path: Path) -> dict[str, Any]:
+def status(run_dir: str | Path) -> dict[str, Any]:
     """State, progress and owner. Raises PlanError for a directory that holds no run."""
-    if not path.is_dir():
-        raise PlanError(f"{path} holds no run: it has no plan.json; give an OUT.run")
-    run = RunDir(path)
+    run = RunDir(Path(run_dir))
+    if not run.path.is_dir():
+        raise PlanError(f"{run_dir} holds no run: it has no plan.json; give an OUT.run")
     holder = read_holder(run.path / "lease.json")
     alive = holder is not None and holder.alive
     owner = f"process {holder.pid} on {holder.host}" if holder and alive else None
@@ -27,7 +27,7 @@ def status(path: Path) -> dict[str, Any]:
     if plan is None and run.ledger.is_dir():
         return _batch(run, alive=alive) | {"cases_per_s": progress.get("cases_per_s")} | left
     if plan is None:
-        raise PlanError(f"{path} holds no run: it has no plan.json; give an OUT.run")
+        raise PlanError(f"{run_dir} holds no run: it has no plan.json; give an OUT.run")
     rate = {"tiles_per_s": progress.get("tiles_per_s")}
     return _image(run, plan, alive=alive) | rate | left
 

@@ -76,6 +76,16 @@ def test_no_mask_takes_the_place_of_a_source(
     assert [file_digest(tmp_path / name) for name in ("a.tif", "b.tif")] == before
 
 
+def test_a_path_where_a_list_of_them_is_needed_is_refused(
+    archive: Path, tmp_path: Path, slim: Path
+) -> None:
+    """Of a text each letter would be a source: the dot in it is all of the working directory."""
+    for sources, models in ((str(archive), [slim]), ([archive], slim), ([archive], [])):
+        with pytest.raises(PlanError, match=r"lists of paths|no model"):
+            batch(sources, tmp_path / "out", models=models)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_wrong_with_the_machine_or_the_request_is_no_verdict_on_a_case(
     archive: Path, tmp_path: Path, run: Callable[..., dict[str, Any]]
 ) -> None:
