@@ -79,6 +79,7 @@ def tune(
         str | None, typer.Option(help="Deviations, in the CRF file's unit: 30,50,70.")
     ] = None,
     values: Annotated[str | None, typer.Option(help="Deviations of guide values: 3,6.")] = None,
+    device: take.Device = "auto",
     into: Annotated[Path | None, typer.Option(help="A bundle that takes the best CRF.")] = None,
     tracking_uri: take.Tracking = None,
     experiment: take.Experiment = "terravox",
@@ -98,7 +99,13 @@ def tune(
         position=first.position if positions is None else _numbers(positions, option="--positions"),
         value=first.value if values is None else _numbers(values, option="--values"),
     )
-    options = TuneOptions(grid=chosen, into=into, tracking=tracking_uri, experiment=experiment)
+    options = TuneOptions(
+        grid=chosen,
+        device=device,
+        into=into,
+        tracking=tracking_uri,
+        experiment=experiment,
+    )
     with Interrupt() as stop:
         result = run(examples, output, crf=crf, legend=classes, options=options, stop=stop)
     tell_values(result, as_json=as_json)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from adapters.mlflow_tracker import MlflowTracker, NoTracker
 from adapters.uri import open_channels, open_source
 from pipeline.crf.dense import Unrefined, refine_each
-from pipeline.crf.engine import engine_named, pick_engine
+from pipeline.crf.engine import Device, engine_named, pick_engine
 from pipeline.crf.params import CrfParams
 from pipeline.crf.search import Candidate, SearchGrid, with_candidate
 from pipeline.domain import ImageInfo, Region
@@ -63,6 +64,9 @@ class TuneOptions:
     """What is searched, and where it is written down."""
 
     grid: SearchGrid
+    device: str
+    """auto, cpu or cuda."""
+
     into: Path | None
     """A bundle whose ``crf`` part becomes the best."""
 
@@ -100,7 +104,7 @@ def tune(
     _check_target(target, inputs=(Path(examples), Path(crf)))
     bundle = None if options.into is None else load_bundle(options.into)
     found, looks = read_examples(Path(examples), None if legend is None else Path(legend))
-    search = _Search(start, found, looks)
+    search = _Search(start, found, looks, device=_device(options.device))
     run = target.with_name(f"{target.name}.run")
     run.mkdir(parents=True, exist_ok=True)
     table, open_run = run / "trials.csv", run / "tracking.json"
@@ -113,6 +117,7 @@ def tune(
         search.write_table(table)
         result = search.result() | {"status": "done" if ended else "interrupted"}
         if ended:
+            search.compare()
             _keep(_plain(with_candidate(start, search.best)), target, bundle)
         artifacts = [table, *([target] if ended else [])]
         tracker.finish(result["status"], artifacts=artifacts)
@@ -122,6 +127,21 @@ def tune(
     finally:
         open_run.unlink()
     return result | {"output": str(target) if ended else None, "mlflow_run_id": tracker.run_id}
+
+
+def _device(asked: str) -> Device:
+    """A GPU where torch sees one. Raises PlanError for one that is not there."""
+    if asked not in ("auto", "cpu", "cuda"):
+        raise PlanError(f"--device {asked} asked; there are: auto, cpu, cuda")
+    if asked == "cpu":
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if asked == "cuda":
+        raise PlanError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    return "cpu"
 
 
 def _check_target(target: Path, *, inputs: Sequence[Path]) -> None:
@@ -153,14 +173,21 @@ def _close_killed(target: Path, options: TuneOptions, open_run: Path) -> None:
 class _Search:
     """Trials, and what each came to."""
 
-    def __init__(self, start: Mapping[str, Any], examples: list[Example], legend: Legend) -> None:
-        """Raises CrfError for a CRF that cannot be tuned, or not on these images."""
+    def __init__(
+        self, start: Mapping[str, Any], examples: list[Example], legend: Legend, *, device: Device
+    ) -> None:
+        """Raises CrfError for a CRF that cannot be tuned, PlanError where nothing can be scored."""
         self._start, self._examples, self._legend = start, examples, legend
         self.trials: dict[Candidate, float] = {}
         self.without = self._mean_iou(example.prob_KS for example in examples)
+        if math.isnan(self.without):
+            raise PlanError(
+                "no reference has a class at a pixel where image and scores are valid too: there"
+                " is nothing to tune on"
+            )
         params = self._params(Candidate(1, 1, 1))
-        name, threads = pick_engine(params.engine, device="cpu"), usable_cores()
-        self._engine = engine_named(name, device="cpu", threads=threads)
+        name, threads = pick_engine(params.engine, device=device), usable_cores()
+        self._engine = engine_named(name, device=device, threads=threads)
 
     @property
     def best(self) -> Candidate:
@@ -192,6 +219,16 @@ class _Search:
                     progress.add()
         tracker.metrics({"best_mean_iou": self.trials[self.best]}, step=len(self.trials))
         return True
+
+    def compare(self) -> None:
+        """Say so where no setting is worth its time."""
+        if (best := self.trials[self.best]) <= self.without:
+            log.warning(
+                "the best CRF comes to a mean IoU of %.4f, the scores alone to %.4f: --crf off is"
+                " better on these images",
+                best,
+                self.without,
+            )
 
     def result(self) -> dict[str, Any]:
         """The best so far, beside the scores alone."""

@@ -127,6 +127,25 @@ def test_an_output_that_cannot_be_is_refused_before_the_search(examples, terravo
     assert tree(examples.parent) == before
 
 
+def test_a_search_that_could_find_nothing_is_refused_and_one_that_did_says_so(
+    examples, terravox, tmp_path, caplog
+):
+    """A CRF that made the labels worse would be shipped, or the first of many that are all NaN."""
+    quiet = ("--tracking-uri", "none")
+    tune(terravox, examples, *quiet, "--device", "tpu").refuses("--device tpu", "cpu, cuda")
+    examples.write_text("image,scores,reference\na.tif,a_scores.tif,truth.tif")
+    write_raster(tmp_path / "truth.tif", np.full((1, 64, 64), 255, np.uint8), nodata=255)
+    tune(terravox, examples, *quiet).refuses("no reference has a class")
+    assert not (tmp_path / "best.yaml").exists()
+    truth_YX = np.random.default_rng(0).integers(0, 4, (64, 64)).astype(np.uint8)
+    sure_KYX = np.where(truth_YX == np.arange(4)[:, None, None], 0.4, 0.2).astype(np.float32)
+    write_raster(tmp_path / "truth.tif", truth_YX[None], nodata=255)
+    write_raster(tmp_path / "a_scores.tif", sure_KYX, nodata=None)
+    answer = tune(terravox, examples, *quiet)
+    assert (answer.code, answer.manifest["mean_iou_without_crf"]) == (0, 1.0)
+    assert "--crf off is better" in caplog.text
+
+
 def test_a_list_or_grid_that_cannot_be_meant_is_refused(examples, terravox):
     """A reference of another place, or letters for numbers, would be found after hours."""
     tune(terravox, examples, "--tracking-uri", "none", "--weights", "a,b").refuses("--weights a,b")
