@@ -247,11 +247,11 @@ def _places(dataset: Any) -> dict[str, Any]:
 
 
 def _comparable(value: Any) -> Any:
-    """RPCs as a GeoTIFF holds them: an unknown error is -1, and GDAL reads 15 digits."""
+    """RPCs as a GeoTIFF holds them: an unknown error is -1, and of numbers 15 digits are kept."""
     if not isinstance(value, RPC):
         return value
     facts = {name: -1.0 if fact is None else fact for name, fact in value.to_dict().items()}
-    return {name: [f"{n:.13e}" for n in np.atleast_1d(fact)] for name, fact in facts.items()}
+    return {name: [f"{n:.15g}" for n in np.atleast_1d(fact)] for name, fact in facts.items()}
 
 
 def _window(region: Region) -> Window:

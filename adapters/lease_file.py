@@ -121,28 +121,34 @@ class LeaseFile:
         trace: TracebackType | None,
     ) -> None:
         self._closing.set()
+        lock = _lock_of(self._path)
         with _locked(self._path):
             if self._owned():
                 self._path.unlink()
-            lock = _lock_of(self._path)
-            if [*lock.parent.iterdir()] == [lock]:
-                lock.unlink()
+            empty = [*lock.parent.iterdir()] == [lock]
+            with suppress(OSError):  # the directory is somebody's own
+                if empty:
+                    lock.unlink()
+        with suppress(OSError):  # not empty, a mount, or its parent is not ours
+            if empty:
                 lock.parent.rmdir()
 
     def _taken(self) -> bool:
         """False where there is no directory, or the last owner has just deleted it."""
-        if not self._path.parent.is_dir():
+        try:
+            with _locked(self._path):
+                holder = read_holder(self._path)
+                if holder is not None and holder.alive:
+                    raise LeaseHeldError(
+                        f"{self._path.parent}: process {holder.pid} on {holder.host} is working"
+                        " here; wait for it, or choose another directory"
+                    )
+                self._write()
+        except FileNotFoundError as error:
+            if error.filename != str(_lock_of(self._path)):
+                raise
             return False
-        with suppress(FileNotFoundError), _locked(self._path):
-            holder = read_holder(self._path)
-            if holder is not None and holder.alive:
-                raise LeaseHeldError(
-                    f"{self._path.parent}: process {holder.pid} on {holder.host} is working here;"
-                    " wait for it, or choose another directory"
-                )
-            self._write()
-            return True
-        return False
+        return True
 
     def _owned(self) -> bool:
         holder = read_holder(self._path)

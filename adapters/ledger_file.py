@@ -64,7 +64,9 @@ class CaseLedgerFile:
 
 def _record(values: Mapping[str, Any]) -> Record:
     counts = {int(value): int(count) for value, count in values["counts"].items()}
-    return Record(**{**values, "key": TileKey(*values["key"]), "counts": counts})
+    areas = {int(value): float(area) for value, area in values["areas"].items()}
+    key = TileKey(*values["key"])
+    return Record(**{**values, "key": key, "counts": counts, "areas": areas})
 
 
 def _case_record(values: Mapping[str, Any]) -> CaseRecord:

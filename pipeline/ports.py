@@ -143,6 +143,9 @@ class Record:
     counts: Mapping[int, int] = field(default_factory=dict)
     """Pixels per value written, nodata included."""
 
+    areas: Mapping[int, float] = field(default_factory=dict)
+    """The same in m2; empty where all pixels of the image are alike."""
+
     sent_bytes: int = 0
     """Of what this tile told its neighbours, in a pass where tiles do."""
 

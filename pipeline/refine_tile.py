@@ -19,6 +19,7 @@ from pipeline.models.input_spec import Legend
 from pipeline.ports import ArrayStore, Block, Guard, PieceStore, Record, Source
 from pipeline.stitching.given_scores import given_probabilities
 from pipeline.stitching.keep_core import keep_core, to_labels
+from pipeline.stitching.tally import Tally
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,13 +107,14 @@ class RefineTiles:
         """A whole chunk; refused when another run owns the directory."""
         self.guard.check()
         digest = self.mask.write(tile.core, result)
-        values, counts = np.unique(result, return_counts=True)
+        tally = Tally.of(result, core=tile.core, graticule=self.source.info.graticule)
         return Record(
             key=tile.key,
             status="done",
             digest=digest,
             skipped=bool((result == self.legend.nodata).all()),
-            counts=dict(zip(values.tolist(), counts.tolist(), strict=True)),
+            counts=tally.counts,
+            areas=tally.areas,
         )
 
 

@@ -27,6 +27,7 @@ from pipeline.ports import Area, ArrayStore, Block, Guard, Record, Source
 from pipeline.stitching.keep_core import keep_core, to_labels, wanted
 from pipeline.stitching.samples import Pieces, SampleSink
 from pipeline.stitching.scores import ScoreSink, softmax
+from pipeline.stitching.tally import Tally
 
 if TYPE_CHECKING:
     from pipeline.models.context_pool import Context
@@ -236,14 +237,15 @@ class SegmentTiles:
             scores_digest = self.scores.write(tile.core, prob_KS, valid_S=result.wanted_S)
         self.samples.write(result.samples)
         digest = self.mask.write(tile.core, result.labels_S)
-        values, counts = np.unique(result.labels_S, return_counts=True)
+        tally = Tally.of(result.labels_S, core=tile.core, graticule=self.source.info.graticule)
         return Record(
             key=tile.key,
             status="done",
             digest=digest,
             scores_digest=scores_digest,
             skipped=result.skipped,
-            counts=dict(zip(values.tolist(), counts.tolist(), strict=True)),
+            counts=tally.counts,
+            areas=tally.areas,
         )
 
     def probabilities(self, result: TileResult) -> NDArray[np.float32]:

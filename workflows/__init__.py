@@ -1,7 +1,7 @@
 """What one runs: the command, job configs, and the wiring of adapters and pipeline.
 
-The command's verbs are functions: ``from workflows import segment``. A module is imported when its
-verb is first asked for.
+Verbs of the command are functions: ``from workflows import segment``; those in ``__all__``. The
+module of a verb is imported when it is first asked for.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from adapters.ledger_file import LedgerFile
 from adapters.memory import MemoryPieces
 from adapters.uri import open_source
 from adapters.zarr_store import ZarrStore
-from pipeline.domain import Region, Sample
 from pipeline.errors import BundleError, ExecutionError, PlanError, SourceError, StoreError
 from pipeline.execution.feed import FairFeed
 from pipeline.execution.serial import SerialBackend
@@ -133,7 +131,7 @@ def _case(found: dict[str, Any], run: RunDir) -> Case:
 
 
 def _plan(case: Case, bundle: Bundle, found: dict[str, Any]) -> SegmentPlan:
-    """The run's plan, with the very samples that it kept."""
+    """The run's plan, with the samples that it kept."""
     options = SegmentOptions.model_validate(found["asked"]["options"] | {"backend": "serial"})
     plan = make_plan(case, bundle, options, found=found)
     if plan.request_digest != found["request_digest"]:
@@ -142,11 +140,4 @@ def _plan(case: Case, bundle: Bundle, found: dict[str, Any]) -> SegmentPlan:
                 f"{case.name}: another version of terravox planned this run: certify it with that"
             )
         raise PlanError(f"{options.crf} is not the CRF that the run was made with: put it back")
-    samples = replace(
-        plan.samples,
-        samples=tuple(
-            Sample(row["kind"], Region(*(tuple(row["region"][end]) for end in ("start", "stop"))))
-            for row in found["samples"]
-        ),
-    )
-    return replace(plan, tiles=replace(plan.tiles, passes=(*plan.sweep.with_context(), samples)))
+    return plan

@@ -104,13 +104,14 @@ def tune(
     _check_target(target, inputs=(Path(examples), Path(crf)))
     bundle = None if options.into is None else load_bundle(options.into)
     found, looks = read_examples(Path(examples), None if legend is None else Path(legend))
-    search = _Search(start, found, looks, device=_device(options.device))
+    search = _Search(start, found, looks, device=options.device)
     run = target.with_name(f"{target.name}.run")
     run.mkdir(parents=True, exist_ok=True)
     table, open_run = run / "trials.csv", run / "tracking.json"
     _close_killed(target, options, open_run)
     tracker = _tracker(target, options)
-    tracker.start(params={"crf": str(start), "images": str(len(found))}, tags={"kind": "crf tune"})
+    params = {"crf": str(start), "images": str(len(found)), **search.means}
+    tracker.start(params=params, tags={"kind": "crf tune"})
     write_json(open_run, {"run_id": tracker.run_id})
     try:
         ended = search.run(options.grid, tracker=tracker, run=run, stop=stop)
@@ -129,11 +130,14 @@ def tune(
     return result | {"output": str(target) if ended else None, "mlflow_run_id": tracker.run_id}
 
 
-def _device(asked: str) -> Device:
-    """A GPU where torch sees one. Raises PlanError for one that is not there."""
+def _device(asked: str, *, engine: str) -> Device:
+    """A GPU where torch sees one and the engine runs there. Raises PlanError where it cannot be."""
     if asked not in ("auto", "cpu", "cuda"):
         raise PlanError(f"--device {asked} asked; there are: auto, cpu, cuda")
-    if asked == "cpu":
+    anywhere = engine in ("auto", "torch")
+    if asked == "cuda" and not anywhere:
+        raise PlanError(f"--device cuda asked; the engine {engine} runs on the CPU: take torch")
+    if asked == "cpu" or not anywhere:
         return "cpu"
     import torch
 
@@ -174,9 +178,12 @@ class _Search:
     """Trials, and what each came to."""
 
     def __init__(
-        self, start: Mapping[str, Any], examples: list[Example], legend: Legend, *, device: Device
+        self, start: Mapping[str, Any], examples: list[Example], legend: Legend, *, device: str
     ) -> None:
-        """Raises CrfError for a CRF that cannot be tuned, PlanError where nothing can be scored."""
+        """Raises CrfError for a CRF that cannot be tuned, PlanError where nothing can be scored.
+
+        ``device``: auto, cpu or cuda.
+        """
         self._start, self._examples, self._legend = start, examples, legend
         self.trials: dict[Candidate, float] = {}
         self.without = self._mean_iou(example.prob_KS for example in examples)
@@ -186,8 +193,10 @@ class _Search:
                 " is nothing to tune on"
             )
         params = self._params(Candidate(1, 1, 1))
-        name, threads = pick_engine(params.engine, device=device), usable_cores()
-        self._engine = engine_named(name, device=device, threads=threads)
+        where = _device(device, engine=params.engine)
+        name = pick_engine(params.engine, device=where)
+        self._engine = engine_named(name, device=where, threads=usable_cores())
+        self.means = {"engine": name, "device": where}
 
     @property
     def best(self) -> Candidate:
@@ -233,6 +242,7 @@ class _Search:
     def result(self) -> dict[str, Any]:
         """The best so far, beside the scores alone."""
         values: dict[str, Any] = {"trials": len(self.trials), "mean_iou_without_crf": self.without}
+        values |= self.means
         if self.trials:
             values |= {**self.best._asdict(), "mean_iou": self.trials[self.best]}
         return values

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.domain import Grid, ImageInfo, Pass, Region
+from pipeline.domain import ImageInfo, Pass, Region
 from pipeline.models.bundle import Bundle
 from pipeline.models.input_spec import Legend
 from pipeline.ports import Record
@@ -64,7 +64,7 @@ def manifest(
         "crf": plan.scene.manifest(lattice(outcome)) if plan.scene else _crf(plan),
         "precision": plan.resolved.precision.name,
         "device": plan.resolved.device,
-        "classes": classes(mask, info, bundle.legend, grid=plan.last.grid),
+        "classes": classes(mask, info, bundle.legend),
         "nodata_pixels": nodata_pixels(mask, plan.last, nodata=bundle.mask_nodata),
         "seam": seam.certificate.as_json() if seam else None,
         "seconds": round(seconds, 3),
@@ -94,13 +94,8 @@ def counts(outcome: Outcome) -> Counter[int]:
     return total
 
 
-def classes(
-    outcome: Outcome, info: ImageInfo, legend: Legend, *, grid: Grid
-) -> list[dict[str, Any]]:
-    """Pixels and area (m2) or volume (ml) of each class; no size where a pixel has none.
-
-    Where pixels differ, each tile counts with the mean of its own.
-    """
+def classes(outcome: Outcome, info: ImageInfo, legend: Legend) -> list[dict[str, Any]]:
+    """Pixels and area (m2) or volume (ml) of each class; no size where a pixel has none."""
     total = counts(outcome)
     size_key = {"m": "area_m2", "mm": "volume_ml", "px": None}[info.unit]
     rows = []
@@ -110,10 +105,8 @@ def classes(
         if size_key:
             size = row["pixels"] * info.voxel_size
             if info.graticule is not None:
-                size = math.fsum(
-                    record.counts.get(look.id, 0) * info.mean_size(grid.core(key.number))
-                    for key, record in outcome.records.items()
-                )
+                records = outcome.records.values()
+                size = math.fsum(record.areas.get(look.id, 0) for record in records)
             row[size_key] = round(size, 6)
         rows.append(row)
     return rows

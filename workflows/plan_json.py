@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pipeline.domain import Reach
+from pipeline.domain import Reach, Region, Sample
+from pipeline.errors import PlanError
 
 if TYPE_CHECKING:
     from workflows.segment_plan import SegmentPlan
@@ -17,6 +19,20 @@ def halo_json(reach: Reach) -> dict[str, Any]:
         "after": reach.halo.after,
         "window": reach.window.size if reach.window else None,
     }
+
+
+def samples_before(found: Mapping[str, Any]) -> tuple[Sample, ...]:
+    """Those of an earlier run's plan.json. Raises PlanError where it is damaged."""
+    try:
+        return tuple(
+            Sample(row["kind"], Region(*(tuple(row["region"][end]) for end in ("start", "stop"))))
+            for row in found["samples"]
+        )
+    except (KeyError, TypeError) as error:
+        raise PlanError(
+            f"plan.json is damaged: 'samples' holds {found.get('samples')!r}; start over with"
+            " --fresh"
+        ) from error
 
 
 def windows_json(plan: SegmentPlan) -> dict[str, Any]:

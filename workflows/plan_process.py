@@ -79,7 +79,7 @@ def main(asked: BinaryIO, answer: BinaryIO) -> None:
     try:
         level, case, bundle, options, found = pickle.load(asked)  # noqa: S301  the driver wrote it
     except (EOFError, pickle.UnpicklingError):
-        return  # and was killed meanwhile: nobody waits for a plan
+        sys.exit(1)  # and was killed meanwhile: nobody waits for a plan
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=level)
     from workflows.planning import make_plan
 

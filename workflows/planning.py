@@ -25,6 +25,7 @@ from workflows.halo_asked import (
     reach_asked,
     try_halos,
 )
+from workflows.plan_json import samples_before
 from workflows.resolved import Resolved, resolve, resolved_before
 from workflows.run_dir import canonical_digest
 from workflows.scene_plan import ScenePlan, plan_scene, refuse_scores
@@ -67,6 +68,7 @@ def make_plan(
         }
     )
     if found is None or found["request_digest"] != request:
+        found = None
         case.source.unpack()  # a scan that is cut short is found before any tile is
     under_all = crf if crf is not None and crf.scope == "scene" else None
     if under_all is not None:
@@ -100,7 +102,7 @@ def make_plan(
         + (not alone) * PLANNING_BYTES
         + (case.area is not None) * AREA_BYTES,
     )
-    if found is not None and found["request_digest"] == request:
+    if found is not None:
         resolved = resolved_before(found["resolved"], options, sizer)
     else:
         trial = try_halos(case, options, sizer, channels)
@@ -115,7 +117,7 @@ def make_plan(
         image_crf = over_image(under_all, channels)
         density = density_of(case.source, image_crf, tile=resolved.tile)
         scene = plan_scene(image_crf, sweep, density, classes=len(bundle.classes))
-    tiles = _tile_plan(case, options, sizer, resolved, channels, scene)
+    tiles = _tile_plan(case, options, sizer, resolved, channels, scene, found=found)
     if scene is not None:
         count, peak = _workers(options, sweep, resolved), tiles.peak_bytes
         scene = scene.with_room(options, peak_bytes=peak, workers=count)
@@ -168,8 +170,10 @@ def _tile_plan(
     resolved: Resolved,
     channels: tuple[int, ...],
     scene: ScenePlan | None,
+    *,
+    found: Mapping[str, Any] | None,
 ) -> TilePlan:
-    """The passes, their name, and what they take."""
+    """The passes, their name, and what they take; samples stay where an earlier run had them."""
     bundle, crf = sizer.bundle, sizer.crf if scene is None else scene.crf.params
     sweep = sizer.sweep(resolved.tile, case=case.name)
     fingerprint = canonical_digest(
@@ -189,7 +193,10 @@ def _tile_plan(
         sizer.costs(sweep, resolved.precision), workers=count, device=resolved.device
     )
     rounds = () if scene is None else scene.rounds
-    samples = SamplePass.of(sweep, reach=sizer.whole, seed=fingerprint, wanted=case.labelled)
+    if found is None:
+        samples = SamplePass.of(sweep, reach=sizer.whole, seed=fingerprint, wanted=case.labelled)
+    else:
+        samples = SamplePass.at(sweep, reach=sizer.whole, samples=samples_before(found))
     if scene is not None:
         peak += count * scene.tile_bytes
     return TilePlan(

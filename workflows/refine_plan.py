@@ -33,6 +33,7 @@ from workflows.costs import (
 )
 from workflows.lattice_size import LatticeSize, expected_lattice
 from workflows.legend import read_legend
+from workflows.plan_json import samples_before
 from workflows.resolved import versions_here
 from workflows.run_dir import canonical_digest
 from workflows.run_scores import open_scores
@@ -204,17 +205,20 @@ def make_refine_plan(
     """
     fitted, info = _fit(wish), wish.case.source.info
     request = canonical_digest({**fitted.content, "tile": options.tile, "device": options.device})
-    before = found["resolved"] if found and found["request_digest"] == request else None
-    if before is None:  # a volume that is cut short is found before any tile is
-        wish.case.source.unpack()
+    if found is None or found["request_digest"] != request:
+        found = None
+        wish.case.source.unpack()  # a volume that is cut short is found before any tile is
         wish.scores.unpack()
-    resolved = _resolve(fitted.crf, info, options) if before is None else _resolved_before(before)
+        resolved = _resolve(fitted.crf, info, options)
+    else:
+        resolved = _resolved_before(found["resolved"])
     crf = replace(fitted.crf, engine=resolved.engine)
     crf.check_classes(len(fitted.legend.classes))
     crf.check_extent(info.shape)
     sweep = _sweep(crf, info, resolved.tile, case=wish.case.name)
     count = min(len(sweep), workers(options, device=resolved.device, threads=resolved.threads))
-    tiles = _tile_plan(wish, sweep, {**fitted.content, "resolved": asdict(resolved)})
+    content = {**fitted.content, "resolved": asdict(resolved)}
+    tiles = _tile_plan(wish, sweep, content, found=found)
     density = density_of(wish.case.source, crf, tile=resolved.tile)
     held = _worker_bytes(wish, tiles, crf, density, device=resolved.device)
     tiles, lattice = replace(tiles, peak_bytes=tiles.peak_bytes + count * held), None
@@ -319,15 +323,20 @@ def _sweep(crf: ResolvedCrf, info: ImageInfo, tile: Shape, *, case: str) -> Pass
     )
 
 
-def _tile_plan(wish: Wish, sweep: Pass, content: Mapping[str, Any]) -> TilePlan:
+def _tile_plan(
+    wish: Wish, sweep: Pass, content: Mapping[str, Any], *, found: Mapping[str, Any] | None
+) -> TilePlan:
     """The passes, their name, and what they take without workers.
 
-    ``content`` is all that decides the bytes.
+    ``content`` is all that decides the bytes; samples stay where an earlier run had them.
     """
-    fingerprint = canonical_digest({**content, "sweep": asdict(sweep)})
-    samples = SamplePass.of(sweep, reach=sweep.reach, seed=fingerprint, wanted=wish.case.labelled)
+    fingerprint, reach = canonical_digest({**content, "sweep": asdict(sweep)}), sweep.reach
     if wish.crf.scope == "scene":  # more context than all of the scene there is none
-        samples = replace(samples, samples=())
+        samples = SamplePass.at(sweep, reach=reach, samples=())
+    elif found is not None:
+        samples = SamplePass.at(sweep, reach=reach, samples=samples_before(found))
+    else:
+        samples = SamplePass.of(sweep, reach=reach, seed=fingerprint, wanted=wish.case.labelled)
     mask_bytes = np.dtype(wish.legend.dtype).itemsize
     return TilePlan(
         passes=(sweep, samples),

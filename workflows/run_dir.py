@@ -135,8 +135,13 @@ class RunDir:
             shutil.rmtree(self.scratch, ignore_errors=True)
 
     def clear(self) -> None:
-        """Delete what runs make here, and nothing that somebody else put here: ``--fresh``."""
+        """Delete what runs make here, and nothing that somebody else put here: ``--fresh``.
+
+        But for what is unpacked: it lies under the name of what it is made of, and may be in use.
+        """
         for part in self.parts:
+            if part == self.scratch:
+                continue
             shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 
 

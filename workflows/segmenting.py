@@ -94,7 +94,9 @@ def _planned_product(
     return Product(case=case, bundle=bundle, plan=plan, output=output, run=run), done
 
 
-def plan(source: str | Path, *, model: str | Path, options: SegmentOptions) -> dict[str, Any]:
+def plan(
+    source: str | Path, *, model: str | Path, options: SegmentOptions | None = None
+) -> dict[str, Any]:
     """What ``segment`` would do, as plan.json would hold it, and how long the network would take.
 
     Raises what ``segment`` raises.
@@ -102,11 +104,12 @@ def plan(source: str | Path, *, model: str | Path, options: SegmentOptions) -> d
     from workflows.calibration import network_seconds
     from workflows.planning import make_plan
 
-    bundle = bundle_asked(model, options)
+    asked = options or SegmentOptions()
+    bundle = bundle_asked(model, asked)
     with TemporaryDirectory() as scratch:  # a mask that is compressed is unpacked
-        case = open_case(local_path(str(source)).absolute(), options)
-        plan = make_plan(case.within(options.aoi, scratch=Path(scratch)), bundle, options)
-    return plan.as_json() | {"network_seconds": round(network_seconds(plan, bundle), 1)}
+        case = open_case(local_path(str(source)).absolute(), asked)
+        made = make_plan(case.within(asked.aoi, scratch=Path(scratch)), bundle, asked)
+    return made.as_json() | {"network_seconds": round(network_seconds(made, bundle), 1)}
 
 
 def _planned(

@@ -236,15 +236,24 @@ class _Messages:
         )
 
 
+_MOST_MIXED = 1 << 24
+"""Numbers of which an index is made at once."""
+
+
 def _mixed(value_MR: Tensor, matrix_RR: Tensor) -> Tensor:
     """The product, each row by itself: MKL's depends on how many there are, and on threads."""
-    rows, columns = value_MR.shape
-    column = torch.arange(columns, dtype=torch.int32, device=value_MR.device).repeat(rows)
-    row = torch.arange(rows, dtype=torch.int32, device=value_MR.device) * columns
-    mixed_MR: Tensor = F.embedding_bag(
-        column, matrix_RR, row, mode="sum", per_sample_weights=value_MR.ravel()
-    )
-    return mixed_MR
+    columns = value_MR.shape[1]
+    index = torch.arange(columns, dtype=torch.int32, device=value_MR.device)
+    parts = []
+    for part_MR in torch.split(value_MR, max(1, _MOST_MIXED // columns)):
+        bag = torch.arange(len(part_MR), dtype=torch.int32, device=value_MR.device) * columns
+        weight = part_MR.ravel()
+        parts.append(
+            F.embedding_bag(
+                index.repeat(len(part_MR)), matrix_RR, bag, mode="sum", per_sample_weights=weight
+            )
+        )
+    return torch.cat(parts)
 
 
 def _matrix_and_constant(penalty_KK: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.domain.graticule import Graticule
-from pipeline.domain.region import Region, Shape
+from pipeline.domain.region import Shape
 from pipeline.errors import SourceError
 
 
@@ -77,9 +77,3 @@ class ImageInfo:
         """Area of a pixel in m2, or volume of a voxel in ml; 1.0 where the unit is pixels."""
         size = math.prod(self.spacing) * self.fullness
         return size / 1000.0 if self.unit == "mm" else size
-
-    def mean_size(self, region: Region) -> float:
-        """As ``voxel_size``, the mean over a region of an image whose pixels may differ."""
-        if self.graticule is None:
-            return self.voxel_size
-        return self.graticule.pixel_m2(region.start[0], region.stop[0])

@@ -22,7 +22,10 @@ SIDE = {2: 64, 3: 24}
 MOST_PAIRS = 8
 
 TRIES = 256
-"""Places that are looked at for a sample where not all of the scene gets labels."""
+"""Places that are thought of for a sample where not all of the scene gets labels."""
+
+LOOKS = 256
+"""Places of which pixels are read, for all samples together."""
 
 SHARE = 0.05
 """What the samples may read, over the scene; the first pair is taken in any case."""
@@ -61,6 +64,17 @@ class SamplePass:
     """Pairs of a seam and an interior one of the same size; none where no two tiles meet."""
 
     @classmethod
+    def at(cls, sweep: Pass, *, reach: Reach, samples: tuple[Sample, ...]) -> SamplePass:
+        """These samples, over the tiles of ``sweep``."""
+        return cls(
+            case=sweep.case,
+            grid=sweep.grid,
+            reach=reach,
+            crf_halo=sweep.crf_halo,
+            samples=samples,
+        )
+
+    @classmethod
     def of(
         cls,
         sweep: Pass,
@@ -75,12 +89,11 @@ class SamplePass:
             sweep: the pass that writes the mask.
             reach: of the network's layers.
             seed: where the pairs lie, apart from the first.
-            wanted: whether a place holds a pixel that gets a label; None where all places do.
+            wanted: whether a place holds a pixel that gets a label; None where all places do. It
+                is asked ``LOOKS`` times at most.
         """
-        budget = SHARE * sweep.covered_pixels
-        chosen = cls(
-            case=sweep.case, grid=sweep.grid, reach=reach, crf_halo=sweep.crf_halo, samples=()
-        )
+        budget, chosen = SHARE * sweep.covered_pixels, cls.at(sweep, reach=reach, samples=())
+        wanted = None if wanted is None else _Looks(wanted)
         for number in range(MOST_PAIRS if len(sweep) > 1 else 0):
             pair = _pair(sweep, number, seed=seed, wanted=wanted)
             if pair is None and not chosen.samples and number >= len(sweep.grid.shape):
@@ -131,6 +144,19 @@ class SamplePass:
     def read_voxels(self) -> int:
         """Voxels that the network computes, all samples summed."""
         return sum(tile.read.size for tile in self.tiles())
+
+
+@dataclass(slots=True)
+class _Looks:
+    """A question that may be asked so many times, and is then answered no."""
+
+    wanted: Callable[[Region], bool]
+    left: int = LOOKS
+
+    def __call__(self, region: Region) -> bool:
+        """The answer."""
+        self.left -= 1
+        return self.left >= 0 and self.wanted(region)
 
 
 def _pair(

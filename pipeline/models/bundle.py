@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -258,6 +261,23 @@ def _replace_files(saved: Bundle, fresh: Path) -> None:
 
     Weights lie beside the old ones until ``model.yaml``, with one rename, names them.
     """
+    with _alone(saved.path):
+        _replace_in_turn(saved, fresh)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait for others who save a bundle here."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some shares lock no directories
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _replace_in_turn(saved: Bundle, fresh: Path) -> None:
     place, draft = saved._weights_place, saved._weights_draft
     if not place.is_file() or _sha256(place) != saved.weights_sha256:
         (fresh / place.name).replace(draft)

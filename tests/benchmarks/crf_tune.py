@@ -74,7 +74,7 @@ def tuned(examples: Path, engine: str, *, together: bool) -> tuple[float, dict[s
     }  # fmt: skip
     (folder / "crf.yaml").write_text(yaml.safe_dump(crf))
     most = torch_engine.MOST_CACHED if together else 0
-    options = TuneOptions(grid=GRID, into=None, tracking="none", experiment="bench")
+    options = TuneOptions(device="cpu", grid=GRID, into=None, tracking="none", experiment="bench")
     with mock.patch.object(torch_engine, "MOST_CACHED", most):
         start = time.perf_counter()
         found = tune(

@@ -270,6 +270,12 @@ def test_a_scan_that_is_cut_short_is_one_line_and_unpacked_once(
     answer.refuses("short.nii.gz is damaged", "fetch it again")
     assert len(unpackings) == 1
     assert not tree(out)
+    whole = write_volume(tmp_path / "whole.nii.gz", (40, 41, 42), seed=2)
+    line = (whole, out / "o.nii.gz", "--tile", "64", "--crf", "off")
+    for more in ((), ("--fresh",)):
+        unpackings.clear()
+        assert command.segment(*line, *more, model=slim3d).code == 0
+        assert len(unpackings) == 1
 
 
 def test_a_refused_command_leaves_what_another_has_unpacked(

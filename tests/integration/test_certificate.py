@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from pipeline.models.architecture import Architecture
 from pipeline.models.bundle import save_bundle
 from pipeline.models.fresh import new_bundle
 from pipeline.ports import Block
+from workflows.case import Case
 from workflows.certifying import certify
 from workflows.config import SegmentOptions
 from workflows.segmenting import segment
@@ -287,6 +289,23 @@ def test_a_resumed_run_has_the_samples_of_the_tiles_it_did_not_do_again(
     new = list(LedgerFile(folder / "ledger", owner="t").history())[len(before) :]
     assert [record.status for record in new] == ["failed", "done"]
     assert new[0].key == new[1].key
+
+
+def test_a_resumed_run_looks_where_it_looked_before(
+    run: Segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A place that cannot be read for a moment would move samples, and change the file's tags."""
+    first = run()
+    folder, output = tmp_path / "o.tif.run", Path(first["output"])
+    before = json.loads((folder / "plan.json").read_text())["samples"]
+    (folder / "manifest.json").unlink()
+    output.unlink()
+    shutil.rmtree(folder / "ledger")
+    monkeypatch.setattr(Case, "labelled", lambda *_: False)
+    again = run()
+    assert json.loads((folder / "plan.json").read_text())["samples"] == before
+    assert again["output_sha256"] == first["output_sha256"]
+    assert certify(folder)["passed"] is True
 
 
 @pytest.mark.parametrize("filled", [True, False])

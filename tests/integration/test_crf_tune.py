@@ -133,6 +133,7 @@ def test_a_search_that_could_find_nothing_is_refused_and_one_that_did_says_so(
     """A CRF that made the labels worse would be shipped, or the first of many that are all NaN."""
     quiet = ("--tracking-uri", "none")
     tune(terravox, examples, *quiet, "--device", "tpu").refuses("--device tpu", "cpu, cuda")
+    tune(terravox, examples, *quiet, "--device", "cuda").refuses("pydensecrf runs on the CPU")
     examples.write_text("image,scores,reference\na.tif,a_scores.tif,truth.tif")
     write_raster(tmp_path / "truth.tif", np.full((1, 64, 64), 255, np.uint8), nodata=255)
     tune(terravox, examples, *quiet).refuses("no reference has a class")
@@ -143,6 +144,7 @@ def test_a_search_that_could_find_nothing_is_refused_and_one_that_did_says_so(
     write_raster(tmp_path / "a_scores.tif", sure_KYX, nodata=None)
     answer = tune(terravox, examples, *quiet)
     assert (answer.code, answer.manifest["mean_iou_without_crf"]) == (0, 1.0)
+    assert (answer.manifest["engine"], answer.manifest["device"]) == ("pydensecrf", "cpu")
     assert "--crf off is better" in caplog.text
 
 

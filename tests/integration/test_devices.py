@@ -75,6 +75,7 @@ def test_the_same_command_gives_the_same_bytes_again(tmp_path: Path, device: str
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_crf_of_a_device_gives_what_that_of_the_cpu_gives(device: str) -> None:
     """A lattice whose vertices are found by other rounding gives other neighbours."""
+    pytest.importorskip("pydensecrf.densecrf", reason="the extra 'crf' is not installed")
     rng = np.random.default_rng(0)
     places_SN = np.indices((60, 70)).reshape(2, -1).astype(np.float32)
     colour_DN = np.concatenate([places_SN / np.float32(20), rng.random((3, 4200), np.float32) * 4])

@@ -195,11 +195,12 @@ def test_rows_along_parallels_have_pixels_of_their_own_size(tmp_path: Path) -> N
     place = rasterio.Affine(0.5, 0, -180, 0, -0.5, 90)
     image = np.zeros((1, 360, 720), np.uint8)
     info = GeoTiffSource(write(tmp_path / "a.tif", image, crs="EPSG:4326", transform=place)).info
+    assert info.graticule is not None
     earth_m2 = 510.0656217e12  # of WGS84's ellipsoid, as tables have it
-    assert info.mean_size(Region.whole(info.shape)) * 360 * 720 == pytest.approx(earth_m2, rel=1e-9)
+    assert info.graticule.pixel_m2(0, 360) * 360 * 720 == pytest.approx(earth_m2, rel=1e-9)
     # A cell of one degree at the equator, and one at 60 to 61 N, from tables of such cells.
-    assert info.mean_size(Region((178, 0), (180, 2))) * 4 == pytest.approx(12308.46e6, rel=1e-6)
-    north_up = info.mean_size(Region((58, 0), (60, 2)))
+    assert info.graticule.pixel_m2(178, 180) * 4 == pytest.approx(12308.46e6, rel=1e-6)
+    north_up = info.graticule.pixel_m2(58, 60)
     middle = math.radians(60.5)  # radii of curvature of the ellipsoid there
     radii = 6378137**2 * (1 - 0.00669438) / (1 - 0.00669438 * math.sin(middle) ** 2) ** 2
     wanted = radii * math.cos(middle) * math.radians(0.5) ** 2

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from adapters import lease_file
 from adapters.lease_file import Holder, LeaseFile, read_holder
 from adapters.ledger_file import LedgerFile
 from pipeline.domain import TileKey
@@ -151,3 +152,29 @@ def test_who_waited_for_a_lock_that_was_deleted_still_keeps_others_out(
     with LeaseFile(run), pytest.raises(LeaseHeldError), LeaseFile(run):
         pass
     assert not run.exists()
+
+
+def test_what_cannot_be_tidied_up_does_not_hide_what_went_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mount, or a share that keeps open files, would have a damaged scan called a full disk."""
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(f"not yours: {path}")
+
+    monkeypatch.setattr(Path, "rmdir", refuse)
+    with pytest.raises(ValueError, match="a scan"), LeaseFile(tmp_path / "o.run"):
+        raise ValueError("a scan is damaged")
+
+
+def test_a_machine_that_does_not_say_who_it_is_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not there would be taken for a directory that somebody has just deleted."""
+
+    def absent() -> str:
+        return Path("/proc/none").read_text()
+
+    monkeypatch.setattr(lease_file, "_boot_id", absent)
+    with pytest.raises(StoreError, match="cannot be written to"), LeaseFile(tmp_path / "o.run"):
+        pass
