@@ -10,7 +10,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from adapters.lease_file import LeaseFile
 from adapters.mlflow_tracker import MlflowTracker, NoTracker
 from adapters.uri import local_path, open_channels
 from pipeline.crf.params import CrfParams
@@ -22,7 +21,7 @@ from workflows.backend import make_backend
 from workflows.case import Case, stem
 from workflows.config import RefineOptions
 from workflows.crf_asked import read_crf
-from workflows.finish import check_output, finished, mark_output
+from workflows.finish import check_output, finished
 from workflows.interrupt import never
 from workflows.manifest import (
     all_versions,
@@ -35,6 +34,7 @@ from workflows.manifest import (
     throughput,
     tile_counts,
 )
+from workflows.planned_once import planned_once
 from workflows.progress import RunProgress, stderr_console
 from workflows.publish import open_tracker
 from workflows.refine_plan import Wish, make_refine_plan
@@ -95,20 +95,13 @@ def refine(
     check_output(target, source=wish.case.path, info=wish.case.source.info, run=run)
     if target.exists() and target.samefile(wish.scores_path):
         raise SourceError(f"output {target} is the scores themselves; choose another output")
-    with LeaseFile(run.path) as guard:  # planning may unpack volumes there
-        try:
-            product, done = _planned_product(wish, asked, output=target, run=run)
-        except BaseException:
-            run.withdraw()
-            raise
-        if done is not None:
-            run.withdraw()
-            log.warning("%s is finished already; nothing to do", target)
-            return done
-        if asked.fresh:
-            run.clear()
-            mark_output(run, target)
-        return _run(product, asked, guard=guard, stop=stop)
+    return planned_once(
+        run,
+        target,
+        fresh=asked.fresh,
+        plan=lambda: _planned_product(wish, asked, output=target, run=run),
+        carry_out=lambda product, guard: _run(product, asked, guard=guard, stop=stop),
+    )
 
 
 def _planned_product(

@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from adapters.lease_file import LeaseFile
 from adapters.mlflow_tracker import import_for
 from adapters.uri import local_path
 from pipeline.execution.feed import FairFeed
@@ -22,11 +21,12 @@ from workflows.backend import make_backend
 from workflows.bundle_asked import bundle_asked
 from workflows.case import Case, open_case
 from workflows.config import SegmentOptions, ray_address, tracking_uri
-from workflows.finish import Product, check_output, finished, mark_output
+from workflows.finish import Product, check_output, finished
 from workflows.image_run import ImageRun
 from workflows.interrupt import never
 from workflows.manifest import default_run_dir
 from workflows.plan_process import plan_apart
+from workflows.planned_once import planned_once
 from workflows.progress import RunProgress, stderr_console
 from workflows.publish import Publisher, open_tracker
 from workflows.run_dir import RunDir, read_plan
@@ -65,27 +65,19 @@ def segment(
     case = open_case(local_path(str(source)).absolute(), asked, scratch=run.scratch)
     run.check_ours(batch=False)
     check_output(target, source=case.path, info=case.source.info, run=run)
-    with LeaseFile(run.path) as guard:  # planning may unpack a scan there
-        try:
-            product, done = _planned_product(case, bundle, asked, output=target, run=run)
-        except BaseException:
-            run.withdraw()
-            raise
-        if done is not None:
-            run.withdraw()
-            log.warning("%s is finished already; nothing to do", target)
-            return done
-        if asked.fresh:
-            run.clear()
-            mark_output(run, target)
-        return _run(product, asked, guard=guard, stop=stop)
+    return planned_once(
+        run,
+        target,
+        fresh=asked.fresh,
+        plan=lambda: _planned_product(case, bundle, asked, output=target, run=run),
+        carry_out=lambda product, guard: _run(product, asked, guard=guard, stop=stop),
+    )
 
 
 def _planned_product(
     case: Case, bundle: Bundle, asked: SegmentOptions, *, output: Path, run: RunDir
 ) -> tuple[Product, dict[str, Any] | None]:
     """What is to be made, and the manifest where it is made already."""
-    # A request that cannot be planned leaves no directory behind, and --fresh deletes nothing.
     known, done = None if asked.fresh else read_plan(run), None
     case = case.within(asked.aoi, scratch=run.scratch)
     plan = _planned(case, bundle, asked, found=known)
