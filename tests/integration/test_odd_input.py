@@ -207,6 +207,23 @@ def test_areas_in_degrees_are_those_of_where_the_pixels_lie(
     assert found == pytest.approx(cell_m2 * (rows - 50) * image_CYX.shape[2], rel=1e-6)
 
 
+def test_rpcs_of_a_text_file_beside_the_image_are_carried(command: Command, tmp_path: Path) -> None:
+    """Its coefficients have more digits than GDAL keeps: the mask would be refused in the end."""
+    with pytest.warns(UserWarning, match="no geotransform"):
+        source = write_raster(tmp_path / "s.tif", IMAGE_CYX, crs=None, transform=None)
+    names = ("LINE", "SAMP", "LAT", "LONG", "HEIGHT")
+    lines = [f"{name}_OFF: {1e3 / 3:.17g}\n{name}_SCALE: {1e3 / 7:.17g}" for name in names]
+    for name in ("LINE_NUM", "LINE_DEN", "SAMP_NUM", "SAMP_DEN"):
+        lines += [f"{name}_COEFF_{n}: {(n - 9.5) / 3e4:.17e}" for n in range(1, 21)]
+    (tmp_path / "s_RPC.TXT").write_text("\n".join(lines))
+    answer = command.segment(source, tmp_path / "o.tif", "--crf", "off", "--any-resolution")
+    assert answer.code == 0, answer.err
+    with rasterio.open(source) as image, rasterio.open(tmp_path / "o.tif") as mask:
+        wanted, found = (file.rpcs.line_num_coeff for file in (image, mask))
+    assert wanted == pytest.approx([(n - 9.5) / 3e4 for n in range(1, 21)])
+    np.testing.assert_allclose(found, wanted, rtol=1e-14)
+
+
 def test_a_scan_of_several_volumes_needs_one_chosen(
     command: Command, slim3d: Path, tmp_path: Path
 ) -> None:

@@ -225,23 +225,6 @@ def test_control_points_and_rpcs_are_the_sources(tmp_path: Path, crs: str) -> No
             verify_cog(tmp_path / "mask.tif", store=store, spec=other)
 
 
-def test_rpcs_of_a_text_file_beside_the_image_are_carried(tmp_path: Path) -> None:
-    """Its coefficients have more digits than GDAL keeps: the mask would be refused in the end."""
-    source = write_source(tmp_path / "source.tif", crs=None, transform=None)
-    names = ("LINE_OFF", "SAMP_OFF", "LAT_OFF", "LONG_OFF", "HEIGHT_OFF")
-    lines = [f"{name}: {1e3 / 3:.17g}" for name in names]
-    lines += [f"{name.replace('OFF', 'SCALE')}: {1e3 / 7:.17g}" for name in names]
-    for name in ("LINE_NUM", "LINE_DEN", "SAMP_NUM", "SAMP_DEN"):
-        lines += [f"{name}_COEFF_{n}: {(n - 9.5) / 3e4:.17e}" for n in range(1, 21)]
-    (tmp_path / "source_RPC.TXT").write_text("\n".join(lines))
-    write_cog(
-        tmp_path / "mask.tif", store=mask_store(SHAPE), spec=spec_for(source), scratch=tmp_path
-    )
-    with rasterio.open(source) as image, rasterio.open(tmp_path / "mask.tif") as mask:
-        assert len(image.rpcs.line_num_coeff) == 20
-        np.testing.assert_allclose(mask.rpcs.line_num_coeff, image.rpcs.line_num_coeff, rtol=1e-14)
-
-
 def test_an_affine_comes_before_control_points(tmp_path: Path) -> None:
     """A GeoTIFF holds the one or the others; a VRT may have both."""
     source = tmp_path / "both.vrt"
