@@ -81,6 +81,11 @@ class Case:
 def open_case(path: Path, options: RunOptions, *, scratch: Path | None = None) -> Case:
     """The case at ``path``, named after it. Raises SourceError or SourceReadError."""
     source = open_source(str(path), volume=options.volume, series=options.series, scratch=scratch)
+    return case_of(source, path, options)
+
+
+def case_of(source: Source, path: Path, options: RunOptions) -> Case:
+    """The case of what was opened at ``path``, named after it. Raises SourceReadError."""
     return Case(
         name=stem(path.name),
         path=path,

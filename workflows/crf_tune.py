@@ -110,7 +110,7 @@ def tune(
     table, open_run = run / "trials.csv", run / "tracking.json"
     _close_killed(target, options, open_run)
     tracker = _tracker(target, options)
-    params = {"crf": str(start), "images": str(len(found)), **search.means}
+    params = {"crf": str(start), "images": str(len(found)), **search.ran_on}
     tracker.start(params=params, tags={"kind": "crf tune"})
     write_json(open_run, {"run_id": tracker.run_id})
     try:
@@ -196,7 +196,7 @@ class _Search:
         where = _device(device, engine=params.engine)
         name = pick_engine(params.engine, device=where)
         self._engine = engine_named(name, device=where, threads=usable_cores())
-        self.means = {"engine": name, "device": where}
+        self.ran_on = {"engine": name, "device": where}
 
     @property
     def best(self) -> Candidate:
@@ -242,7 +242,7 @@ class _Search:
     def result(self) -> dict[str, Any]:
         """The best so far, beside the scores alone."""
         values: dict[str, Any] = {"trials": len(self.trials), "mean_iou_without_crf": self.without}
-        values |= self.means
+        values |= self.ran_on
         if self.trials:
             values |= {**self.best._asdict(), "mean_iou": self.trials[self.best]}
         return values

@@ -18,7 +18,7 @@ from pipeline.execution.feed import FairFeed
 from pipeline.ports import Guard
 from pipeline.segment_image import segment_images
 from workflows.backend import make_backend
-from workflows.case import Case, stem
+from workflows.case import Case, case_of
 from workflows.config import RefineOptions
 from workflows.crf_asked import read_crf
 from workflows.finish import check_output, finished
@@ -119,14 +119,7 @@ def _open_case(path: Path, options: RefineOptions, *, run: RunDir) -> Case:
     source = open_channels(
         str(path), volume=options.volume, series=options.series, scratch=run.scratch
     )
-    return Case(
-        name=stem(path.name),
-        path=path,
-        source=source,
-        digest=source.digest(),
-        volume=options.volume,
-        series=options.series,
-    )
+    return case_of(source, path, options)
 
 
 def _run(
